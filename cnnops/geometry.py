@@ -1,0 +1,278 @@
+"""Frozen problem descriptions and the one output-size rule.
+
+A problem says all that a backend needs to decide whether it can do a call: extents, geometry, dtype, device, layout.
+Building one checks the call; a bad call raises the exception type that torch raises for it, before any kernel starts.
+Extents are in torch order and in the field's letters: ``N C H W`` input, ``K R S`` filters and taps, ``P Q`` output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid")
+"""Activations that the fused ops know."""
+
+ACTIVATIONS_FROM_INPUT = ("silu", "hardswish")
+"""Activations whose derivative cannot be read off their output."""
+
+
+def output_size(size: int, kernel: int, stride: int = 1, pad: int = 0, dilation: int = 1, *, ceil: bool = False) -> int:
+    """Output extent of a sliding window: ``floor((size + 2 pad - dilation (kernel - 1) - 1) / stride) + 1``.
+
+    ceil: round up instead, but never start a window beyond the input and its left padding (torch's ``ceil_mode``).
+    """
+    reach = size + 2 * pad - dilation * (kernel - 1) - 1
+    if not ceil:
+        return reach // stride + 1
+    out = -(-reach // stride) + 1
+    return out - 1 if (out - 1) * stride >= size + pad else out
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether torch's layout rule counts `t` as channels_last; a one-channel map is both and counts as NCHW."""
+    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _text(sizes: Sequence[int]) -> str:
+    return str(list(sizes))
+
+
+@dataclass(frozen=True)
+class Conv2dProblem:
+    """y[n,k,p,q] = sum over (c,r,s) of x[n, c, p*stride_h - pad_h + r*dilation_h, ...] * weight[k,c,r,s]."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+    """The layout of the output: channels_last if x or the weight is."""
+    aligned: bool = True
+    """Whether every tensor starts on a 16-byte boundary."""
+
+    @property
+    def P(self) -> int:
+        return output_size(self.H, self.R, self.stride_h, self.pad_h, self.dilation_h)
+
+    @property
+    def Q(self) -> int:
+        return output_size(self.W, self.S, self.stride_w, self.pad_w, self.dilation_w)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass (all three passes have the same), padding counted."""
+        return 2 * self.N * self.K * self.P * self.Q * self.R * self.S * (self.C // self.groups)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.C and self.groups > 1
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weight: Tensor, bias: Tensor | None,
+        stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int, groups: int,
+    ) -> Conv2dProblem:
+        """Check a call and describe it. x: [N, C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None."""
+        if x.dim() != 4:
+            raise RuntimeError(f"conv2d: expected input of 4 dimensions [N, C, H, W], but got {_text(x.shape)}")
+        if weight.dim() != 4:
+            raise RuntimeError(
+                f"conv2d: expected weight of 4 dimensions [K, C/groups, R, S], but got {_text(weight.shape)}"
+            )
+        for name, (a, b), least in (
+            ("stride", (stride_h, stride_w), 1), ("padding", (pad_h, pad_w), 0), ("dilation", (dilation_h, dilation_w), 1)
+        ):
+            if a < least or b < least:
+                wanted = "at least 1" if least else "not negative"
+                raise RuntimeError(f"conv2d: {name} must be {wanted}, but got {name}={(a, b)}")
+        if groups < 1:
+            raise RuntimeError(f"conv2d: groups must be at least 1, but got groups={groups}")
+        K, channels, R, S = weight.shape
+        if K < 1 or R < 1 or S < 1:
+            raise RuntimeError(f"conv2d: weight must have at least one filter and one tap, but got {_text(weight.shape)}")
+        if K % groups:
+            raise RuntimeError(
+                f"conv2d: weight's {K} filters cannot be divided by groups={groups} (weight of {_text(weight.shape)})"
+            )
+        N, C, H, W = x.shape
+        if channels * groups != C:
+            raise RuntimeError(
+                f"conv2d: with groups={groups} and weight of {_text(weight.shape)}, expected input to have "
+                f"{channels * groups} channels, but got {C} (input of {_text(x.shape)})"
+            )
+        if x.dtype != weight.dtype:
+            raise RuntimeError(f"conv2d: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}")
+        if bias is not None:
+            if bias.dim() != 1 or bias.shape[0] != K:
+                raise RuntimeError(f"conv2d: expected bias of shape [{K}] (one per filter), but got {_text(bias.shape)}")
+            if bias.dtype != x.dtype:
+                raise RuntimeError(f"conv2d: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}")
+        for other, name in ((weight, "weight"), (bias, "bias")):
+            if other is not None and other.device != x.device:
+                raise RuntimeError(f"conv2d: {name} is on {other.device}, but input is on {x.device}")
+        taller, wider = dilation_h * (R - 1) + 1 > H + 2 * pad_h, dilation_w * (S - 1) + 1 > W + 2 * pad_w
+        if taller or wider:
+            raise RuntimeError(
+                f"conv2d: the kernel, {dilation_h * (R - 1) + 1} x {dilation_w * (S - 1) + 1} with its dilation, is larger "
+                f"than the padded input, {H + 2 * pad_h} x {W + 2 * pad_w}"
+            )
+        if N and C and (H < 1 or W < 1):
+            raise RuntimeError(f"conv2d: expected input with at least one row and column, but got {_text(x.shape)}")
+        return cls(
+            N, C, H, W, K, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups,
+            x.dtype, x.device.type, is_channels_last(x) or is_channels_last(weight),
+        )
+
+
+@dataclass(frozen=True)
+class Pool2dProblem:
+    """Windows of R x S taps over x [N, C, H, W], giving [N, C, P, Q]. Adaptive pools have no window (R = S = 0)."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+
+    @classmethod
+    def of(
+        cls, name: str, x: Tensor,
+        kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
+        dilation_h: int = 1, dilation_w: int = 1, ceil_mode: bool = False,
+    ) -> Pool2dProblem:
+        """Check a call of the pool `name` and describe it. x: [N, C, H, W]."""
+        if x.dim() != 4:
+            raise RuntimeError(f"{name}: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
+        N, C, H, W = x.shape
+        if C < 1 or H < 1 or W < 1:
+            raise RuntimeError(f"{name}: only the batch may be empty, but got input of {_text(x.shape)}")
+        for argument, (a, b) in (
+            ("kernel_size", (kernel_h, kernel_w)), ("stride", (stride_h, stride_w)), ("dilation", (dilation_h, dilation_w))
+        ):
+            if a < 1 or b < 1:
+                raise RuntimeError(f"{name}: {argument} must be at least 1, but got {argument}={(a, b)}")
+        if pad_h < 0 or pad_w < 0 or pad_h > kernel_h // 2 or pad_w > kernel_w // 2:
+            raise RuntimeError(
+                f"{name}: padding must be between 0 and half of kernel_size={(kernel_h, kernel_w)}, "
+                f"but got padding={(pad_h, pad_w)}"
+            )
+        P = output_size(H, kernel_h, stride_h, pad_h, dilation_h, ceil=ceil_mode)
+        Q = output_size(W, kernel_w, stride_w, pad_w, dilation_w, ceil=ceil_mode)
+        if P < 1 or Q < 1:
+            raise RuntimeError(
+                f"{name}: a window of {dilation_h * (kernel_h - 1) + 1} x {dilation_w * (kernel_w - 1) + 1} leaves no output "
+                f"of input {H} x {W} with padding={(pad_h, pad_w)}"
+            )
+        return cls(
+            N, C, H, W, kernel_h, kernel_w, P, Q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+            x.dtype, x.device.type, is_channels_last(x),
+        )
+
+    @classmethod
+    def adaptive(cls, name: str, x: Tensor, P: int, Q: int) -> Pool2dProblem:
+        """Check a call of the adaptive pool `name` and describe it. x: [N, C, H, W]."""
+        if x.dim() != 4:
+            raise RuntimeError(f"{name}: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
+        N, C, H, W = x.shape
+        if H < 1 or W < 1:
+            raise RuntimeError(f"{name}: expected input with at least one row and column, but got {_text(x.shape)}")
+        if P < 0 or Q < 0:
+            raise RuntimeError(f"{name}: output_size must not be negative, but got output_size={(P, Q)}")
+        return cls(N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 0, 0, x.dtype, x.device.type, is_channels_last(x))
+
+
+@dataclass(frozen=True)
+class NormProblem:
+    """Per-channel statistics of x [N, C, ...] over the batch and all L positions."""
+
+    N: int
+    C: int
+    L: int
+    training: bool
+    activation: str
+    dtype: torch.dtype
+    param_dtype: torch.dtype
+    device: str
+    channels_last: bool
+
+    @classmethod
+    def of(
+        cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, activation: str,
+    ) -> NormProblem:
+        """Check a call of batch_norm_act and describe it. x: [N, C, ...]; the rest: [C] or None; residual like x."""
+        if x.dim() < 2:
+            raise RuntimeError(f"batch_norm: expected input of at least 2 dimensions [N, C, ...], but got {_text(x.shape)}")
+        N, C = x.shape[:2]
+        L = 1
+        for extent in x.shape[2:]:
+            L *= extent
+        if not training and (running_mean is None or running_var is None):
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"batch_norm: {missing} must be given when training=False, but got None")
+        if (running_mean is None) != (running_var is None):
+            raise RuntimeError("batch_norm: running_mean and running_var must be given together, but only one was")
+        params = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        given = {name: t for name, t in params.items() if t is not None}
+        param_dtype = next((t.dtype for t in given.values()), x.dtype)
+        for name, t in given.items():
+            if t.dim() != 1 or t.shape[0] != C:
+                raise RuntimeError(f"batch_norm: expected {name} of shape [{C}] (one per channel), but got {_text(t.shape)}")
+            if t.device != x.device:
+                raise RuntimeError(f"batch_norm: {name} is on {t.device}, but input is on {x.device}")
+            if t.dtype != param_dtype or (t.dtype != x.dtype and t.dtype != torch.float32):
+                raise RuntimeError(f"batch_norm: expected {name} of dtype {x.dtype} or torch.float32, but got {t.dtype}")
+        if training and eps <= 0:
+            raise ValueError(f"batch_norm: eps must be positive during training, but got eps={eps}")
+        if training and N * L == 1:
+            raise ValueError(
+                f"batch_norm: expected more than 1 value per channel when training, but got input of {_text(x.shape)}"
+            )
+        check_activation("batch_norm_act", activation)
+        if residual is not None:
+            check_residual("batch_norm_act", residual, x.shape, x)
+        return cls(N, C, L, training, activation, x.dtype, param_dtype, x.device.type, is_channels_last(x))
+
+
+def check_activation(name: str, activation: str) -> None:
+    """Raise ValueError unless the fused ops know `activation`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, but got activation={activation!r}")
+
+
+def check_residual(name: str, residual: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """Raise RuntimeError unless `residual` can be added to an output of `shape` and of x's dtype and device."""
+    if list(residual.shape) != list(shape):
+        raise RuntimeError(f"{name}: expected residual of shape {_text(shape)}, but got {_text(residual.shape)}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise RuntimeError(
+            f"{name}: expected residual of {x.dtype} on {x.device}, but got {residual.dtype} on {residual.device}"
+        )

@@ -1,0 +1,73 @@
+// What a backend implements: one table of kernel launchers over plain structs, dense device pointers and a stream.
+// bind.cpp is the only caller. A null entry is a kernel that the backend does not have.
+//
+// Activations are NHWC and filters KRSC in problem.dtype; the CPU's convolutions see kFloat and kDouble alone
+// (bind.cpp converts), every other kernel sees all four dtypes. Per-channel arrays of batch norm (weight, bias, mean,
+// rstd, running statistics and their gradients) are in the accumulation type: double for kDouble, else float.
+// A null output pointer is a result nobody asked for. N >= 1 and every extent >= 1: bind.cpp deals with the empty.
+#pragma once
+
+#include <cstddef>
+
+#include "problem.h"
+
+namespace cnnops {
+
+using Stream = void*;  // cudaStream_t on CUDA; null on a CPU
+
+// Applied to the convolution's sum before it is rounded: activation(sum + bias[k] + residual[n,p,q,k]).
+struct Epilogue {
+  const void* bias;      // [K] or null
+  const void* residual;  // like y, or null
+  Activation activation;
+};
+
+struct BatchNormForward {
+  const void *x, *residual;           // residual may be null
+  const void *weight, *bias;          // [C] or null
+  void *running_mean, *running_var;   // [C] or null; updated when training, read otherwise
+  void *y, *mean, *rstd;              // mean and rstd [C]: the statistics that were used
+};
+
+struct BatchNormBackward {
+  const void *dy, *x, *residual, *y;  // y where the activation's gradient is read off it, else null
+  const void *weight, *bias, *mean, *rstd;
+  void *dx, *dresidual;               // like x, or null
+  void *dweight, *dbias;              // [C] or null
+};
+
+struct Kernels {
+  // Scratch bytes that the calls below want in `workspace` (256-byte aligned).
+  int64_t (*conv2d_forward_workspace)(const Conv2dProblem&);
+  int64_t (*conv2d_backward_workspace)(const Conv2dProblem&, bool need_dx, bool need_dweight, bool need_dbias);
+  void (*conv2d_forward)(const Conv2dProblem&, const Epilogue&, const void* x, const void* weight, void* y,
+                         void* workspace, Stream);
+  void (*conv2d_backward)(const Conv2dProblem&, const void* dy, const void* x, const void* weight, void* dx,
+                          void* dweight, void* dbias, void* workspace, Stream);
+
+  void (*activation_forward)(DType, Activation, int64_t count, const void* z, void* y, Stream);
+  // saved: y for none, relu, relu6 and sigmoid; z for silu and hardswish.
+  void (*activation_backward)(DType, Activation, int64_t count, const void* dy, const void* saved, void* dz, Stream);
+
+  // offsets [N,P,Q,C]: r * S + s of the maximum, uint8 where R * S <= 256, else int32.
+  void (*max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, void* offsets, Stream);
+  void (*max_pool2d_backward)(const Pool2dProblem&, const void* dy, const void* offsets, void* dx, Stream);
+  void (*max_pool2d_indices)(const Pool2dProblem&, const void* offsets, int64_t* indices, Stream);  // h * W + w
+  void (*avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
+  void (*avg_pool2d_backward)(const Pool2dProblem&, const void* dy, void* dx, Stream);
+  void (*adaptive_avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
+  void (*adaptive_avg_pool2d_backward)(const Pool2dProblem&, const void* dy, void* dx, Stream);
+
+  void (*batch_norm_act_forward)(const NormProblem&, const BatchNormForward&, Stream);
+  void (*batch_norm_act_backward)(const NormProblem&, const BatchNormBackward&, Stream);
+
+  void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
+};
+
+// Each library holds one backend and so defines this once.
+const Kernels& kernels();
+
+// What was compiled, as JSON: {"backend", "compiler", "flags", "arches" or "isa_levels", "isa" in use, "kernels"}.
+const char* build_info();
+
+}  // namespace cnnops

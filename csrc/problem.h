@@ -1,0 +1,54 @@
+// The problem descriptions: what a kernel must know beside its pointers. Same names as in cnnops/geometry.py.
+// Plain structs, passed by value to device code. Extents fit int (geometry.py refuses larger ones); offsets are
+// 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace cnnops {
+
+enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
+
+enum class Activation : int { kNone, kRelu, kRelu6, kSilu, kHardswish, kSigmoid };
+
+// floor((in + 2 pad - dilation (kernel - 1) - 1) / stride) + 1, in 64 bits: dilation * kernel may exceed an int.
+constexpr int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+// y[n,p,q,k] = sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w, c]
+//                                * weight[k,r,s,c],
+// c over the C / groups channels of k's group. x [N,H,W,C], weight [K,R,S,C/groups], y [N,P,Q,K], all dense.
+struct Conv2dProblem {
+  DType dtype;
+  int N, C, H, W, K, R, S, P, Q;
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+};
+
+// Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]. Adaptive pools use H, W, P, Q alone.
+struct Pool2dProblem {
+  DType dtype;
+  int N, C, H, W, R, S, P, Q;
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  bool count_include_pad;
+  int64_t divisor_override;  // 0: none
+};
+
+// y = activation((x - mean) * rstd * weight + bias + residual), statistics per channel over N and L (all positions).
+// channels_last: x is [N,L,C], else [N,C,L]; y, residual and the gradients have x's layout.
+struct NormProblem {
+  DType dtype;
+  int64_t N, C, L;
+  bool channels_last;
+  bool training;  // statistics of this batch, else the running ones
+  double momentum, eps;
+  Activation activation;
+};
+
+// dst[i] = src[i] for a 4-d tensor of any strides (in elements), converting the dtype.
+struct CopyProblem {
+  DType src_dtype, dst_dtype;
+  int64_t size[4], src_stride[4], dst_stride[4];
+};
+
+}  // namespace cnnops
