@@ -23,17 +23,17 @@ struct Epilogue {
 };
 
 struct BatchNormForward {
-  const void *x, *residual;           // residual may be null
-  const void *weight, *bias;          // [C] or null
-  void *running_mean, *running_var;   // [C] or null; updated when training, read otherwise
-  void *y, *mean, *rstd;              // mean and rstd [C]: the statistics that were used
+  const void *x, *residual;          // residual may be null
+  const void *weight, *bias;         // [C] or null
+  void *running_mean, *running_var;  // [C] or null; updated when training, read otherwise
+  void *y, *mean, *rstd;             // mean and rstd [C]: the statistics that were used
 };
 
 struct BatchNormBackward {
   const void *dy, *x, *residual, *y;  // y where the activation's gradient is read off it, else null
   const void *weight, *bias, *mean, *rstd;
-  void *dx, *dresidual;               // like x, or null
-  void *dweight, *dbias;              // [C] or null
+  void *dx, *dresidual;   // like x, or null
+  void *dweight, *dbias;  // [C] or null
 };
 
 struct Kernels {
