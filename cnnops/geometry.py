@@ -74,8 +74,6 @@ class Conv2dProblem:
     device: str
     channels_last: bool
     """The layout of the output: channels_last if x or the weight is."""
-    aligned: bool = True
-    """Whether every tensor starts on a 16-byte boundary."""
 
     @property
     def P(self) -> int:
