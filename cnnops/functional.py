@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor
 
 from .dispatch import scope
+from .geometry import is_channels_last
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
@@ -161,13 +162,14 @@ def max_pool2d(
     window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
     x = input.unsqueeze(0) if input.dim() == 3 else input
     y, offsets = _max_pool2d(x, *window, ceil_mode, return_indices, scope.backend)
+    indices = None
+    if return_indices:
+        indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
+        if not is_channels_last(x):
+            indices = indices.contiguous()
     if input.dim() == 3:
-        y = y.squeeze(0)
-    if not return_indices:
-        return y
-    indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
-    indices = indices.squeeze(0) if input.dim() == 3 else indices
-    return y, indices if indices.stride() == y.stride() else indices.clone().as_strided_(y.shape, y.stride())
+        y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
+    return (y, indices) if return_indices else y
 
 
 def avg_pool2d(
