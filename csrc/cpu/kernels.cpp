@@ -9,7 +9,7 @@ CNNOPS_KERNELS(CNNOPS_DECLARE)
 
 extern const Kernels table;
 #define CNNOPS_FIELD(name) .name = name,
-const Kernels table = {CNNOPS_KERNELS(CNNOPS_FIELD)};
+const Kernels table = {CNNOPS_KERNELS(CNNOPS_FIELD).conv2d_in_float = true};
 #undef CNNOPS_FIELD
 
 }  // namespace cnnops::cpu::CNNOPS_ISA
