@@ -95,14 +95,11 @@ template <class T, int kPixels, int kVectors>
                                               const T* filters, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c, filters += kVectors * kLanes<T>) {
     Vec<T> filter[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) filter[v] = load(filters + v * kLanes<T>);
-#pragma GCC unroll 12
-    for (int i = 0; i < kPixels; ++i) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { filter[v] = load(filters + v * kLanes<T>); });
+    unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
       const Vec<T> input = splat(x[i][c]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += input * filter[v];
-    }
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += input * filter[v]; });
+    });
   }
 }
 
@@ -132,24 +129,28 @@ void gather_taps(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t
 }
 
 template <class T, int kPixels, int kVectors>
-inline void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel, const T* filters,
-                          Tile<T, kPixels, kVectors>& sum) {
+void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel, const T* filters,
+                   Tile<T, kPixels, kVectors>& result) {
+  Tile<T, kPixels, kVectors> sum = {};
   const T* x[kPixels];
   if (gathers(conv)) {
     T rows[kPixels][kGatherColumns];
     gather_taps(conv, pixels, channel, rows);
     for (int i = 0; i < kPixels; ++i) x[i] = rows[i];
     accumulate<T, kPixels, kVectors>(sum, x, filters, int64_t{conv.h.taps} * conv.w.taps * conv.in_channels);
-    return;
+  } else {
+    for (int r = 0; r < conv.h.taps; ++r)
+      for (int s = 0; s < conv.w.taps; ++s) {
+        if (!locate_tap(conv, pixels, r, s, channel, x)) continue;
+        const int64_t tap =
+            int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
+        accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>,
+                                         conv.in_channels);
+      }
   }
-  for (int r = 0; r < conv.h.taps; ++r)
-    for (int s = 0; s < conv.w.taps; ++s) {
-      if (!locate_tap(conv, pixels, r, s, channel, x)) continue;
-      const int64_t tap =
-          int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
-      accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>,
-                                       conv.in_channels);
-    }
+  unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
+  });
 }
 
 // The pixels [begin, end) of one block of kVectors vectors of filters.
@@ -163,7 +164,7 @@ void convolve_chunk(const TapConv<T>& conv, const Epilogue& epilogue, const T* f
     Pixel pixels[kPixels];
     for (int i = 0; i < kPixels; ++i) pixels[i] = at + i < end ? walk.next() : kNoPixel;
 
-    Tile<T, kPixels, kVectors> sum = {};
+    Tile<T, kPixels, kVectors> sum;
     convolve_tile<T, kPixels, kVectors>(conv, pixels, group * conv.in_channels, filters, sum);
     for (int i = 0; i < kPixels && at + i < end; ++i)
       for (int v = 0; v < kVectors; ++v) {
@@ -278,40 +279,26 @@ struct Reads {
 // dweight[i][.] (+)= sum over reads of dy[place][i] * x[.], for `rows` i and `columns` of the lanes.
 template <class T, int kTileRows, int kVectors>
 void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, int columns, T* dweight, int64_t pitch) {
-  Vec<T> sum[kTileRows][kVectors] = {};
-  const auto lanes = [&](int v) { return std::clamp(columns - v * kLanes<T>, 0, kLanes<T>); };
-  if (!fresh)
-#pragma GCC unroll 12
-    for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        if (i < rows) {
-          const T* from = dweight + i * pitch + v * kLanes<T>;
-          sum[i][v] = lanes(v) == kLanes<T> ? load(from) : load(from, lanes(v));
-        }
+  Tile<T, kTileRows, kVectors> sum = {};
   for (int j = 0; j < reads.count; ++j) {
     const T *x = reads.x[j], *row = dy + int64_t{reads.place[j]} * kTileRows;
     Vec<T> input[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) input[v] = load(x + v * kLanes<T>);
-#pragma GCC unroll 12
-    for (int i = 0; i < kTileRows; ++i) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { input[v] = load(x + v * kLanes<T>); });
+    unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
       const Vec<T> gradient = splat(row[i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += gradient * input[v];
-    }
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += gradient * input[v]; });
+    });
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      if (i < rows) {
-        T* to = dweight + i * pitch + v * kLanes<T>;
-        if (lanes(v) == kLanes<T>)
-          store(to, sum[i][v]);
-        else
-          store(to, sum[i][v], lanes(v));
-      }
+  Tile<T, kTileRows, kVectors> result;
+  unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
+  });
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = dweight + i * pitch + v * kLanes<T>;
+      const int lanes = std::min(columns - v * kLanes<T>, kLanes<T>);
+      write_lanes(to, fresh ? result[i][v] : result[i][v] + read_lanes(to, 1, lanes), 1, lanes);
+    }
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <utility>
 
 #include "../kernels.h"
 #include "parallel.h"
@@ -13,6 +14,14 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
+// f(0), f(1), ... as constants: an array that is only ever indexed by them lives in registers. (Left to its own
+// unroller, g++ 12 keeps some of the arrays of sums in memory.)
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unroll(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One axis of a convolution over taps. Output i lies at first + step * i; its tap t is filter tap tap + tap_step * t
