@@ -103,29 +103,39 @@ template <class T, int kPixels, int kVectors>
   }
 }
 
-// With few channels the sum for each tap is short: gather the taps of a tile into rows [r][s][c] first, which the
-// packed filters lie along too, provided that the taps are the whole filter in order.
-constexpr int kGatherChannels = 8, kGatherColumns = 512;
+// With few channels the sum for each tap is short. But where neighbouring taps are neighbours in memory, a row of taps is
+// one run of S * C inputs, which the packed filters lie along too.
+constexpr int kRunChannels = 8, kRunLength = 128;
 
 template <class T>
-bool gathers(const TapConv<T>& conv) {
-  return conv.in_channels <= kGatherChannels && conv.h.tap_step == 1 && conv.w.tap_step == 1 && conv.h.tap == 0 &&
-         conv.w.tap == 0 && conv.w.taps == conv.filter_width &&
-         int64_t{conv.in_channels} * conv.h.taps * conv.w.taps <= kGatherColumns;
+bool has_runs(const TapConv<T>& conv) {
+  const TapAxis& w = conv.w;
+  return conv.in_channels <= kRunChannels && w.taps * conv.in_channels <= kRunLength && conv.groups == 1 &&
+         w.offset_step == 1 && w.tap_step == 1 && w.taps == conv.filter_width;
 }
 
+// Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are outside.
 template <class T, int kPixels>
-void gather_taps(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel,
-                 T (&rows)[kPixels][kGatherColumns]) {
-  const int channels = conv.in_channels;
-  int64_t column = 0;
-  for (int r = 0; r < conv.h.taps; ++r)
-    for (int s = 0; s < conv.w.taps; ++s, column += channels) {
-      const T* x[kPixels];
-      locate_tap(conv, pixels, r, s, channel, x);
-      for (int i = 0; i < kPixels; ++i)
-        for (int c = 0; c < channels; ++c) rows[i][column + c] = x[i][c];
+inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, T (&cut)[kPixels][kRunLength],
+                       const T* (&x)[kPixels]) {
+  const int64_t dh = conv.h.offset_step * r, pitch = conv.in_pitch(), taps = conv.w.taps;
+  bool any = false;
+  for (int i = 0; i < kPixels; ++i) {
+    const Pixel& pixel = pixels[i];
+    x[i] = conv.zeros;
+    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv.h.extent)) continue;
+    any = true;
+    const T* run = conv.in + (pixel.in + dh * conv.w.extent * pitch);
+    if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
+      x[i] = run;
+      continue;
     }
+    const int64_t begin = std::clamp<int64_t>(-pixel.w, 0, taps), end = std::clamp(conv.w.extent - pixel.w, begin, taps);
+    std::fill(cut[i], cut[i] + taps * pitch, T{});
+    std::copy(run + begin * pitch, run + end * pitch, cut[i] + begin * pitch);
+    x[i] = cut[i];
+  }
+  return any;
 }
 
 template <class T, int kPixels, int kVectors>
@@ -133,11 +143,13 @@ void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64
                    Tile<T, kPixels, kVectors>& result) {
   Tile<T, kPixels, kVectors> sum = {};
   const T* x[kPixels];
-  if (gathers(conv)) {
-    T rows[kPixels][kGatherColumns];
-    gather_taps(conv, pixels, channel, rows);
-    for (int i = 0; i < kPixels; ++i) x[i] = rows[i];
-    accumulate<T, kPixels, kVectors>(sum, x, filters, int64_t{conv.h.taps} * conv.w.taps * conv.in_channels);
+  if (has_runs(conv)) {
+    T cut[kPixels][kRunLength];
+    const int64_t length = int64_t{conv.w.taps} * conv.in_channels;
+    for (int r = 0; r < conv.h.taps; ++r)
+      if (locate_run(conv, pixels, r, cut, x))
+        accumulate<T, kPixels, kVectors>(
+            sum, x, filters + (conv.h.tap + conv.h.tap_step * r) * length * kVectors * kLanes<T>, length);
   } else {
     for (int r = 0; r < conv.h.taps; ++r)
       for (int s = 0; s < conv.w.taps; ++s) {
@@ -202,7 +214,10 @@ struct Packed {
   T *filters, *zeros;
   Packed(Arena& arena, const Conv2dProblem& p, int in_channels, int out_channels)
       : filters(arena.take<T>(p.groups * Blocks<T>{out_channels}.padded() * p.R * p.S * in_channels)),
-        zeros(arena.take<T>(in_channels)) {}
+        zeros(arena.take<T>(zero_count(in_channels))) {}
+
+  void clear_zeros(int in_channels) const { std::fill(zeros, zeros + zero_count(in_channels), T{}); }
+  static int zero_count(int in_channels) { return std::max(in_channels, kRunLength); }
 };
 
 template <class T>
@@ -210,7 +225,7 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const
   const int channels = p.C / p.groups;
   Arena arena(workspace);
   const Packed<T> packed(arena, p, channels, p.K / p.groups);
-  std::fill(packed.zeros, packed.zeros + channels, T{});
+  packed.clear_zeros(channels);
   pack_filters_forward(p, weight, packed.filters);
   convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.filters, int64_t{p.R} * p.S * channels);
 }
@@ -220,7 +235,7 @@ void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx,
   const int filters = p.K / p.groups;
   Arena arena(workspace);
   const Packed<T> packed(arena, p, filters, p.C / p.groups);
-  std::fill(packed.zeros, packed.zeros + filters, T{});
+  packed.clear_zeros(filters);
   pack_filters_backward(p, weight, packed.filters);
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
     convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
@@ -361,43 +376,33 @@ class WeightItem {
     }
   }
 
-  // f(place, x) for the pixels that find the tap inside.
-  template <class F>
-  void for_reads(int64_t tap, int64_t channel, const F& f) const {
-    const int64_t dh = conv_.h.offset_step * (tap / p_.S), dw = conv_.w.offset_step * (tap % p_.S);
-    const int64_t shift = (dh * conv_.w.extent + dw) * conv_.in_pitch() + group_ * plan_.channels + channel;
-    for (int at = 0; at < pixels_; ++at) {
-      const Pixel& pixel = pixel_[at];
-      if (static_cast<uint64_t>(pixel.h + dh) < static_cast<uint64_t>(conv_.h.extent) &&
-          static_cast<uint64_t>(pixel.w + dw) < static_cast<uint64_t>(conv_.w.extent))
-        f(at, conv_.in + (pixel.in + shift));
-    }
-  }
-
   void list_reads() {
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
+      const int64_t tap = panel % plan_.taps, channel = panel / plan_.taps * kPanel<T>;
+      const int64_t dh = conv_.h.offset_step * (tap / p_.S), dw = conv_.w.offset_step * (tap % p_.S);
+      const int64_t shift = (dh * conv_.w.extent + dw) * conv_.in_pitch() + group_ * plan_.channels + channel;
       Reads<T>& reads = reads_[panel - panel_begin_];
       reads.count = 0;
-      for_reads(panel % plan_.taps, panel / plan_.taps * kPanel<T>, [&](int at, const T* x) {
+      for (int at = 0; at < pixels_; ++at) {
+        const Pixel& pixel = pixel_[at];
+        if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent) ||
+            static_cast<uint64_t>(pixel.w + dw) >= static_cast<uint64_t>(conv_.w.extent))
+          continue;
         reads.place[reads.count] = at;
-        reads.x[reads.count++] = x;
-      });
+        reads.x[reads.count++] = conv_.in + (pixel.in + shift);
+      }
     }
   }
 
   // Copies the item's columns of every pixel, zeros where a tap is outside, so that they fill the lanes.
   void gather_panels() {
     const int64_t width = (panel_end_ - panel_begin_) * kPanel<T>, first = panel_begin_ * kPanel<T>;
-    const int64_t end = std::min(first + width, plan_.columns());
-    std::fill(gathered_, gathered_ + pixels_ * width, T{});
-    for (int64_t column = first; column < end;) {
-      const int64_t tap = column / plan_.channels, channel = column % plan_.channels;
-      const int64_t count = std::min(plan_.channels - channel, end - column);
-      for_reads(tap, channel, [&](int at, const T* x) {
-        T* to = gathered_ + at * width + (column - first);
-        for (int64_t c = 0; c < count; ++c) to[c] = x[c];
-      });
-      column += count;
+    const int64_t end = std::min(first + width, plan_.columns()), run = int64_t{p_.S} * plan_.channels;
+    for (int at = 0; at < pixels_; ++at) {
+      T* row = gathered_ + at * width;
+      std::fill(row, row + width, T{});
+      for (int64_t column = first, r = first / run; column < end; column = ++r * run)
+        gather_run(pixel_[at], r, column - r * run, std::min((r + 1) * run, end) - r * run, row + (column - first));
     }
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
       Reads<T>& reads = reads_[panel - panel_begin_];
@@ -406,6 +411,23 @@ class WeightItem {
         reads.place[at] = at;
         reads.x[at] = gathered_ + at * width + (panel - panel_begin_) * kPanel<T>;
       }
+    }
+  }
+
+  // Columns (s,c) in [begin, end) of row r of a pixel's taps.
+  void gather_run(const Pixel& pixel, int64_t r, int64_t begin, int64_t end, T* to) const {
+    const int64_t dh = conv_.h.offset_step * r, channels = plan_.channels, step = conv_.w.offset_step;
+    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent)) return;
+    const T* x = conv_.in + (pixel.in + dh * conv_.w.extent * conv_.in_pitch() + group_ * channels);
+    if (step == 1 && p_.groups == 1 && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
+      for (int64_t column = begin; column < end; ++column) *to++ = x[column];
+      return;
+    }
+    for (int64_t s = begin / channels, c = begin % channels; s * channels + c < end; ++s, c = 0) {
+      const int64_t stop = std::min(channels, end - s * channels), w = pixel.w + step * s;
+      if (static_cast<uint64_t>(w) < static_cast<uint64_t>(conv_.w.extent))
+        std::copy(x + step * s * conv_.in_pitch() + c, x + step * s * conv_.in_pitch() + stop, to);
+      to += stop - c;
     }
   }
 
