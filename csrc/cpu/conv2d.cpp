@@ -142,27 +142,22 @@ template <class T, int kPixels, int kVectors>
 void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel, const T* filters,
                    Tile<T, kPixels, kVectors>& result) {
   Tile<T, kPixels, kVectors> sum = {};
-  const T* x[kPixels];
-  if (has_runs(conv)) {
-    T cut[kPixels][kRunLength];
-    const int64_t length = int64_t{conv.w.taps} * conv.in_channels;
-    for (int r = 0; r < conv.h.taps; ++r)
-      if (locate_run(conv, pixels, r, cut, x))
-        accumulate<T, kPixels, kVectors>(
-            sum, x, filters + (conv.h.tap + conv.h.tap_step * r) * length * kVectors * kLanes<T>, length);
-  } else {
-    for (int r = 0; r < conv.h.taps; ++r)
-      for (int s = 0; s < conv.w.taps; ++s) {
-        if (!locate_tap(conv, pixels, r, s, channel, x)) continue;
-        const int64_t tap =
-            int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
-        accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>,
-                                         conv.in_channels);
-      }
-  }
-  unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
-    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
-  });
+  T cut[kPixels][kRunLength];
+  const bool runs = has_runs(conv);
+  const int steps = runs ? 1 : conv.w.taps, length = runs ? conv.w.taps * conv.in_channels : conv.in_channels;
+  for (int r = 0; r < conv.h.taps; ++r)
+    for (int s = 0; s < steps; ++s) {
+      const T* x[kPixels];
+      const bool any = runs ? locate_run(conv, pixels, r, cut, x) : locate_tap(conv, pixels, r, s, channel, x);
+      if (!any) continue;
+      const int64_t tap =
+          int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
+      accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>, length);
+    }
+  unroll<kPixels>([&](auto i)
+                      __attribute__((always_inline)) {
+                        unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
+                      });
 }
 
 // The pixels [begin, end) of one block of kVectors vectors of filters.
@@ -196,15 +191,21 @@ void convolve_chunk(int vectors, const TapConv<T>& conv, const Epilogue& epilogu
   convolve_chunk<T, kVectors>(conv, epilogue, filters, group, first, begin, end);
 }
 
+// Filters that stay in L2 all see a chunk of pixels before the next one, so that its outputs are written together;
+// otherwise a thread stays with one block of filters.
+constexpr int64_t kHotBytes = 1 << 20;
+
 template <class T>
 void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* packed, int64_t columns) {
   const Blocks<T> blocks{conv.out_channels};
-  const int64_t chunks = ceil_div(conv.pixels(), kChunkPixels);
-  parallel_for(conv.groups * blocks.count() * chunks, [&, blocks, chunks](int64_t item) {
-    const int64_t chunk = item % chunks, block = item / chunks % blocks.count(), group = item / chunks / blocks.count();
+  const int64_t chunks = ceil_div(conv.pixels(), kChunkPixels), panels = conv.groups * blocks.count();
+  const bool hot = conv.groups * blocks.padded() * columns * static_cast<int64_t>(sizeof(T)) <= kHotBytes;
+  parallel_for(panels * chunks, [&, blocks, chunks, panels, hot](int64_t item) {
+    const int64_t chunk = hot ? item / panels : item % chunks, panel = hot ? item % panels : item / chunks;
+    const int64_t block = panel % blocks.count(), group = panel / blocks.count(), first = blocks.first(block);
     const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
-    const T* filters = packed + (group * blocks.padded() + blocks.first(block)) * columns;
-    convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, blocks.first(block), begin, end);
+    const T* filters = packed + (group * blocks.padded() + first) * columns;
+    convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, first, begin, end);
   });
 }
 
