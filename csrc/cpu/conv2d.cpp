@@ -280,7 +280,10 @@ struct WeightPlan {
     slices = ceil_div(blocks, slice_blocks);
   }
   int64_t columns() const { return int64_t{taps} * channels; }
-  int64_t size() const { return p.K * columns(); }
+  // Slabs of gathered columns are padded to whole panels.
+  int64_t pitch() const { return gathered ? panels * kPanel<T> : columns(); }
+  int64_t slab() const { return p.K * pitch(); }
+  bool in_place() const { return slices == 1 && !gathered; }
   int64_t items() const { return slices * p.groups * filter_items * panel_items; }
 };
 
@@ -292,9 +295,9 @@ struct Reads {
   const T* x[kBlockPixels];
 };
 
-// dweight[i][.] (+)= sum over reads of dy[place][i] * x[.], for `rows` i and `columns` of the lanes.
+// dweight[i][.] (+)= sum over reads of dy[place][i] * x[.], for `rows` i.
 template <class T, int kTileRows, int kVectors>
-void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, int columns, T* dweight, int64_t pitch) {
+void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, T* dweight, int64_t pitch) {
   Tile<T, kTileRows, kVectors> sum = {};
   for (int j = 0; j < reads.count; ++j) {
     const T *x = reads.x[j], *row = dy + int64_t{reads.place[j]} * kTileRows;
@@ -305,30 +308,19 @@ void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, int 
       unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += gradient * input[v]; });
     });
   }
-  Tile<T, kTileRows, kVectors> result;
   unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
-    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
+    if (i < rows)
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+        T* to = dweight + i * pitch + v * kLanes<T>;
+        store(to, fresh ? sum[i][v] : sum[i][v] + load(to));
+      });
   });
-  for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < kVectors; ++v) {
-      T* to = dweight + i * pitch + v * kLanes<T>;
-      const int lanes = std::min(columns - v * kLanes<T>, kLanes<T>);
-      write_lanes(to, fresh ? result[i][v] : result[i][v] + read_lanes(to, 1, lanes), 1, lanes);
-    }
 }
 
-template <class T>
-void add_products(int tile_rows, const Reads<T>& reads, const T* dy, bool fresh, int rows, int columns, T* dweight,
-                  int64_t pitch) {
-  const auto run = [&](auto tile) {
-    if (columns > kLanes<T>)
-      add_products<T, tile.value, 2>(reads, dy, fresh, rows, columns, dweight, pitch);
-    else
-      add_products<T, tile.value, 1>(reads, dy, fresh, rows, columns, dweight, pitch);
-  };
-  if (tile_rows == kRows) return run(std::integral_constant<int, kRows>{});
-  if (tile_rows == kRows - kRowStep) return run(std::integral_constant<int, kRows - kRowStep>{});
-  run(std::integral_constant<int, kRowStep>{});
+template <class T, int kTileRows>
+void add_products(bool half, const Reads<T>& reads, const T* dy, bool fresh, int rows, T* dweight, int64_t pitch) {
+  (half ? add_products<T, kTileRows, kColumnVectors / 2> : add_products<T, kTileRows, kColumnVectors>)(
+      reads, dy, fresh, rows, dweight, pitch);
 }
 
 // One item: a range of panels and filters of one group over one slice of the pixels.
@@ -345,7 +337,7 @@ class WeightItem {
     item /= plan.filter_items;
     group_ = item % p_.groups;
     slice_ = item / p_.groups;
-    dweight_ = slabs + slice_ * plan.size() + group_ * plan.filters * plan.columns();
+    dweight_ = slabs + slice_ * plan.slab() + group_ * plan.filters * plan.pitch();
   }
 
   void run() {
@@ -356,7 +348,7 @@ class WeightItem {
         gather_panels();
       else
         list_reads();
-      for (int64_t k = filter_begin_; k < filter_end_; k += kRows) add_block(k, block == begin);
+      for (int64_t k = filter_begin_; k < filter_end_; k += kRows) add_filters(k, block == begin);
     }
   }
 
@@ -432,31 +424,36 @@ class WeightItem {
     }
   }
 
-  // dy of kRows filters, or of the fewer that are left, rounded up to a tile: [pixel][rows], padded with zeros.
-  int pack_dy(int64_t k, int rows) {
-    const int tile_rows = static_cast<int>(ceil_div(rows, kRowStep)) * kRowStep;
-    const int64_t pitch = p_.K;
-    const T* from = dy_ + first_pixel_ * pitch + group_ * plan_.filters + k;
-    T* to = dy_tile_;
-    if (rows == kRows)
-      for (int at = 0; at < pixels_; ++at, from += pitch, to += kRows) std::memcpy(to, from, kRows * sizeof(T));
-    else
-      for (int at = 0; at < pixels_; ++at, from += pitch, to += tile_rows)
-        for (int i = 0; i < tile_rows; ++i) to[i] = i < rows ? from[i] : T{};
-    return tile_rows;
+  // The products of kRows filters, or of the fewer that are left, in the smallest tile that holds them.
+  void add_filters(int64_t k, bool fresh) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, filter_end_ - k));
+    if (rows > 2 * kRowStep) return add_filters<kRows>(k, rows, fresh);
+    if (rows > kRowStep) return add_filters<2 * kRowStep>(k, rows, fresh);
+    add_filters<kRowStep>(k, rows, fresh);
   }
 
-  void add_block(int64_t k, bool fresh) {
-    const int rows = static_cast<int>(std::min<int64_t>(kRows, filter_end_ - k));
-    const int tile_rows = pack_dy(k, rows);
+  template <int kTileRows>
+  void add_filters(int64_t k, int rows, bool fresh) {
+    pack_dy<kTileRows>(k, rows);
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
       const int64_t tap = panel % plan_.taps, channel = panel / plan_.taps * kPanel<T>;
       const int64_t column = plan_.gathered ? panel * kPanel<T> : tap * plan_.channels + channel;
-      const int64_t left = plan_.gathered ? plan_.columns() - column : plan_.channels - channel;
-      add_products<T>(tile_rows, reads_[panel - panel_begin_], dy_tile_, fresh, rows,
-                      static_cast<int>(std::min<int64_t>(left, kPanel<T>)), dweight_ + k * plan_.columns() + column,
-                      plan_.columns());
+      const bool half = !plan_.gathered && plan_.channels - channel < kPanel<T>;
+      add_products<T, kTileRows>(half, reads_[panel - panel_begin_], dy_tile_, fresh, rows,
+                                 dweight_ + k * plan_.pitch() + column, plan_.pitch());
     }
+  }
+
+  // dy of filters [k, k + rows), padded with zeros: [pixel][kTileRows].
+  template <int kTileRows>
+  void pack_dy(int64_t k, int rows) {
+    const T* from = dy_ + first_pixel_ * p_.K + group_ * plan_.filters + k;
+    T* to = dy_tile_;
+    for (int at = 0; at < pixels_; ++at, from += p_.K, to += kTileRows)
+      if (rows == kTileRows)
+        std::memcpy(to, from, kTileRows * sizeof(T));
+      else
+        for (int i = 0; i < kTileRows; ++i) to[i] = i < rows ? from[i] : T{};
   }
 
   const WeightPlan<T>& plan_;
@@ -475,9 +472,9 @@ class WeightItem {
 template <class T>
 void backward_weight(const Conv2dProblem& p, const T* dy, const T* x, T* dweight, void* workspace) {
   const WeightPlan<T> plan(p);
-  T* slabs = plan.slices == 1 ? dweight : static_cast<T*>(workspace);
+  T* slabs = plan.in_place() ? dweight : static_cast<T*>(workspace);
   parallel_for(plan.items(), [&](int64_t item) { WeightItem<T>(plan, item, dy, x, slabs).run(); });
-  if (plan.slices > 1) sum_slabs(slabs, plan.slices, plan.size(), dweight);
+  if (!plan.in_place()) sum_slabs(slabs, plan.slices, plan.slab(), p.K, plan.columns(), plan.pitch(), dweight);
 }
 
 // Slices of pixels for dbias: enough work in each to be worth a thread.
@@ -494,7 +491,7 @@ void backward_bias(const Conv2dProblem& p, const T* dy, T* dbias, void* workspac
     for (int64_t at = i * slice; at < std::min((i + 1) * slice, pixels); ++at)
       for (int64_t k = 0; k < K; ++k) sum[k] += dy[at * K + k];
   });
-  sum_slabs(slabs, slices, K, dbias);
+  sum_slabs(slabs, slices, K, 1, K, K, dbias);
 }
 
 }  // namespace
@@ -522,7 +519,7 @@ int64_t conv2d_backward_workspace(const Conv2dProblem& p, bool need_dx, bool nee
     }
     if (need_dweight) {
       const WeightPlan<T> plan(p);
-      if (plan.slices > 1) bytes = std::max<int64_t>(bytes, plan.slices * plan.size() * sizeof(T));
+      if (!plan.in_place()) bytes = std::max<int64_t>(bytes, plan.slices * plan.slab() * sizeof(T));
     }
     return bytes;
   });
