@@ -95,61 +95,69 @@ template <class T, int kPixels, int kVectors>
                                               const T* filters, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c, filters += kVectors * kLanes<T>) {
     Vec<T> filter[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) filter[v] = load(filters + v * kLanes<T>);
-#pragma GCC unroll 12
-    for (int i = 0; i < kPixels; ++i) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { filter[v] = load(filters + v * kLanes<T>); });
+    unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
       const Vec<T> input = splat(x[i][c]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += input * filter[v];
-    }
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += input * filter[v]; });
+    });
   }
 }
 
-// With few channels the sum for each tap is short: gather the taps of a tile into rows [r][s][c] first, which the
-// packed filters lie along too, provided that the taps are the whole filter in order.
-constexpr int kGatherChannels = 8, kGatherColumns = 512;
+// With few channels the sum for each tap is short. But where neighbouring taps are neighbours in memory, a row of taps is
+// one run of S * C inputs, which the packed filters lie along too.
+constexpr int kRunChannels = 8, kRunLength = 128;
 
 template <class T>
-bool gathers(const TapConv<T>& conv) {
-  return conv.in_channels <= kGatherChannels && conv.h.tap_step == 1 && conv.w.tap_step == 1 && conv.h.tap == 0 &&
-         conv.w.tap == 0 && conv.w.taps == conv.filter_width &&
-         int64_t{conv.in_channels} * conv.h.taps * conv.w.taps <= kGatherColumns;
+bool has_runs(const TapConv<T>& conv) {
+  const TapAxis& w = conv.w;
+  return conv.in_channels <= kRunChannels && w.taps * conv.in_channels <= kRunLength && conv.groups == 1 &&
+         w.offset_step == 1 && w.tap_step == 1 && w.taps == conv.filter_width;
 }
 
+// Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are outside.
 template <class T, int kPixels>
-void gather_taps(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel,
-                 T (&rows)[kPixels][kGatherColumns]) {
-  const int channels = conv.in_channels;
-  int64_t column = 0;
-  for (int r = 0; r < conv.h.taps; ++r)
-    for (int s = 0; s < conv.w.taps; ++s, column += channels) {
-      const T* x[kPixels];
-      locate_tap(conv, pixels, r, s, channel, x);
-      for (int i = 0; i < kPixels; ++i)
-        for (int c = 0; c < channels; ++c) rows[i][column + c] = x[i][c];
+inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, T (&cut)[kPixels][kRunLength],
+                       const T* (&x)[kPixels]) {
+  const int64_t dh = conv.h.offset_step * r, pitch = conv.in_pitch(), taps = conv.w.taps;
+  bool any = false;
+  for (int i = 0; i < kPixels; ++i) {
+    const Pixel& pixel = pixels[i];
+    x[i] = conv.zeros;
+    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv.h.extent)) continue;
+    any = true;
+    const T* run = conv.in + (pixel.in + dh * conv.w.extent * pitch);
+    if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
+      x[i] = run;
+      continue;
     }
+    const int64_t begin = std::clamp<int64_t>(-pixel.w, 0, taps), end = std::clamp(conv.w.extent - pixel.w, begin, taps);
+    std::fill(cut[i], cut[i] + taps * pitch, T{});
+    std::copy(run + begin * pitch, run + end * pitch, cut[i] + begin * pitch);
+    x[i] = cut[i];
+  }
+  return any;
 }
 
 template <class T, int kPixels, int kVectors>
-inline void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel, const T* filters,
-                          Tile<T, kPixels, kVectors>& sum) {
-  const T* x[kPixels];
-  if (gathers(conv)) {
-    T rows[kPixels][kGatherColumns];
-    gather_taps(conv, pixels, channel, rows);
-    for (int i = 0; i < kPixels; ++i) x[i] = rows[i];
-    accumulate<T, kPixels, kVectors>(sum, x, filters, int64_t{conv.h.taps} * conv.w.taps * conv.in_channels);
-    return;
-  }
+void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64_t channel, const T* filters,
+                   Tile<T, kPixels, kVectors>& result) {
+  Tile<T, kPixels, kVectors> sum = {};
+  T cut[kPixels][kRunLength];
+  const bool runs = has_runs(conv);
+  const int steps = runs ? 1 : conv.w.taps, length = runs ? conv.w.taps * conv.in_channels : conv.in_channels;
   for (int r = 0; r < conv.h.taps; ++r)
-    for (int s = 0; s < conv.w.taps; ++s) {
-      if (!locate_tap(conv, pixels, r, s, channel, x)) continue;
+    for (int s = 0; s < steps; ++s) {
+      const T* x[kPixels];
+      const bool any = runs ? locate_run(conv, pixels, r, cut, x) : locate_tap(conv, pixels, r, s, channel, x);
+      if (!any) continue;
       const int64_t tap =
           int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
-      accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>,
-                                       conv.in_channels);
+      accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>, length);
     }
+  unroll<kPixels>([&](auto i)
+                      __attribute__((always_inline)) {
+                        unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
+                      });
 }
 
 // The pixels [begin, end) of one block of kVectors vectors of filters.
@@ -163,7 +171,7 @@ void convolve_chunk(const TapConv<T>& conv, const Epilogue& epilogue, const T* f
     Pixel pixels[kPixels];
     for (int i = 0; i < kPixels; ++i) pixels[i] = at + i < end ? walk.next() : kNoPixel;
 
-    Tile<T, kPixels, kVectors> sum = {};
+    Tile<T, kPixels, kVectors> sum;
     convolve_tile<T, kPixels, kVectors>(conv, pixels, group * conv.in_channels, filters, sum);
     for (int i = 0; i < kPixels && at + i < end; ++i)
       for (int v = 0; v < kVectors; ++v) {
@@ -183,15 +191,21 @@ void convolve_chunk(int vectors, const TapConv<T>& conv, const Epilogue& epilogu
   convolve_chunk<T, kVectors>(conv, epilogue, filters, group, first, begin, end);
 }
 
+// Filters that stay in L2 all see a chunk of pixels before the next one, so that its outputs are written together;
+// otherwise a thread stays with one block of filters.
+constexpr int64_t kHotBytes = 1 << 20;
+
 template <class T>
 void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* packed, int64_t columns) {
   const Blocks<T> blocks{conv.out_channels};
-  const int64_t chunks = ceil_div(conv.pixels(), kChunkPixels);
-  parallel_for(conv.groups * blocks.count() * chunks, [&, blocks, chunks](int64_t item) {
-    const int64_t chunk = item % chunks, block = item / chunks % blocks.count(), group = item / chunks / blocks.count();
+  const int64_t chunks = ceil_div(conv.pixels(), kChunkPixels), panels = conv.groups * blocks.count();
+  const bool hot = conv.groups * blocks.padded() * columns * static_cast<int64_t>(sizeof(T)) <= kHotBytes;
+  parallel_for(panels * chunks, [&, blocks, chunks, panels, hot](int64_t item) {
+    const int64_t chunk = hot ? item / panels : item % chunks, panel = hot ? item % panels : item / chunks;
+    const int64_t block = panel % blocks.count(), group = panel / blocks.count(), first = blocks.first(block);
     const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
-    const T* filters = packed + (group * blocks.padded() + blocks.first(block)) * columns;
-    convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, blocks.first(block), begin, end);
+    const T* filters = packed + (group * blocks.padded() + first) * columns;
+    convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, first, begin, end);
   });
 }
 
@@ -201,7 +215,10 @@ struct Packed {
   T *filters, *zeros;
   Packed(Arena& arena, const Conv2dProblem& p, int in_channels, int out_channels)
       : filters(arena.take<T>(p.groups * Blocks<T>{out_channels}.padded() * p.R * p.S * in_channels)),
-        zeros(arena.take<T>(in_channels)) {}
+        zeros(arena.take<T>(zero_count(in_channels))) {}
+
+  void clear_zeros(int in_channels) const { std::fill(zeros, zeros + zero_count(in_channels), T{}); }
+  static int zero_count(int in_channels) { return std::max(in_channels, kRunLength); }
 };
 
 template <class T>
@@ -209,7 +226,7 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const
   const int channels = p.C / p.groups;
   Arena arena(workspace);
   const Packed<T> packed(arena, p, channels, p.K / p.groups);
-  std::fill(packed.zeros, packed.zeros + channels, T{});
+  packed.clear_zeros(channels);
   pack_filters_forward(p, weight, packed.filters);
   convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.filters, int64_t{p.R} * p.S * channels);
 }
@@ -219,7 +236,7 @@ void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx,
   const int filters = p.K / p.groups;
   Arena arena(workspace);
   const Packed<T> packed(arena, p, filters, p.C / p.groups);
-  std::fill(packed.zeros, packed.zeros + filters, T{});
+  packed.clear_zeros(filters);
   pack_filters_backward(p, weight, packed.filters);
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
     convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
@@ -263,7 +280,10 @@ struct WeightPlan {
     slices = ceil_div(blocks, slice_blocks);
   }
   int64_t columns() const { return int64_t{taps} * channels; }
-  int64_t size() const { return p.K * columns(); }
+  // Slabs of gathered columns are padded to whole panels.
+  int64_t pitch() const { return gathered ? panels * kPanel<T> : columns(); }
+  int64_t slab() const { return p.K * pitch(); }
+  bool in_place() const { return slices == 1 && !gathered; }
   int64_t items() const { return slices * p.groups * filter_items * panel_items; }
 };
 
@@ -275,57 +295,32 @@ struct Reads {
   const T* x[kBlockPixels];
 };
 
-// dweight[i][.] (+)= sum over reads of dy[place][i] * x[.], for `rows` i and `columns` of the lanes.
+// dweight[i][.] (+)= sum over reads of dy[place][i] * x[.], for `rows` i.
 template <class T, int kTileRows, int kVectors>
-void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, int columns, T* dweight, int64_t pitch) {
-  Vec<T> sum[kTileRows][kVectors] = {};
-  const auto lanes = [&](int v) { return std::clamp(columns - v * kLanes<T>, 0, kLanes<T>); };
-  if (!fresh)
-#pragma GCC unroll 12
-    for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v)
-        if (i < rows) {
-          const T* from = dweight + i * pitch + v * kLanes<T>;
-          sum[i][v] = lanes(v) == kLanes<T> ? load(from) : load(from, lanes(v));
-        }
+void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, T* dweight, int64_t pitch) {
+  Tile<T, kTileRows, kVectors> sum = {};
   for (int j = 0; j < reads.count; ++j) {
     const T *x = reads.x[j], *row = dy + int64_t{reads.place[j]} * kTileRows;
     Vec<T> input[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) input[v] = load(x + v * kLanes<T>);
-#pragma GCC unroll 12
-    for (int i = 0; i < kTileRows; ++i) {
+    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { input[v] = load(x + v * kLanes<T>); });
+    unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
       const Vec<T> gradient = splat(row[i]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += gradient * input[v];
-    }
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += gradient * input[v]; });
+    });
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      if (i < rows) {
+  unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
+    if (i < rows)
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
         T* to = dweight + i * pitch + v * kLanes<T>;
-        if (lanes(v) == kLanes<T>)
-          store(to, sum[i][v]);
-        else
-          store(to, sum[i][v], lanes(v));
-      }
+        store(to, fresh ? sum[i][v] : sum[i][v] + load(to));
+      });
+  });
 }
 
-template <class T>
-void add_products(int tile_rows, const Reads<T>& reads, const T* dy, bool fresh, int rows, int columns, T* dweight,
-                  int64_t pitch) {
-  const auto run = [&](auto tile) {
-    if (columns > kLanes<T>)
-      add_products<T, tile.value, 2>(reads, dy, fresh, rows, columns, dweight, pitch);
-    else
-      add_products<T, tile.value, 1>(reads, dy, fresh, rows, columns, dweight, pitch);
-  };
-  if (tile_rows == kRows) return run(std::integral_constant<int, kRows>{});
-  if (tile_rows == kRows - kRowStep) return run(std::integral_constant<int, kRows - kRowStep>{});
-  run(std::integral_constant<int, kRowStep>{});
+template <class T, int kTileRows>
+void add_products(bool half, const Reads<T>& reads, const T* dy, bool fresh, int rows, T* dweight, int64_t pitch) {
+  (half ? add_products<T, kTileRows, kColumnVectors / 2> : add_products<T, kTileRows, kColumnVectors>)(
+      reads, dy, fresh, rows, dweight, pitch);
 }
 
 // One item: a range of panels and filters of one group over one slice of the pixels.
@@ -342,7 +337,7 @@ class WeightItem {
     item /= plan.filter_items;
     group_ = item % p_.groups;
     slice_ = item / p_.groups;
-    dweight_ = slabs + slice_ * plan.size() + group_ * plan.filters * plan.columns();
+    dweight_ = slabs + slice_ * plan.slab() + group_ * plan.filters * plan.pitch();
   }
 
   void run() {
@@ -353,7 +348,7 @@ class WeightItem {
         gather_panels();
       else
         list_reads();
-      for (int64_t k = filter_begin_; k < filter_end_; k += kRows) add_block(k, block == begin);
+      for (int64_t k = filter_begin_; k < filter_end_; k += kRows) add_filters(k, block == begin);
     }
   }
 
@@ -374,43 +369,33 @@ class WeightItem {
     }
   }
 
-  // f(place, x) for the pixels that find the tap inside.
-  template <class F>
-  void for_reads(int64_t tap, int64_t channel, const F& f) const {
-    const int64_t dh = conv_.h.offset_step * (tap / p_.S), dw = conv_.w.offset_step * (tap % p_.S);
-    const int64_t shift = (dh * conv_.w.extent + dw) * conv_.in_pitch() + group_ * plan_.channels + channel;
-    for (int at = 0; at < pixels_; ++at) {
-      const Pixel& pixel = pixel_[at];
-      if (static_cast<uint64_t>(pixel.h + dh) < static_cast<uint64_t>(conv_.h.extent) &&
-          static_cast<uint64_t>(pixel.w + dw) < static_cast<uint64_t>(conv_.w.extent))
-        f(at, conv_.in + (pixel.in + shift));
-    }
-  }
-
   void list_reads() {
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
+      const int64_t tap = panel % plan_.taps, channel = panel / plan_.taps * kPanel<T>;
+      const int64_t dh = conv_.h.offset_step * (tap / p_.S), dw = conv_.w.offset_step * (tap % p_.S);
+      const int64_t shift = (dh * conv_.w.extent + dw) * conv_.in_pitch() + group_ * plan_.channels + channel;
       Reads<T>& reads = reads_[panel - panel_begin_];
       reads.count = 0;
-      for_reads(panel % plan_.taps, panel / plan_.taps * kPanel<T>, [&](int at, const T* x) {
+      for (int at = 0; at < pixels_; ++at) {
+        const Pixel& pixel = pixel_[at];
+        if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent) ||
+            static_cast<uint64_t>(pixel.w + dw) >= static_cast<uint64_t>(conv_.w.extent))
+          continue;
         reads.place[reads.count] = at;
-        reads.x[reads.count++] = x;
-      });
+        reads.x[reads.count++] = conv_.in + (pixel.in + shift);
+      }
     }
   }
 
   // Copies the item's columns of every pixel, zeros where a tap is outside, so that they fill the lanes.
   void gather_panels() {
     const int64_t width = (panel_end_ - panel_begin_) * kPanel<T>, first = panel_begin_ * kPanel<T>;
-    const int64_t end = std::min(first + width, plan_.columns());
-    std::fill(gathered_, gathered_ + pixels_ * width, T{});
-    for (int64_t column = first; column < end;) {
-      const int64_t tap = column / plan_.channels, channel = column % plan_.channels;
-      const int64_t count = std::min(plan_.channels - channel, end - column);
-      for_reads(tap, channel, [&](int at, const T* x) {
-        T* to = gathered_ + at * width + (column - first);
-        for (int64_t c = 0; c < count; ++c) to[c] = x[c];
-      });
-      column += count;
+    const int64_t end = std::min(first + width, plan_.columns()), run = int64_t{p_.S} * plan_.channels;
+    for (int at = 0; at < pixels_; ++at) {
+      T* row = gathered_ + at * width;
+      std::fill(row, row + width, T{});
+      for (int64_t column = first, r = first / run; column < end; column = ++r * run)
+        gather_run(pixel_[at], r, column - r * run, std::min((r + 1) * run, end) - r * run, row + (column - first));
     }
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
       Reads<T>& reads = reads_[panel - panel_begin_];
@@ -422,31 +407,53 @@ class WeightItem {
     }
   }
 
-  // dy of kRows filters, or of the fewer that are left, rounded up to a tile: [pixel][rows], padded with zeros.
-  int pack_dy(int64_t k, int rows) {
-    const int tile_rows = static_cast<int>(ceil_div(rows, kRowStep)) * kRowStep;
-    const int64_t pitch = p_.K;
-    const T* from = dy_ + first_pixel_ * pitch + group_ * plan_.filters + k;
-    T* to = dy_tile_;
-    if (rows == kRows)
-      for (int at = 0; at < pixels_; ++at, from += pitch, to += kRows) std::memcpy(to, from, kRows * sizeof(T));
-    else
-      for (int at = 0; at < pixels_; ++at, from += pitch, to += tile_rows)
-        for (int i = 0; i < tile_rows; ++i) to[i] = i < rows ? from[i] : T{};
-    return tile_rows;
+  // Columns (s,c) in [begin, end) of row r of a pixel's taps.
+  void gather_run(const Pixel& pixel, int64_t r, int64_t begin, int64_t end, T* to) const {
+    const int64_t dh = conv_.h.offset_step * r, channels = plan_.channels, step = conv_.w.offset_step;
+    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent)) return;
+    const T* x = conv_.in + (pixel.in + dh * conv_.w.extent * conv_.in_pitch() + group_ * channels);
+    if (step == 1 && p_.groups == 1 && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
+      for (int64_t column = begin; column < end; ++column) *to++ = x[column];
+      return;
+    }
+    for (int64_t s = begin / channels, c = begin % channels; s * channels + c < end; ++s, c = 0) {
+      const int64_t stop = std::min(channels, end - s * channels), w = pixel.w + step * s;
+      if (static_cast<uint64_t>(w) < static_cast<uint64_t>(conv_.w.extent))
+        std::copy(x + step * s * conv_.in_pitch() + c, x + step * s * conv_.in_pitch() + stop, to);
+      to += stop - c;
+    }
   }
 
-  void add_block(int64_t k, bool fresh) {
+  // The products of kRows filters, or of the fewer that are left, in the smallest tile that holds them.
+  void add_filters(int64_t k, bool fresh) {
     const int rows = static_cast<int>(std::min<int64_t>(kRows, filter_end_ - k));
-    const int tile_rows = pack_dy(k, rows);
+    if (rows > 2 * kRowStep) return add_filters<kRows>(k, rows, fresh);
+    if (rows > kRowStep) return add_filters<2 * kRowStep>(k, rows, fresh);
+    add_filters<kRowStep>(k, rows, fresh);
+  }
+
+  template <int kTileRows>
+  void add_filters(int64_t k, int rows, bool fresh) {
+    pack_dy<kTileRows>(k, rows);
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
       const int64_t tap = panel % plan_.taps, channel = panel / plan_.taps * kPanel<T>;
       const int64_t column = plan_.gathered ? panel * kPanel<T> : tap * plan_.channels + channel;
-      const int64_t left = plan_.gathered ? plan_.columns() - column : plan_.channels - channel;
-      add_products<T>(tile_rows, reads_[panel - panel_begin_], dy_tile_, fresh, rows,
-                      static_cast<int>(std::min<int64_t>(left, kPanel<T>)), dweight_ + k * plan_.columns() + column,
-                      plan_.columns());
+      const bool half = !plan_.gathered && plan_.channels - channel < kPanel<T>;
+      add_products<T, kTileRows>(half, reads_[panel - panel_begin_], dy_tile_, fresh, rows,
+                                 dweight_ + k * plan_.pitch() + column, plan_.pitch());
     }
+  }
+
+  // dy of filters [k, k + rows), padded with zeros: [pixel][kTileRows].
+  template <int kTileRows>
+  void pack_dy(int64_t k, int rows) {
+    const T* from = dy_ + first_pixel_ * p_.K + group_ * plan_.filters + k;
+    T* to = dy_tile_;
+    for (int at = 0; at < pixels_; ++at, from += p_.K, to += kTileRows)
+      if (rows == kTileRows)
+        std::memcpy(to, from, kTileRows * sizeof(T));
+      else
+        for (int i = 0; i < kTileRows; ++i) to[i] = i < rows ? from[i] : T{};
   }
 
   const WeightPlan<T>& plan_;
@@ -465,9 +472,9 @@ class WeightItem {
 template <class T>
 void backward_weight(const Conv2dProblem& p, const T* dy, const T* x, T* dweight, void* workspace) {
   const WeightPlan<T> plan(p);
-  T* slabs = plan.slices == 1 ? dweight : static_cast<T*>(workspace);
+  T* slabs = plan.in_place() ? dweight : static_cast<T*>(workspace);
   parallel_for(plan.items(), [&](int64_t item) { WeightItem<T>(plan, item, dy, x, slabs).run(); });
-  if (plan.slices > 1) sum_slabs(slabs, plan.slices, plan.size(), dweight);
+  if (!plan.in_place()) sum_slabs(slabs, plan.slices, plan.slab(), p.K, plan.columns(), plan.pitch(), dweight);
 }
 
 // Slices of pixels for dbias: enough work in each to be worth a thread.
@@ -484,7 +491,7 @@ void backward_bias(const Conv2dProblem& p, const T* dy, T* dbias, void* workspac
     for (int64_t at = i * slice; at < std::min((i + 1) * slice, pixels); ++at)
       for (int64_t k = 0; k < K; ++k) sum[k] += dy[at * K + k];
   });
-  sum_slabs(slabs, slices, K, dbias);
+  sum_slabs(slabs, slices, K, 1, K, K, dbias);
 }
 
 }  // namespace
@@ -512,7 +519,7 @@ int64_t conv2d_backward_workspace(const Conv2dProblem& p, bool need_dx, bool nee
     }
     if (need_dweight) {
       const WeightPlan<T> plan(p);
-      if (plan.slices > 1) bytes = std::max<int64_t>(bytes, plan.slices * plan.size() * sizeof(T));
+      if (!plan.in_place()) bytes = std::max<int64_t>(bytes, plan.slices * plan.slab() * sizeof(T));
     }
     return bytes;
   });

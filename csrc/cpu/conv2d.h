@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <utility>
 
 #include "../kernels.h"
 #include "parallel.h"
@@ -13,6 +14,14 @@
 
 namespace cnnops::cpu::CNNOPS_ISA {
 
+// f(0), f(1), ... as constants: an array that is only ever indexed by them lives in registers. (Left to its own
+// unroller, g++ 12 keeps some of the arrays of sums in memory.)
+template <int kCount, class F>
+[[gnu::always_inline]] inline void unroll(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, i>{}), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One axis of a convolution over taps. Output i lies at first + step * i; its tap t is filter tap tap + tap_step * t
@@ -205,15 +214,19 @@ inline void finish(const Epilogue& epilogue, Vec<T> sum, T* y, int64_t at, int64
   write_lanes(y + at, activate<T>(epilogue.activation, sum), stride, count);
 }
 
-// sum[i] = slabs[0][i] + slabs[1][i] + ..., in that order.
+// sum[row][i] = slabs[0][row][i] + slabs[1][row][i] + ..., in that order. A slab has `size` elements, its rows lie `pitch`
+// apart; the rows of sum are dense.
 template <class T>
-void sum_slabs(const T* slabs, int64_t count, int64_t size, T* sum) {
+void sum_slabs(const T* slabs, int64_t count, int64_t size, int64_t rows, int64_t columns, int64_t pitch, T* sum) {
   constexpr int64_t kPiece = 4096;
-  parallel_for(ceil_div(size, kPiece), [=](int64_t piece) {
-    const int64_t begin = piece * kPiece, end = std::min(begin + kPiece, size);
-    std::copy(slabs + begin, slabs + end, sum + begin);
+  const int64_t pieces = ceil_div(columns, kPiece);
+  parallel_for(rows * pieces, [=](int64_t item) {
+    const int64_t row = item / pieces, begin = item % pieces * kPiece, width = std::min(kPiece, columns - begin);
+    const T* from = slabs + row * pitch + begin;
+    T* to = sum + row * columns + begin;
+    std::copy(from, from + width, to);
     for (int64_t slab = 1; slab < count; ++slab)
-      for (int64_t i = begin; i < end; ++i) sum[i] += slabs[slab * size + i];
+      for (int64_t i = 0; i < width; ++i) to[i] += from[slab * size + i];
   });
 }
 
