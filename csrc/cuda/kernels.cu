@@ -1,5 +1,6 @@
 // This backend's kernel table, and what was compiled into it.
 
+#include <algorithm>
 #include <string>
 
 #include "launch.h"
@@ -45,25 +46,31 @@ std::string arches() {
   return out;
 }
 
-// What the driver knows of a kernel. Without a device it knows nothing, and nothing is said.
-std::string resources([[maybe_unused]] const void* function) {
+// What the driver knows of each kernel. Without a device it knows nothing, and nothing is said.
+std::string resources() {
+  std::string out;
 #if !defined(CNNOPS_SIMT)
-  cudaFuncAttributes found;
-  if (cudaFuncGetAttributes(&found, function) == cudaSuccess)
-    return ", \"registers\": " + std::to_string(found.numRegs) +
-           ", \"static_shared_bytes\": " + std::to_string(found.sharedSizeBytes) +
-           ", \"local_bytes\": " + std::to_string(found.localSizeBytes);
-  cudaGetLastError();
+  for (const cuda::KernelEntry& each : cuda::launched_kernels()) {
+    cudaFuncAttributes found;
+    if (cudaFuncGetAttributes(&found, each.function) != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it as its own
+      continue;
+    }
+    out += (out.empty() ? "" : ", ") + quoted(each.name) + ": {\"registers\": " + std::to_string(found.numRegs) +
+           ", \"shared_bytes\": " + std::to_string(found.sharedSizeBytes) +
+           ", \"local_bytes\": " + std::to_string(found.localSizeBytes) + "}";
+  }
 #endif
-  return "";
+  return out;
 }
 
 std::string describe() {
-  std::string kernels;
+  std::string names;
   for (const cuda::KernelEntry& each : cuda::launched_kernels())
-    kernels += (kernels.empty() ? "" : ", ") + ("{\"name\": " + quoted(each.name)) + resources(each.function) + "}";
+    names += (names.empty() ? "" : ", ") + quoted(each.name);
   return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
-         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + kernels + "]}";
+         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + names +
+         "], \"resources\": {" + resources() + "}}";
 }
 
 }  // namespace

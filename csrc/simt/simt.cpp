@@ -172,33 +172,38 @@ std::string place() { return std::string(device.kernel) + ", block " + text(devi
 std::string doing(const Thread& thread) {
   switch (thread.state) {
     case State::kReady:
-      return "can run";
+      return "able to run";
     case State::kAtBarrier:
-      return "waits in __syncthreads at " + text(thread.where);
+      return "waiting in __syncthreads at " + text(thread.where);
     case State::kInCollective: {
       char mask[16];
       std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
-      return std::string("waits in ") + thread.waits_in + " with mask " + mask + " at " + text(thread.where);
+      return std::string("waiting in ") + thread.waits_in + " with mask " + mask + " at " + text(thread.where);
     }
     case State::kExited:
-      return "has exited";
+      return "exited";
   }
   return "";
 }
 
-// What every thread of the block is at, neighbours that do the same in one line.
+// What every thread of the block is at, those that do the same in one line.
 std::string roll_call() {
-  std::string lines;
+  std::vector<std::pair<std::string, std::string>> lines;  // what they do, who they are
   for (unsigned first = 0; first < device.thread_count;) {
     const std::string what = doing(*device.threads[first]);
     unsigned end = first + 1;
     while (end < device.thread_count && doing(*device.threads[end]) == what) ++end;
-    lines += "\n  thread " + std::to_string(first);
-    if (end - first > 1) lines += ".." + std::to_string(end - 1);
-    lines += " " + what;
+    const std::string who = std::to_string(first) + (end - first > 1 ? ".." + std::to_string(end - 1) : "");
+    const auto line = std::find_if(lines.begin(), lines.end(), [&](const auto& each) { return each.first == what; });
+    if (line == lines.end())
+      lines.push_back({what, who});
+    else
+      line->second += ", " + who;
     first = end;
   }
-  return lines;
+  std::string out;
+  for (const auto& [what, who] : lines) out += "\n  " + what + ": thread " + who;
+  return out;
 }
 
 // Leaves the calling thread for the next one that can run; for the host when the block is over or stuck.
