@@ -160,14 +160,12 @@ def backward_input_kernel(
     q0 = column + q_of_first
     windows = dy + ((n.to(tl.int64) * P + p0) * Q + q0) * K + group * GROUP_K
 
-    if STEPS:
-        steps = STEPS
-    elif GROUP_K >= BLOCK_K:
+    if GROUP_K >= BLOCK_K:
         steps = taps_high * taps_wide * ((GROUP_K + BLOCK_K - 1) // BLOCK_K)
     else:
         steps = (taps_high * taps_wide * GROUP_K + BLOCK_K - 1) // BLOCK_K
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(steps):
+    for step in range(STEPS if STEPS else steps):
         i, j, k = _tap_and_channel(step, tl.maximum(taps_wide, 1), GROUP_K, BLOCK_K)
         exists = (i < taps_high) & (j < taps_wide) & (k < GROUP_K)
         dp = i * (DILATION_H // COMMON_H)
