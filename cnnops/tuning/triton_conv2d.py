@@ -50,12 +50,12 @@ def _always(p: Conv2dProblem) -> bool:
 def _gather(inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]) -> tuple[Rule, ...]:
     return (
         Rule(
-            _interpreted(lambda p: inner(p) < 16), ConvTile(128, 16, 64, 4, 1),
-            "the interpreter's time is per operation: one step for all taps of few channels",
+            _interpreted(lambda p: inner(p) < 32), ConvTile(256, 32, 128, 4, 1),
+            "the interpreter's time is per operation, whatever its size: few large steps",
         ),
         Rule(
-            _interpreted(_always), ConvTile(128, 32, 16, 4, 1),
-            "small enough that tests of 16 channels walk tap by tap, in several steps and tiles",
+            _interpreted(_always), ConvTile(128, 64, 32, 4, 1),
+            "small enough that tests of 32 channels walk tap by tap",
         ),
         Rule(
             _fp32(lambda p: outer(p) <= 16), ConvTile(64, 16, 32, 4, 2),
@@ -85,12 +85,12 @@ BACKWARD_INPUT: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_k, _g
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
 BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
     Rule(
-        _interpreted(lambda p: _group_c(p) < 16), ConvTile(16, 64, 64, 4, 1),
-        "the interpreter's time is per operation: one tile for all taps of few channels",
+        _interpreted(lambda p: _group_c(p) < 32), ConvTile(32, 128, 64, 4, 1),
+        "the interpreter's time is per operation, whatever its size: one tile for all taps of few channels",
     ),
     Rule(
-        _interpreted(_always), ConvTile(32, 16, 64, 4, 1),
-        "small enough that tests of 16 channels have a tile for each tap",
+        _interpreted(_always), ConvTile(64, 32, 64, 4, 1),
+        "small enough that tests of 32 channels have a tile for each tap",
     ),
     Rule(
         _fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 64, 32, 4, 2),

@@ -24,6 +24,9 @@ import triton.language as tl
 from cnnops.backends.triton import INTERPRETING, plan
 from cnnops.geometry import Conv2dProblem, is_channels_last
 
+if INTERPRETING:
+    from cnnops.backends.triton import interpreter
+
 # Integers of a batch: specialising on them (1, multiples of 16) would compile anew for every batch size.
 _BATCH = ["H", "W", "P", "Q", "pixels", "steps"]
 
@@ -39,7 +42,7 @@ def _tap_and_channel(step, taps_wide, CHANNELS: tl.constexpr, BLOCK: tl.constexp
         chunks: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
         tap = step // chunks
         r = tap // taps_wide
-        zeros = tl.zeros([BLOCK], tl.int32)
+        zeros = tl.full([BLOCK], 0, tl.int32)
         channel = (step - tap * chunks) * BLOCK + tl.arange(0, BLOCK)
         return zeros + r, zeros + (tap - r * taps_wide), channel
     else:
@@ -101,7 +104,7 @@ def forward_kernel(
     windows = x + ((n.to(tl.int64) * H + h0) * W + w0) * C + group * GROUP_C
     filters = weight + (group * GROUP_K + k).to(tl.int64) * (R * S * GROUP_C)
 
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
     for step in range(STEPS):
         r, s, c = _tap_and_channel(step, S, GROUP_C, BLOCK_K)
         exists = (r < R) & (c < GROUP_C)
@@ -160,14 +163,12 @@ def backward_input_kernel(
     q0 = column + q_of_first
     windows = dy + ((n.to(tl.int64) * P + p0) * Q + q0) * K + group * GROUP_K
 
-    if STEPS:
-        steps = STEPS
-    elif GROUP_K >= BLOCK_K:
+    if GROUP_K >= BLOCK_K:
         steps = taps_high * taps_wide * ((GROUP_K + BLOCK_K - 1) // BLOCK_K)
     else:
         steps = (taps_high * taps_wide * GROUP_K + BLOCK_K - 1) // BLOCK_K
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(steps):
+    sums = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
+    for step in range(STEPS if STEPS else steps):
         i, j, k = _tap_and_channel(step, tl.maximum(taps_wide, 1), GROUP_K, BLOCK_K)
         exists = (i < taps_high) & (j < taps_wide) & (k < GROUP_K)
         dp = i * (DILATION_H // COMMON_H)
@@ -218,7 +219,7 @@ def backward_weight_kernel(
     channels = x + (dh.to(tl.int64) * W + dw) * C + group * GROUP_C + c
     filters = dy + group * GROUP_K + k
 
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
     for step in range(steps):
         m = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K)
         n, p, q = _pixel(m, P, Q)
@@ -250,7 +251,7 @@ def backward_bias_kernel(dy, slabs, pixels, steps, K: tl.constexpr, BLOCK_M: tl.
     program = tl.program_id(0)
     split = program // K_TILES
     k = program % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-    sums = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_K], 0, tl.float32)
     for step in range(steps):
         m = (split * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         sums += tl.load(
@@ -269,10 +270,7 @@ def slab_sum_kernel(slabs, total, count, SPLITS: tl.constexpr, BLOCK: tl.constex
 
 
 def _launch(kernel, launch: plan.Launch, *pointers) -> None:
-    scalars = launch.scalars
-    if INTERPRETING and "steps" in scalars:
-        # Triton 3.6's interpreter takes no run-time loop count under NumPy 2.4.
-        scalars = scalars | {"steps": tl.constexpr(scalars["steps"])}
+    scalars = interpreter.loop_counts(launch.scalars) if INTERPRETING else launch.scalars
     kernel[(launch.programs,)](
         *pointers, **scalars, **launch.constants,
         num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
