@@ -93,8 +93,12 @@ WRONG = (
     Wrong("conv2d-stride-float", conv2d(stride=2.0), TypeError, ("stride", "2.0")),
     Wrong("conv2d-groups-float", conv2d(groups=1.0), TypeError, ("groups", "1.0")),
     Wrong("conv2d-dilation-0", conv2d(dilation=0), RuntimeError, ("dilation", "(0, 0)")),
-    Wrong("conv2d-weight-float64", conv2d(weight=zeros(4, 3, 3, 3, dtype=DOUBLE)), RuntimeError, ("float32", "float64")),
-    Wrong("conv2d-weight-bfloat16", conv2d(weight=zeros(4, 3, 3, 3, dtype=BFLOAT)), RuntimeError, ("float32", "bfloat16")),
+    Wrong(
+        "conv2d-weight-float64", conv2d(weight=zeros(4, 3, 3, 3, dtype=DOUBLE)), RuntimeError, ("float32", "float64")
+    ),
+    Wrong(
+        "conv2d-weight-bfloat16", conv2d(weight=zeros(4, 3, 3, 3, dtype=BFLOAT)), RuntimeError, ("float32", "bfloat16")
+    ),
     Wrong("conv2d-bias-float64", conv2d(bias=zeros(4, dtype=DOUBLE)), RuntimeError, ("bias", "float32", "float64")),
     Wrong(
         "conv2d-bool",
