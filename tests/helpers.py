@@ -46,25 +46,52 @@ BACKENDS = tuple(
 """The rows that the tests cover: all but ATen, which is what they compare with. A row that is missing its build fails."""
 
 
-def claims(name: str, function: str, dtype: torch.dtype) -> bool:
-    """Whether a backend says it has a function at all: whether it takes the plainest of problems."""
+def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
+    """The problem that a case is to a backend; what `functional` does to the arguments first is of no concern here."""
+    x = laid_out(torch.empty(case.x_shape, dtype=dtype, device=device), layout)
+    if isinstance(case, Conv2dCase):
+        weight = laid_out(x.new_empty(case.weight_shape), layout)
+        bias = x.new_empty(case.K) if case.bias else None
+        padding = case.padding
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(case.dilation, (case.R, case.S), strict=True)]
+            padding = (reach[0] // 2, reach[1] // 2) if padding == "same" else (0, 0)
+        return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups)
+    if isinstance(case, NormCase):
+        return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
+    if case.op == "adaptive_avg_pool2d":
+        return Pool2dProblem.adaptive(case.op, x, 2, 2)
+    stride = case.stride or case.kernel
+    window = (*case.kernel, *stride, *case.padding, *case.dilation, case.ceil_mode)
+    return Pool2dProblem.of(case.op, x, *window)
+
+
+PLAINEST: dict[str, Any] = {
+    "conv2d": Conv2dCase("plain", 1, 16, 8, 8, 16, 3, 3, padding=(1, 1)),
+    "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
+    "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
+    "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "batch_norm": NormCase("plain", 2, 16, (8, 8)),
+}
+
+
+def supports(name: str, function: str, case: Any, dtype: torch.dtype, layout: str = "channels_last") -> bool:
+    """Whether a backend says that it can do a case. An unusable one is taken at its best: its tests then fail."""
     backend = row(name)
-    if not backend.usable().ok:
-        return function.startswith("conv2d_forward")  # enough to make the tests fail with the reason
-    x = torch.empty(1, 16, 8, 8, dtype=dtype, device=device_of(backend))
-    if function.startswith(("conv2d", "activation")):
-        problem: Any = Conv2dProblem.of(x, x.new_empty(16, 16, 3, 3), None, 1, 1, 1, 1, 1, 1, 1)
-    elif function.startswith("adaptive"):
-        problem = Pool2dProblem.adaptive("adaptive_avg_pool2d", x, 2, 2)
-    elif "pool2d" in function:
-        problem = Pool2dProblem.of(function, x, 2, 2, 2, 2, 0, 0)
-    else:
-        problem = NormProblem.of(x, None, None, None, None, None, True, 1e-5, "none")
-    return bool(backend.supports(function, problem).ok)
+    problem = problem_of(function, case, dtype, layout, device_of(backend))
+    return bool(backend.supports(function, problem).ok) if backend.usable().ok else function == "conv2d_forward"
 
 
-def claiming(function: str, dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-    return tuple(name for name in BACKENDS if claims(name, function, dtype))
+def claims(name: str, function: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a backend has a function at all: whether it takes the plainest of problems."""
+    stem = next(stem for stem in PLAINEST if function.startswith(stem))
+    return supports(name, function, PLAINEST[stem], dtype)
+
+
+def on(*functions: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The decorator that runs a test on each backend that has all these functions."""
+    names = [name for name in BACKENDS if all(claims(name, function, dtype) for function in functions)]
+    return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def emulated(name: str) -> bool:
@@ -88,14 +115,17 @@ def cross(
 ) -> list[Any]:
     """Parameters (backend, case, dtype, layout): the whole product on a native backend, a pairwise subset elsewhere.
 
-    The rest of an emulated backend's product is marked slow; a pairwise subset of the CPU's is marked quick.
+    What a backend refuses is left out (test_dispatch.py holds what it may not refuse). The rest of an emulated backend's
+    product is marked slow; a pairwise subset of the CPU's is marked quick.
     """
     parameters = []
     for name in BACKENDS:
-        kept = [dtype for dtype in dtypes if claims(name, function, dtype)]
-        items: list[Item] = list(itertools.product(cases, kept, layouts))
+        items: list[Item] = [
+            item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
+        ]
         if emulated(name):
-            small = [item for item in items if getattr(item[0], "flops", 0) <= EMULATED_FLOPS[name]]
+            items = [item for item in items if item[0].flops <= 20 * EMULATED_FLOPS[name]]
+            small = [item for item in items if item[0].flops <= EMULATED_FLOPS[name]]
             usual = pairwise(small, _item_features)
             quick = usual[:: max(1, len(usual) // 4)]
         else:
@@ -171,57 +201,77 @@ def conv2d_inputs(
 
 # ---- comparison
 
+Function = Callable[..., Tensor]
+Tensors = Sequence[Tensor | None]
 
-def evaluate(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """y and its gradients towards every input that is there. dy: ones where not given."""
+
+def evaluate(function: Function, inputs: Tensors, dy: Tensor) -> list[Tensor]:
+    """y, then its gradients towards every input that is there."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
     y = function(*leaves)
-    gradients = torch.autograd.grad(y, [t for t in leaves if t is not None], torch.ones_like(y) if dy is None else dy)
-    return y.detach(), list(gradients)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
 
 
-def upcast(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.detach().cpu().double() for t in inputs]
+def evaluate_twice(function: Function, inputs: Tensors, dy: Tensor, directions: Tensors) -> list[Tensor]:
+    """Gradients of sum(gradient * direction) over all gradients, towards dy and every input that is there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    dy = dy.detach().requires_grad_()
+    wanted = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(function(*leaves), wanted, dy, create_graph=True)
+    given = [t for t in directions if t is not None]
+    found = torch.autograd.grad(gradients, [dy, *wanted], given, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, [dy, *wanted], strict=True)]
 
 
 def like(y: Tensor, random: torch.Generator) -> Tensor:
-    """A random gradient for y, in its layout."""
+    """Random numbers in y's dtype and layout."""
     return torch.empty_like(y).copy_(torch.randn(y.shape, generator=random, dtype=torch.float64))
 
 
+def gradient_for(function: Function, inputs: Tensors) -> Tensor:
+    """A random dy for function(*inputs), in the layout of that output."""
+    y = function(*(None if t is None else t.detach() for t in inputs))
+    return like(y, generator(str(tuple(y.shape))))
+
+
+def result_names(names: Sequence[str], inputs: Tensors) -> list[str]:
+    return ["y"] + [f"d{name}" for name, t in zip(names, inputs, strict=True) if t is not None]
+
+
+def mapped(change: Callable[[Tensor], Tensor], tensors: Any) -> Any:
+    """The same nest of tensors and None, each tensor changed, in float64 on the CPU."""
+    if tensors is None:
+        return None
+    if isinstance(tensors, Tensor):
+        return change(tensors.detach().cpu().double())
+    return [mapped(change, t) for t in tensors]
+
+
 def check_multilinear(
-    ours: Callable[..., Tensor],
-    theirs: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
+    ours: Function,
+    theirs: Function,
     names: Sequence[str],
-    dy: Tensor | None = None,
+    *tensors: Any,
+    compute: Callable[..., list[Tensor]] = evaluate,
+    length: float | None = None,
 ) -> None:
-    """Compare an op that is linear in each input, forward and gradients, with torch.
+    """Compare compute(ours, *tensors) with torch's, where each result is a sum of products of the tensors' elements.
 
-    For such an op the same op on absolute values gives each element's sum of magnitudes, and on ones the number of
-    terms in it, borders and strides included.
+    The same sums over absolute values give each element's sum of magnitudes, and over ones its number of terms, borders
+    and strides included; length says it where the products are weighted (averages).
     """
-    y_theirs = theirs(*(None if t is None else t.detach() for t in inputs))
-    if dy is None:
-        dy = like(y_theirs, generator(str(tuple(y_theirs.shape))))
-    got = _flat(evaluate(ours, inputs, dy))
-    same_dtype = _flat(evaluate(theirs, inputs, dy))
-    exact = upcast(inputs)
-    dy64 = dy.cpu().double()
-    reference = _flat(evaluate(theirs, exact, dy64))
-    magnitude = _flat(evaluate(theirs, [None if t is None else t.abs() for t in exact], dy64.abs()))
-    length = _flat(evaluate(theirs, [None if t is None else torch.ones_like(t) for t in exact]))
-    assert_same_layout(got[0], same_dtype[0], "y")
-    results = ["y"] + [f"d{name}" for name, t in zip(names, inputs, strict=True) if t is not None]
-    for what, *values in zip(results, got, same_dtype, reference, magnitude, length, strict=True):
-        assert_close(*values, what=what)
+    got, same_dtype = compute(ours, *tensors), compute(theirs, *tensors)
+    reference = compute(theirs, *mapped(lambda t: t, tensors))
+    magnitude = compute(theirs, *mapped(torch.abs, tensors))
+    if length is None:
+        lengths: Sequence[Any] = compute(theirs, *mapped(torch.ones_like, tensors))
+    else:
+        lengths = [length] * len(got)
+    if names[0] == "y":
+        assert_same_layout(got[0], same_dtype[0], "y")
+    for what, a, b, c, d, e in zip(names, got, same_dtype, reference, magnitude, lengths, strict=True):
+        assert_close(a, b, c, d.abs(), e, what)
 
 
-def _flat(result: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
-    return [result[0], *result[1]]
-
-
-def torch_conv2d(case: Conv2dCase) -> Callable[..., Tensor]:
+def torch_conv2d(case: Conv2dCase) -> Function:
     return lambda x, weight, bias: F.conv2d(x, weight, bias, **case.arguments())

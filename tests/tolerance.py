@@ -8,6 +8,9 @@ torch: torch's own result in the dtype under test; its largest error over the te
 can do. The other terms are the floor below which no demand makes sense: the rounding of the result itself, half a
 unit in the last place (u), and the rounding of a sum of `length` products made in the accumulation type (u_acc), whose
 worst case for a pairwise sum is log2(length) times the sum of the products' magnitudes.
+
+Fused ops store an intermediate in the activations' dtype, and may store another one than torch does. Its roundings, half a unit
+each and independent, add 4 u magnitude / sqrt(length): four standard deviations of their sum.
 """
 
 from __future__ import annotations
@@ -21,11 +24,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bound(torch_result: Tensor, reference: Tensor, magnitude: Tensor, length: Tensor | float) -> Tensor:
+def bound(
+    torch_result: Tensor,
+    reference: Tensor,
+    magnitude: Tensor,
+    length: Tensor | float,
+    intermediate: torch.dtype | None = None,
+) -> Tensor:
     """The largest allowed |ours - reference|, elementwise, in float64; meaningless where the reference is not finite.
 
     magnitude: the sum of |products| that make each element (float64, like reference).
     length: how many there are, for each element or for all.
+    intermediate: the dtype that one is stored in on the way, if any.
     """
     dtype = torch_result.dtype
     unit, unit_acc = torch.finfo(dtype).eps / 2, torch.finfo(accumulation_dtype(dtype)).eps / 2
@@ -33,13 +43,15 @@ def bound(torch_result: Tensor, reference: Tensor, magnitude: Tensor, length: Te
     finite = reference.isfinite() & rounded.isfinite() & torch_result.isfinite()
     theirs = (torch_result.double() - reference).abs()[finite]
     scale = theirs.max().item() if theirs.numel() else 0.0
-    steps = 2 + torch.as_tensor(length, dtype=torch.float64).clamp_min(1).log2()
-    return (
-        2 * scale
-        + unit * reference.abs()
-        + unit_acc * steps * magnitude
-        + torch.finfo(dtype).smallest_normal * 2 * unit
+    terms = torch.as_tensor(length, dtype=torch.float64).clamp_min(1)
+    floor = (
+        unit * reference.abs()
+        + unit_acc * (2 + terms.log2()) * magnitude
+        + torch.finfo(dtype).smallest_normal * unit * 2
     )
+    if intermediate is not None:
+        floor = floor + 4 * (torch.finfo(intermediate).eps / 2) * magnitude / terms.sqrt()
+    return 2 * scale + floor
 
 
 def assert_close(
@@ -49,12 +61,13 @@ def assert_close(
     magnitude: Tensor,
     length: Tensor | float,
     what: str = "result",
+    intermediate: torch.dtype | None = None,
 ) -> None:
-    """Assert that `ours` has torch's shape and dtype, NaN and inf exactly where they belong, and no error over `bound`."""
+    """Assert that `ours` has torch's shape and dtype, NaN and inf exactly where they belong, no error over `bound`."""
     assert_same_kind(ours, torch_result, what)
     assert_same_non_finite(ours, reference, what)
     ours, reference = ours.detach().cpu(), reference.detach().cpu()
-    allowed = bound(torch_result.detach().cpu(), reference, magnitude.detach().cpu(), length)
+    allowed = bound(torch_result.detach().cpu(), reference, magnitude.detach().cpu(), length, intermediate)
     error = (ours.double() - reference).abs()
     wrong = (reference.to(ours.dtype).isfinite()) & ~(error <= allowed)
     if wrong.any():
