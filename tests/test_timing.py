@@ -179,9 +179,9 @@ def test_agreement_allows_rounding_and_no_more():
 
 
 ENVIRONMENT = Environment(
-    device="some-cpu-2c-avx512", device_name="Some CPU", cores=2, threads=2, isa="AVX512", os="Linux", python="3.11.0",
-    torch="2.13.0", triton=None, compiler=None, cnnops="0.1", commit="0123456789abcdef", dirty=False, malloc="glibc 2.36",
-    load=0.5, date="2026-01-02T03:04:05+00:00",
+    device="some-cpu-2c-avx512", device_name="Some CPU", cores=2, threads=2, isa="AVX512", os="Linux",
+    python="3.11.0", torch="2.13.0", triton=None, compiler=None, cnnops="0.1", commit="0123456789abcdef", dirty=False,
+    malloc="glibc 2.36", load=0.5, date="2026-01-02T03:04:05+00:00",
 )  # fmt: skip
 
 
@@ -190,8 +190,8 @@ def row(ours, *, backend="cpu", case="64@32"):
     seconds = {"cnnops": (ours * 1e-3,) * 3, "torch channels_last": (2e-3,) * 3, "torch contiguous": (4e-3,) * 3}
     comparison = Comparison(seconds, dict.fromkeys(seconds, 1), 2, "cpu")
     return Row.of(
-        comparison, op="conv2d", case=case, dtype=torch.float32, layout="channels_last", pass_="forward", memory="fresh",
-        backend=backend, ours="cnnops", peers=["torch contiguous", "torch channels_last"],
+        comparison, op="conv2d", case=case, dtype=torch.float32, layout="channels_last", pass_="forward",
+        memory="fresh", backend=backend, ours="cnnops", peers=["torch contiguous", "torch channels_last"],
         flops=10**8, bytes=10**6, limits=Limits(10.0, {"float32": 200.0}),
     )  # fmt: skip
 
