@@ -1,10 +1,10 @@
 """How the suites run, for all of them: ``python -m pytest bench -q`` (`make bench`).
 
-Each test builds the candidates of one case, ours and torch's, and hands them to `measure`. `cnnops.bench.timing.compare`
-verifies and times them, and its samples become a row of ``bench/results/<device>/<suite>.json``, a suite being one test
-file. pytest-benchmark collects and reports but times nothing of its own: each test gives it a timer that replays the
-samples of ours, so its table, its JSON and its `--benchmark-compare` show the core's figures, with the peers' in
-`extra_info`.
+Each test builds the candidates of one case, ours and torch's, and hands them to `measure`, which has
+`cnnops.bench.timing.compare` verify and time them and makes a row of ``bench/results/<device>/<suite>.json`` of its
+samples; a suite is one test file. pytest-benchmark collects and reports but times nothing of its own: each test gives
+it a timer that replays the samples of ours, so its table, its JSON and its `--benchmark-compare` show the core's
+figures, with the peers' in `extra_info`.
 
 A result file is written only for a suite that ran whole and without a failure; `--quick`, `-k` and the like print their
 tables and write nothing, unless `--results` names a folder for them.
@@ -42,7 +42,8 @@ def _cases() -> ModuleType:
     """tests/cases.py, which is no package's module."""
     if "cases" not in sys.modules:
         spec = importlib.util.spec_from_file_location("cases", ROOT / "tests" / "cases.py")
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules["cases"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["cases"])
     return sys.modules["cases"]
@@ -158,16 +159,27 @@ def generator(request: pytest.FixtureRequest) -> torch.Generator:
 def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
     """Returns the function that times one case and notes its rows; a test calls it once.
 
-    measure(op=, case=, pass_=, dtype=, calls={name: call}, verify=, largest=, flops=0, bytes=0, layout=None, clock=None,
-    threads=, limits=True): `calls` has ours under `OURS` and at least one peer; largest: bytes of the largest tensor.
+    measure(op=, case=, pass_=, dtype=, calls={name: call}, verify=, largest=, flops=0, bytes=0, layout=None,
+    clock=None, threads=, limits=True): `calls` has ours under `OURS` and at least one peer; largest is the bytes of the
+    largest tensor.
     """
     config = request.config
     session, suite = config.stash[SESSION], _suite(request.path)
 
     def run(
-        *, op: str, case: str, pass_: str, dtype: torch.dtype, calls: Mapping[str, Callable[[], object]],
-        verify: Callable[[Mapping[str, object]], None], largest: int, flops: int = 0, bytes: int = 0,
-        layout: str | None = None, clock: Clock | None = None, threads: int | None = config.option.threads,
+        *,
+        op: str,
+        case: str,
+        pass_: str,
+        dtype: torch.dtype,
+        calls: Mapping[str, Callable[[], object]],
+        verify: Callable[[Mapping[str, object]], None],
+        largest: int,
+        flops: int = 0,
+        bytes: int = 0,
+        layout: str | None = None,
+        clock: Clock | None = None,
+        threads: int | None = config.option.threads,
         limits: bool = True,
     ) -> None:
         device = config.option.device
@@ -177,13 +189,28 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
         for kind in _kinds(config, largest):
             with memory.outputs(kind):
                 comparison = compare(
-                    calls, verify=verify, budget_s=config.option.budget, rounds=3 if config.option.quick else None,
-                    threads=threads, device=device, clock=clock,
+                    calls,
+                    verify=verify,
+                    budget_s=config.option.budget,
+                    rounds=3 if config.option.quick else None,
+                    threads=threads,
+                    device=device,
+                    clock=clock,
                 )
             row = Row.of(
-                comparison, op=op, case=case, dtype=dtype, layout=layout or config.option.layout, pass_=pass_,
-                memory=kind, backend=backend, ours=OURS, peers=[name for name in calls if name.startswith("torch")],
-                flops=flops, bytes=bytes, limits=measured,
+                comparison,
+                op=op,
+                case=case,
+                dtype=dtype,
+                layout=layout or config.option.layout,
+                pass_=pass_,
+                memory=kind,
+                backend=backend,
+                ours=OURS,
+                peers=[name for name in calls if name.startswith("torch")],
+                flops=flops,
+                bytes=bytes,
+                limits=measured,
             )
             session.rows.setdefault(suite, []).append(row)
             benchmark.extra_info[kind] = dataclasses.asdict(row)
@@ -212,7 +239,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         state.partial += " stopped early"
     folder: Path | None = config.option.results or (None if state.partial else report.RESULTS)
     for suite, rows in state.rows.items():
-        limits = machine_limits(device, config.option.threads, dtypes_of(config)) if rows[0].flops or rows[0].bytes else None
+        limits = (
+            machine_limits(device, config.option.threads, dtypes_of(config)) if rows[0].flops or rows[0].bytes else None
+        )
         results = Results(suite, environment(device, config.option.threads, compiler(device)), limits, tuple(rows))
         state.lines += ["", *report.render(results).splitlines()]
         if suite in state.failed:

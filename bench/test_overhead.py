@@ -56,7 +56,12 @@ OPS = {
 }  # fmt: skip
 
 # batch_norm has no torch.ops entry of its own: it is batch_norm_act without an activation.
-ENTRIES = [(name, entry) for name in OPS for entry in ("functional", "torch.ops") if OPS[name][3] is not None or "." not in entry]
+ENTRIES = [
+    (name, entry)
+    for name in OPS
+    for entry in ("functional", "torch.ops")
+    if OPS[name][3] is not None or "." not in entry
+]
 
 
 def _by_schema(name, names, scalars):

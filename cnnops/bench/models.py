@@ -45,7 +45,8 @@ class ModelComparison:
                 f"{ratio.median:.2f}x ({ratio.q1:.2f}..{ratio.q3:.2f}){' LOSS' if ratio.median < 1 else ''}",
             ))  # fmt: skip
         text = plain((f"{self.images} images", OURS, PEER, f"{OURS} img/s", f"{PEER} img/s", "ratio"), rows)
-        return f"{text}\n{self.train.threads} threads, {len(self.train.seconds[OURS])} rounds, both verified, channels_last"
+        rounds = len(self.train.seconds[OURS])
+        return f"{text}\n{self.train.threads} threads, {rounds} rounds, both verified, channels_last"
 
 
 def _step(model: nn.Module, x: Tensor, target: Tensor) -> Callable[[], list[Tensor]]:
@@ -80,8 +81,12 @@ def _nearly(reference: list[Tensor]) -> Callable[[Mapping[str, object]], None]:
     def verify(results: Mapping[str, object]) -> None:
         ours, peer = tensors(results[OURS]), tensors(results[PEER])
         if [t.shape for t in ours] != [t.shape for t in reference]:
-            raise Mismatch(f"{OURS}: expected {len(reference)} tensors of the peer's shapes, but got {len(ours)} others")
-        errors = [[float((t.double() - e).norm()) for t, e in zip(side, reference, strict=True)] for side in (ours, peer)]
+            raise Mismatch(
+                f"{OURS}: expected {len(reference)} tensors of the peer's shapes, but got {len(ours)} others"
+            )
+        errors = [
+            [float((t.double() - e).norm()) for t, e in zip(side, reference, strict=True)] for side in (ours, peer)
+        ]
         norms = [float(e.norm()) for e in reference]
         # A tensor on which the peer is right by luck, or whose true value is zero, is held to the peer's overall error.
         overall = math.hypot(*errors[1]) / math.hypot(*norms)
@@ -98,7 +103,12 @@ def _nearly(reference: list[Tensor]) -> Callable[[Mapping[str, object]], None]:
 
 
 def compare_models(
-    ours: nn.Module, peer: nn.Module, batch: tuple[Tensor, Tensor], *, rounds: int | None = None, budget_s: float = 10.0,
+    ours: nn.Module,
+    peer: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    *,
+    rounds: int | None = None,
+    budget_s: float = 10.0,
     threads: int | None = None,
 ) -> ModelComparison:
     """Time one training step (SGD with momentum on the cross entropy) and one inference of two equal networks.
@@ -117,12 +127,23 @@ def compare_models(
     for model in twins.values():
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     exact = copy.deepcopy(twins[PEER]).double()
-    settings = {"rounds": rounds, "budget_s": budget_s, "threads": threads, "device": x.device, "warmup": 1}
+
+    def timed(calls: dict[str, Callable[[], object]], reference: list[Tensor]) -> Comparison:
+        return compare(
+            calls,
+            verify=_nearly(reference),
+            rounds=rounds,
+            budget_s=budget_s,
+            threads=threads,
+            device=x.device,
+            warmup=0,  # the verified call has warmed up
+        )
+
     devices = [x.device] if x.is_cuda else []
     with torch.random.fork_rng(devices=devices):
         # Inference first: a training step moves the running statistics.
         scores = tensors(_inference(exact, x.double())())
-        inference = compare({n: _inference(m, x) for n, m in twins.items()}, verify=_nearly(scores), **settings)
+        inference = timed({name: _inference(model, x) for name, model in twins.items()}, scores)
         gradients = _step(exact, x.double(), target)()
-        train = compare({n: _step(m, x, target) for n, m in twins.items()}, verify=_nearly(gradients), **settings)
+        train = timed({name: _step(model, x, target) for name, model in twins.items()}, gradients)
     return ModelComparison(train, inference, len(x))

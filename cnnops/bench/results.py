@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import cnnops
 from cnnops.bench import memory
 from cnnops.bench.timing import Comparison, Spread, compare
 from cnnops.bench.verify import Mismatch, bound
@@ -50,8 +51,7 @@ class Timing:
 
     @classmethod
     def of(cls, spread: Spread) -> Timing:
-        us = (value * 1e6 for value in (spread.median, spread.q1, spread.q3, spread.best))
-        return cls(*us, spread.samples)
+        return cls(spread.median * 1e6, spread.q1 * 1e6, spread.q3 * 1e6, spread.best * 1e6, spread.samples)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Environment:
     torch: str
     triton: str | None
     compiler: str | None
-    cnnops: str | None
+    cnnops: str
     commit: str | None
     dirty: bool
     malloc: str
@@ -112,7 +112,7 @@ class Row:
     op, case, dtype, layout, pass_: what was called; layout is ours, "channels_last" or "contiguous".
     memory: malloc setting, a kind of `memory.KINDS`. backend: the one that really ran.
     candidates: times by name; ours and peer name two of them, peer being the fastest of the eager ones.
-    ratios: ours against every other candidate. flops, bytes: of one call, with the least traffic that memory must serve.
+    ratios: ours against every other candidate. flops, bytes: of one call, the least that memory must serve.
     gflops: GFLOP/s of ours. share: least time at the machine's limits over our time; above 1 where the data stays in
     cache or the algorithm needs fewer multiplications than counted. None where there is no limit to compare with.
     """
@@ -331,7 +331,9 @@ def _mm_gflops(device: str, threads: int | None, dtype: torch.dtype, extent: int
 
 
 @functools.cache
-def machine_limits(device: str, threads: int | None = None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Limits:
+def machine_limits(
+    device: str, threads: int | None = None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+) -> Limits:
     """Measure `Limits` on `device`, about two seconds for each figure; remembered for the process.
 
     The best sample counts, since a limit is what the machine can do. Copies are of 128 MiB (1 GiB on CUDA), products of
@@ -397,10 +399,10 @@ def environment(device: str = "cpu", threads: int | None = None, compiler: str |
         isa=isa,
         os=platform.platform(),
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         triton=_version("triton"),
         compiler=compiler,
-        cnnops=_version("cnnops"),
+        cnnops=cnnops.__version__,
         commit=_git("rev-parse", "HEAD"),
         dirty=bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         malloc=memory.describe(),
