@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +104,8 @@ def test_verified_before_and_after_and_never_timed_before():
     seen = []
 
     def verify(results):
-        assert set(results) == {"a", "b"} and all(isinstance(r, torch.Tensor) for r in results.values())
+        assert set(results) == {"a", "b"}
+        assert all(isinstance(r, torch.Tensor) for r in results.values())
         seen.append(len(clock.samples))
 
     compare(calls, verify=verify, rounds=3, clock=clock)
@@ -179,9 +183,9 @@ def test_agreement_allows_rounding_and_no_more():
 
 
 ENVIRONMENT = Environment(
-    device="some-cpu-2c-avx512", device_name="Some CPU", cores=2, threads=2, isa="AVX512", os="Linux", python="3.11.0",
-    torch="2.13.0", triton=None, compiler=None, cnnops="0.1", commit="0123456789abcdef", dirty=False, malloc="glibc 2.36",
-    load=0.5, date="2026-01-02T03:04:05+00:00",
+    device="some-cpu-2c-avx512", device_name="Some CPU", cores=2, threads=2, isa="AVX512", os="Linux",
+    python="3.11.0", torch="2.13.0", triton=None, compiler=None, cnnops="0.1", commit="0123456789abcdef", dirty=False,
+    malloc="glibc 2.36", load=0.5, date="2026-01-02T03:04:05+00:00",
 )  # fmt: skip
 
 
@@ -190,8 +194,8 @@ def row(ours, *, backend="cpu", case="64@32"):
     seconds = {"cnnops": (ours * 1e-3,) * 3, "torch channels_last": (2e-3,) * 3, "torch contiguous": (4e-3,) * 3}
     comparison = Comparison(seconds, dict.fromkeys(seconds, 1), 2, "cpu")
     return Row.of(
-        comparison, op="conv2d", case=case, dtype=torch.float32, layout="channels_last", pass_="forward", memory="fresh",
-        backend=backend, ours="cnnops", peers=["torch contiguous", "torch channels_last"],
+        comparison, op="conv2d", case=case, dtype=torch.float32, layout="channels_last", pass_="forward",
+        memory="fresh", backend=backend, ours="cnnops", peers=["torch contiguous", "torch channels_last"],
         flops=10**8, bytes=10**6, limits=Limits(10.0, {"float32": 200.0}),
     )  # fmt: skip
 
@@ -202,12 +206,16 @@ def measured(*rows):
 
 def test_row_figures():
     r = row(1.0)
-    assert r.peer == "torch channels_last" and r.ratio.median == pytest.approx(2.0)
+    assert r.peer == "torch channels_last"
+    assert r.ratio.median == pytest.approx(2.0)
     assert r.ratios["torch contiguous"].median == pytest.approx(4.0)
     assert r.gflops == pytest.approx(100.0)  # 1e8 operations in 1 ms
     assert r.share == pytest.approx(0.5)  # 1e8 operations at 200 GFLOP/s take 0.5 ms, 1 MB at 10 GB/s 0.1 ms
-    assert r.counted and not r.loss and row(3.0).loss
-    assert not row(3.0, backend="aten").counted and not row(3.0, backend="aten").loss
+    assert r.counted
+    assert not r.loss
+    assert row(3.0).loss
+    assert not row(3.0, backend="aten").counted
+    assert not row(3.0, backend="aten").loss
 
 
 def test_results_come_back_as_they_were_saved(tmp_path):
@@ -216,7 +224,8 @@ def test_results_come_back_as_they_were_saved(tmp_path):
     assert results.load(path) == measured(row(1.0), row(3.0))
     assert results.load_all(tmp_path) == [results.load(path)]
     document = json.loads(path.read_text())
-    assert document["schema"] == results.SCHEMA and document["rows"][0]["pass"] == "forward"
+    assert document["schema"] == results.SCHEMA
+    assert document["rows"][0]["pass"] == "forward"
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -227,9 +236,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     for step in ("fsync", "replace"):
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        with monkeypatch.context() as patch:
             patch.setattr(os, step, full)
-            results.save(measured(row(3.0)), tmp_path)
+            with pytest.raises(OSError, match="No space left"):
+                results.save(measured(row(3.0)), tmp_path)
         assert path.read_bytes() == before
         assert [p.name for p in path.parent.iterdir()] == ["conv2d.json"]
 
@@ -278,8 +288,11 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
 
 def test_the_environment_is_complete_and_its_slug_is_a_folder_name():
     e = results.environment(threads=1)
-    assert e.threads == 1 and e.torch == torch.__version__ and e.cores >= 1
-    assert e.device and not set(e.device) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert e.threads == 1
+    assert e.torch == torch.__version__
+    assert e.cores >= 1
+    assert e.device
+    assert not set(e.device) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert f"{e.cores}c" in e.device
 
 
@@ -298,9 +311,13 @@ def test_wins_and_losses_are_both_shown_and_losses_marked(rich):
     lines = {
         case: next(line for line in text.splitlines() if f" {case} " in line) for case in ("won", "lost", "fallback")
     }
-    assert "2.00x" in lines["won"] and "LOSS" not in lines["won"]
-    assert "0.80x" in lines["lost"] and "LOSS" in lines["lost"] and "2.50 ms (cpu)" in lines["lost"]
-    assert "not ours" in lines["fallback"] and "LOSS" not in lines["fallback"]
+    assert "2.00x" in lines["won"]
+    assert "LOSS" not in lines["won"]
+    assert "0.80x" in lines["lost"]
+    assert "LOSS" in lines["lost"]
+    assert "2.50 ms (cpu)" in lines["lost"]
+    assert "not ours" in lines["fallback"]
+    assert "LOSS" not in lines["fallback"]
     assert all("[fresh]" in line for line in lines.values())
     assert "1 wins, 1 losses, 1 ran torch's own kernel (aten) and are not counted" in text
     assert "geometric mean 1.26x" in text  # sqrt(2.0 * 0.8)
@@ -315,10 +332,13 @@ def test_a_page_is_written_between_its_markers_and_checked(tmp_path, capsys):
     results.save(measured(row(1.0), row(2.5)), folder)
     arguments = [str(page), "--results", str(folder)]
     assert report.main([*arguments, "--check"]) == 1
-    assert page.read_text() == PAGE and "out of date" in capsys.readouterr().out
+    assert page.read_text() == PAGE
+    assert "out of date" in capsys.readouterr().out
     assert report.main(arguments) == 0
     text = page.read_text()
-    assert "old" not in text and "**0.80x (0.80..0.80) LOSS**" in text and "between" in text
+    assert "old" not in text
+    assert "**0.80x (0.80..0.80) LOSS**" in text
+    assert "between" in text
     assert f"<!-- bench:pool2d -->\n{report.NOT_MEASURED}\n<!-- /bench -->" in text
     assert report.main([*arguments, "--check"]) == 0
     results.save(measured(row(1.5)), folder)
@@ -329,4 +349,42 @@ def test_a_page_without_its_end_marker_is_refused(tmp_path, capsys):
     page = tmp_path / "README.md"
     page.write_text("<!-- bench:conv2d -->\ntext\n")
     assert report.main([str(page), "--results", str(tmp_path)]) == 2
-    assert "<!-- /bench -->" in capsys.readouterr().err and page.read_text() == "<!-- bench:conv2d -->\ntext\n"
+    assert "<!-- /bench -->" in capsys.readouterr().err
+    assert page.read_text() == "<!-- bench:conv2d -->\ntext\n"
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BREAK_AVG_POOL2D = """
+import cnnops.functional as CF
+right = CF.avg_pool2d
+CF.avg_pool2d = lambda *args, **kwargs: right(*args, **kwargs) * 1.01
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_suite_with_a_wrong_result_writes_nothing(tmp_path, broken):
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "breaker.py").write_text(BREAK_AVG_POOL2D if broken else "")
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "breaker", "-p", "no:cacheprovider"]
+    select = ["bench/test_overhead.py", "-k", "avg_pool2d and not adaptive and not torch.ops", "--quick"]
+    options = ["--results", str(tmp_path / "results"), "--device", "cpu", "--threads", "1"]
+    done = subprocess.run(
+        [*pytest_here, *select, *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    written = results.load_all(tmp_path / "results")
+    assert (done.returncode != 0) == broken, done.stdout + done.stderr
+    if broken:
+        assert "cnnops differs from torch by" in done.stdout
+        assert not written
+    else:
+        (overhead,) = written
+        assert [(row.op, row.case, row.pass_) for row in overhead.rows] == [
+            ("avg_pool2d", "functional", "forward"),
+            ("avg_pool2d", "functional", "forward+backward"),
+        ]
+        assert all(row.candidates[name].samples == 3 for row in overhead.rows for name in ("cnnops", "torch"))

@@ -1,7 +1,7 @@
 """The two malloc settings that a CPU benchmark is run under.
 
-glibc maps every block of 32 MiB or more afresh and returns it when freed, so each call's large output is paid for in page
-faults. A process that keeps freed memory pays them once. Which of the two a user has depends on the environment
+glibc maps every block of 32 MiB or more afresh and returns it when freed, so each call's large output is paid for in
+page faults. A process that keeps freed memory pays them once. Which of the two a user has depends on the environment
 (MALLOC_ variables, a preloaded allocator), so both are measured.
 """
 

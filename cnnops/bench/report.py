@@ -1,7 +1,7 @@
 """Tables of measured results: on the terminal, and in Markdown between the markers of a page.
 
-``python -m cnnops.bench.report README.md`` writes what the result files say between
-``<!-- bench:SUITE -->`` and ``<!-- /bench -->``; ``--check`` changes nothing and fails where a page says something else.
+``python -m cnnops.bench.report README.md`` writes what the result files say between ``<!-- bench:SUITE -->`` and
+``<!-- /bench -->``; ``--check`` changes nothing and fails where a page says something else.
 """
 
 from __future__ import annotations

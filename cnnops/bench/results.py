@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
+import cnnops
 from cnnops.bench import memory
 from cnnops.bench.timing import Comparison, Spread, compare
-from cnnops.bench.verify import Mismatch, tensors
+from cnnops.bench.verify import Mismatch, bound
 
 SCHEMA = 1
 
@@ -50,8 +51,7 @@ class Timing:
 
     @classmethod
     def of(cls, spread: Spread) -> Timing:
-        us = (value * 1e6 for value in (spread.median, spread.q1, spread.q3, spread.best))
-        return cls(*us, spread.samples)
+        return cls(spread.median * 1e6, spread.q1 * 1e6, spread.q3 * 1e6, spread.best * 1e6, spread.samples)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Environment:
     torch: str
     triton: str | None
     compiler: str | None
-    cnnops: str | None
+    cnnops: str
     commit: str | None
     dirty: bool
     malloc: str
@@ -112,7 +112,7 @@ class Row:
     op, case, dtype, layout, pass_: what was called; layout is ours, "channels_last" or "contiguous".
     memory: malloc setting, a kind of `memory.KINDS`. backend: the one that really ran.
     candidates: times by name; ours and peer name two of them, peer being the fastest of the eager ones.
-    ratios: ours against every other candidate. flops, bytes: of one call, each tensor moved once.
+    ratios: ours against every other candidate. flops, bytes: of one call, the least that memory must serve.
     gflops: GFLOP/s of ours. share: least time at the machine's limits over our time; above 1 where the data stays in
     cache or the algorithm needs fewer multiplications than counted. None where there is no limit to compare with.
     """
@@ -302,36 +302,49 @@ def load_all(folder: Path | str) -> list[Results]:
     return [load(path) for path in sorted(Path(folder).glob("*/*.json"))]
 
 
+def _fastest(call: Callable[[], object], right: Callable[[object], bool], device: str, threads: int | None) -> float:
+    """Seconds of the fastest sample of `call`, whose result `right` accepts."""
+
+    def verify(results: Mapping[str, object]) -> None:
+        if not right(results["limit"]):
+            raise Mismatch("machine_limits: torch's own result is wrong")
+
+    return compare({"limit": call}, verify=verify, device=device, threads=threads).time("limit").best
+
+
+def _copy_gbps(device: str, threads: int | None, elements: int) -> float:
+    source = torch.rand(elements, device=device)
+    target = torch.zeros_like(source)
+    seconds = _fastest(lambda: target.copy_(source), lambda _: torch.equal(target, source), device, threads)
+    return 2 * source.nbytes / seconds * 1e-9
+
+
+def _mm_gflops(device: str, threads: int | None, dtype: torch.dtype, extent: int) -> float:
+    a, b = (torch.randn(extent, extent, device=device).to(dtype) for _ in range(2))
+    expected = (a[:8].double() @ b.double()).to(dtype)
+
+    def right(product: object) -> bool:
+        difference = product[:8] - expected if isinstance(product, torch.Tensor) else expected
+        return float(difference.abs().max()) <= bound(expected, extent)
+
+    return 2 * extent**3 / _fastest(lambda: a @ b, right, device, threads) * 1e-9
+
+
 @functools.cache
 def machine_limits(
     device: str, threads: int | None = None, dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 ) -> Limits:
-    """Measure `Limits` on `device`, in about two seconds for each figure; remembered for the process."""
+    """Measure `Limits` on `device`, about two seconds for each figure; remembered for the process.
+
+    The best sample counts, since a limit is what the machine can do. Copies are of 128 MiB (1 GiB on CUDA), products of
+    2048 x 2048 (8192 x 8192 on CUDA), both beyond the caches. Draws from torch's global generator, and restores it.
+    """
     cuda = torch.device(device).type == "cuda"
-    generator = torch.Generator(device).manual_seed(0)
-    source = torch.rand(1 << (28 if cuda else 25), device=device, generator=generator)
-    target, extent = torch.zeros_like(source), 8192 if cuda else 2048
-
-    def copied(results: Mapping[str, object]) -> None:
-        if not torch.equal(target, source):
-            raise Mismatch("copy_: the copy differs from its source")
-
-    def fastest(call: Callable[[], object], verify: Callable[[Mapping[str, object]], None]) -> float:
-        measured = compare({"limit": call}, verify=verify, budget_s=1.0, threads=threads, device=device)
-        return measured.time("limit").best
-
-    gbps = 2 * source.nbytes / fastest(lambda: target.copy_(source), copied) * 1e-9
-    del source, target
-    gflops = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(extent, extent, device=device, generator=generator).to(dtype) for _ in "ab")
-
-        def finite(results: Mapping[str, object]) -> None:
-            if not all(t.isfinite().all() for t in tensors(results["limit"])):
-                raise Mismatch("mm: expected finite values")
-
-        gflops[str(dtype).removeprefix("torch.")] = 2 * extent**3 / fastest(lambda: a @ b, finite) * 1e-9  # noqa: B023
-    return Limits(gbps, gflops)
+    with torch.random.fork_rng():
+        copy_gbps = _copy_gbps(device, threads, 1 << (28 if cuda else 25))
+        names = {dtype: str(dtype).removeprefix("torch.") for dtype in dtypes}
+        extent = 8192 if cuda else 2048
+        return Limits(copy_gbps, {names[dtype]: _mm_gflops(device, threads, dtype, extent) for dtype in dtypes})
 
 
 def _cpu_name() -> str:
@@ -386,10 +399,10 @@ def environment(device: str = "cpu", threads: int | None = None, compiler: str |
         isa=isa,
         os=platform.platform(),
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         triton=_version("triton"),
         compiler=compiler,
-        cnnops=_version("cnnops"),
+        cnnops=cnnops.__version__,
         commit=_git("rev-parse", "HEAD"),
         dirty=bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         malloc=memory.describe(),

@@ -1,7 +1,7 @@
 """The one timing function: candidates interleaved round by round, verified before and after.
 
-Neighbours, turbo and page cache drift over seconds, so a candidate is only ever compared with another of the same round.
-A ratio is taken in each round and then summarised, which cancels the drift that two separate medians would keep.
+Neighbours and clock frequencies drift over seconds, so a candidate is only ever compared with another of the same
+round. A ratio is taken in each round and then summarised, which cancels the drift that two separate medians would keep.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Host time of calls made one after another, caches warm. timer: seconds, ``time.thread_time`` for call overhead."""
+    """Host time of calls made one after another, caches warm.
+
+    timer: gives seconds; ``time.thread_time`` for call overhead.
+    """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self.timer = timer
