@@ -7,8 +7,8 @@
 //   adaptive  the average over rows floor(p*H/P) .. ceil((p+1)*H/P) - 1, and columns likewise
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C].
-// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward. Backward gathers
-//            instead of scattering, so every schedule gives the same bits and dx needs no clearing.
+// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such rows.
+//            Nothing is written outside of it, so every schedule gives the same bits.
 // Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
 #include <algorithm>
 #include <limits>
@@ -20,25 +20,39 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-// The channels that a kernel works on at once: kUnroll vectors of them, or one number where C fills no vector.
+// Lane by lane, in steps of twice or half the width: each is one instruction, where one leap is a shuffle of pieces.
+template <class To, class From>
+inline To convert_lanes(From v) {
+  constexpr int kCount = sizeof(From) / sizeof(v[0]), kFrom = sizeof(v[0]), kTo = sizeof(To{}[0]);
+  if constexpr (kTo > 2 * kFrom || kFrom > 2 * kTo) {
+    using Step = std::conditional_t<(kTo > kFrom ? 2 * kFrom : kFrom / 2) == 2, uint16_t, uint32_t>;
+    typedef Step Steps __attribute__((vector_size(kCount * (kTo > kFrom ? 2 * kFrom : kFrom / 2))));
+    return convert_lanes<To>(__builtin_convertvector(v, Steps));
+  } else {
+    return __builtin_convertvector(v, To);
+  }
+}
+
+// The channels that a kernel works on at once: kUnroll vectors of them, or one number in a vector's first lane (vectors
+// select without branching, which the data would mispredict).
 template <class T, bool kVector, int kUnroll_>
 struct Pack {
-  using V = std::conditional_t<kVector, Vec<Acc<T>>, Acc<T>>;
+  using V = Vec<Acc<T>>;
   using Lane = std::conditional_t<sizeof(Acc<T>) == 8, int64_t, int32_t>;
-  using Offset = std::conditional_t<kVector, Vec<Lane>, Lane>;
+  using Offset = Vec<Lane>;
   static constexpr int kWidth = kVector ? kLanes<T> : 1, kUnroll = kUnroll_;
 
   static V read(const T* p) {
     if constexpr (kVector)
       return load(p);
     else
-      return to_acc(*p);
+      return splat(to_acc(*p));
   }
   static void write(T* p, V v) {
     if constexpr (kVector)
       store(p, v);
     else
-      from_acc(v, *p);
+      from_acc(v[0], *p);
   }
   template <class O>
   static Offset read_offset(const O* p) {
@@ -46,32 +60,38 @@ struct Pack {
       typedef O Narrow __attribute__((vector_size(kLanes<T> * sizeof(O))));
       Narrow narrow;
       std::memcpy(&narrow, p, sizeof narrow);
-      return __builtin_convertvector(narrow, Offset);
+      return convert_lanes<Offset>(narrow);
     } else {
-      return *p;
+      return Offset{} + static_cast<Lane>(*p);
     }
   }
   template <class O>
   static void write_offset(O* p, Offset v) {
     if constexpr (kVector) {
       typedef O Narrow __attribute__((vector_size(kLanes<T> * sizeof(O))));
-      const Narrow narrow = __builtin_convertvector(v, Narrow);
+      const Narrow narrow = convert_lanes<Narrow>(v);
       std::memcpy(p, &narrow, sizeof narrow);
     } else {
-      *p = static_cast<O>(v);
+      *p = static_cast<O>(v[0]);
     }
   }
 };
 
-// f(Pack, c) until all channels are done. The last vector may overlap the one before: both write the same numbers.
+// f(Pack, c) until all channels of a position are done. The last vector may overlap the one before: both write the same
+// numbers. Where C fills no vector but `room` elements follow wherever f reads or writes, one vector goes beyond the
+// channels into the next positions of the row: what it writes there is wrong until those are computed in their turn.
 template <class T, class F>
-void for_channels(int64_t C, const F& f) {
+void for_channels(int64_t C, int64_t room, const F& f) {
   constexpr int kUnroll = 4, kWidth = kLanes<T>;
+  if (C < kWidth) {
+    if (room >= kWidth) return f(Pack<T, true, 1>{}, 0);
+    for (int64_t c = 0; c < C; ++c) f(Pack<T, false, 1>{}, c);
+    return;
+  }
   int64_t c = 0;
   for (; c + kUnroll * kWidth <= C; c += kUnroll * kWidth) f(Pack<T, true, kUnroll>{}, c);
   for (; c + kWidth <= C; c += kWidth) f(Pack<T, true, 1>{}, c);
-  if (c < C && C >= kWidth) return f(Pack<T, true, 1>{}, C - kWidth);
-  for (; c < C; ++c) f(Pack<T, false, 1>{}, c);
+  if (c < C) f(Pack<T, true, 1>{}, C - kWidth);
 }
 
 // A half-open range along one axis; empty where end <= begin.
@@ -141,7 +161,7 @@ void for_offset(const Pool2dProblem& problem, F&& f) {
 template <class T, class O, bool kKeepOffsets>
 void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   const int64_t C = problem.C, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
-  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w;
+  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w, inputs = int64_t{problem.N} * problem.H * W * C;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   parallel_for(problem.N * P, [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
@@ -152,7 +172,9 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
       const int64_t first_tap = any ? taps_h.begin * S + taps_w.begin : 0;
       const int64_t h = rows.first(p) + taps_h.begin * dilation_h, w = cols.first(q) + taps_w.begin * dilation_w;
       const int64_t window = ((n * problem.H + h) * W + w) * C, out = (np * Q + q) * C;
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = window + ((taps_h.size() - 1) * dilation_h * W + (taps_w.size() - 1) * dilation_w) * C;
+      const int64_t room = any ? std::min((Q - q) * C, inputs - last) : 0;
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V best[K::kUnroll];
         typename K::Offset kept[K::kUnroll];
         for (int u = 0; u < K::kUnroll; ++u) {
@@ -183,13 +205,16 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
 template <class T, class O>
 void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
   const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q, S = problem.S;
+  const int64_t outputs = int64_t{problem.N} * problem.P * Q * C;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   parallel_for(problem.N * H, [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
     for (int64_t w = 0; w < W; ++w) {
       const Span over_w = cols.windows_over(w);
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
+      const int64_t room = std::min((W - w) * C, outputs - last);
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t p = over_h.begin; p < over_h.end; ++p) {
           const int64_t r = rows.tap_of(p, h);
@@ -212,6 +237,31 @@ void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T
   });
 }
 
+// The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
+// each band of rows is cleared, and the windows over it add to it in turn.
+template <class T, class O>
+void max_backward_banded(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
+  constexpr int64_t kBand = 4096;  // elements, to stay in the first-level cache
+  const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q;
+  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
+  const int64_t band = std::max<int64_t>(1, kBand / (W * C)), bands = (H + band - 1) / band;
+  parallel_for(problem.N * bands, [&](int64_t i) {
+    const int64_t n = i / bands, begin = i % bands * band, end = std::min(H, begin + band);
+    T* plane = dx + n * H * W * C;
+    std::fill(plane + begin * W * C, plane + end * W * C, T{});
+    const int64_t p_end = rows.windows_over(end - 1).end;
+    for (int64_t p = rows.windows_over(begin).begin; p < p_end; ++p)
+      for (int64_t q = 0; q < Q; ++q) {
+        const int64_t out = ((n * problem.P + p) * Q + q) * C;
+        for (int64_t c = 0; c < C; ++c) {
+          const uint32_t tap = offsets[out + c], S = problem.S;
+          const int64_t h = rows.first(p) + tap / S * rows.dilation, w = cols.first(q) + tap % S * cols.dilation;
+          if (h >= begin && h < end && w >= 0 && w < W) plane[(h * W + w) * C + c] += dy[out + c];
+        }
+      }
+  });
+}
+
 // divisor(p, q) is what a window's sum is divided by.
 template <class T, class Axis, class Divisor>
 void average_forward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const Divisor& divisor,
@@ -223,7 +273,9 @@ void average_forward(const Pool2dProblem& problem, const Axis& rows, const Axis&
     for (int64_t q = 0; q < Q; ++q) {
       const Span window_w = cols.window_of(q);
       const Acc<T> count = static_cast<Acc<T>>(divisor(p, q));
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = ((n * H + window_h.end - 1) * W + window_w.end - 1) * C;
+      const int64_t room = std::min((Q - q) * C, problem.N * H * W * C - last);
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t h = window_h.begin; h < window_h.end; ++h)
           for (int64_t w = window_w.begin; w < window_w.end; ++w)
@@ -239,12 +291,15 @@ template <class T, class Axis, class Divisor>
 void average_backward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const Divisor& divisor,
                       const T* dy, T* dx) {
   const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q;
+  const int64_t outputs = problem.N * P * Q * C;
   parallel_for(problem.N * H, [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
     for (int64_t w = 0; w < W; ++w) {
       const Span over_w = cols.windows_over(w);
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
+      const int64_t room = std::min((W - w) * C, outputs - last);
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t p = over_h.begin; p < over_h.end; ++p)
           for (int64_t q = over_w.begin; q < over_w.end; ++q) {
@@ -288,8 +343,13 @@ void max_pool2d_forward(const Pool2dProblem& problem, const void* x, void* y, vo
 
 void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const void* offsets, void* dx, Stream) {
   for_dtype(problem.dtype, [&]<class T>(T) {
+    const T* from = static_cast<const T*>(dy);
+    T* to = static_cast<T*>(dx);
     for_offset(problem, [&]<class O>(O) {
-      max_backward(problem, static_cast<const T*>(dy), static_cast<const O*>(offsets), static_cast<T*>(dx));
+      const O* kept = static_cast<const O*>(offsets);
+      if constexpr (std::is_same_v<T, Acc<T>>)
+        if (problem.C < kLanes<T>) return max_backward_banded(problem, from, kept, to);
+      max_backward(problem, from, kept, to);
     });
   });
 }
