@@ -126,6 +126,12 @@ struct Sliding {
     return {reach < extent ? 0 : (reach - extent) / stride + 1, std::min(reach / stride + 1, out)};
   }
 
+  // Makes windows_over(h) of windows_over(h - 1), without a division.
+  void advance(Span& over, int64_t h) const {
+    while (over.begin * stride - pad + (kernel - 1) * dilation < h) ++over.begin;
+    while (over.end < out && over.end * stride - pad <= h) ++over.end;
+  }
+
   // The tap by which output `p`, one of windows_over(h), sees input `h`; -1 where it skips it.
   int64_t tap_of(int64_t p, int64_t h) const {
     const int64_t distance = h - first(p);
@@ -145,6 +151,7 @@ struct Adaptive {
 
   // floor(p*in/out) <= h < ceil((p+1)*in/out), solved for p: the same rule with in and out exchanged.
   Span windows_over(int64_t h) const { return Adaptive{out, in}.window_of(h); }
+  void advance(Span& over, int64_t h) const { over = windows_over(h); }
 };
 
 // f(O{}) for the type of the window offsets.
@@ -210,8 +217,9 @@ void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T
   parallel_for(problem.N * H, [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
+    Span over_w = cols.windows_over(0);
     for (int64_t w = 0; w < W; ++w) {
-      const Span over_w = cols.windows_over(w);
+      cols.advance(over_w, w);
       const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
       const int64_t room = std::min((W - w) * C, outputs - last);
       for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
@@ -239,12 +247,17 @@ void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T
 
 // The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
 // each band of rows is cleared, and the windows over it add to it in turn.
-template <class T, class O>
-void max_backward_banded(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
+template <class T>
+void max_backward_banded(const Pool2dProblem& problem, const T* dy, const uint8_t* offsets, T* dx) {
   constexpr int64_t kBand = 4096;  // elements, to stay in the first-level cache
   const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   const int64_t band = std::max<int64_t>(1, kBand / (W * C)), bands = (H + band - 1) / band;
+  int64_t below[256] = {}, right[256] = {};  // where each tap lies in its window
+  for (int64_t tap = 0; tap < rows.kernel * cols.kernel; ++tap) {
+    below[tap] = tap / cols.kernel * rows.dilation;
+    right[tap] = tap % cols.kernel * cols.dilation;
+  }
   parallel_for(problem.N * bands, [&](int64_t i) {
     const int64_t n = i / bands, begin = i % bands * band, end = std::min(H, begin + band);
     T* plane = dx + n * H * W * C;
@@ -254,8 +267,8 @@ void max_backward_banded(const Pool2dProblem& problem, const T* dy, const O* off
       for (int64_t q = 0; q < Q; ++q) {
         const int64_t out = ((n * problem.P + p) * Q + q) * C;
         for (int64_t c = 0; c < C; ++c) {
-          const uint32_t tap = offsets[out + c], S = problem.S;
-          const int64_t h = rows.first(p) + tap / S * rows.dilation, w = cols.first(q) + tap % S * cols.dilation;
+          const uint8_t tap = offsets[out + c];
+          const int64_t h = rows.first(p) + below[tap], w = cols.first(q) + right[tap];
           if (h >= begin && h < end && w >= 0 && w < W) plane[(h * W + w) * C + c] += dy[out + c];
         }
       }
@@ -295,17 +308,22 @@ void average_backward(const Pool2dProblem& problem, const Axis& rows, const Axis
   parallel_for(problem.N * H, [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
+    Span over_w = cols.windows_over(0);
     for (int64_t w = 0; w < W; ++w) {
-      const Span over_w = cols.windows_over(w);
+      cols.advance(over_w, w);
       const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
       const int64_t room = std::min((W - w) * C, outputs - last);
       for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t p = over_h.begin; p < over_h.end; ++p)
           for (int64_t q = over_w.begin; q < over_w.end; ++q) {
-            const Acc<T> count = static_cast<Acc<T>>(divisor(p, q));
-            for (int u = 0; u < K::kUnroll; ++u)
-              sum[u] += K::read(dy + ((n * P + p) * Q + q) * C + c + u * K::kWidth) / count;
+            const int64_t count = divisor(p, q), out = ((n * P + p) * Q + q) * C + c;
+            const Acc<T> divide_by = static_cast<Acc<T>>(count), multiply_by = 1 / divide_by;
+            const bool exact = count > 0 && (count & (count - 1)) == 0;  // a power of 2: the product is the quotient
+            for (int u = 0; u < K::kUnroll; ++u) {
+              const auto v = K::read(dy + out + u * K::kWidth);
+              sum[u] += exact ? v * multiply_by : v / divide_by;
+            }
           }
         for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
       });
@@ -347,7 +365,7 @@ void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const voi
     T* to = static_cast<T*>(dx);
     for_offset(problem, [&]<class O>(O) {
       const O* kept = static_cast<const O*>(offsets);
-      if constexpr (std::is_same_v<T, Acc<T>>)
+      if constexpr (std::is_same_v<T, Acc<T>> && std::is_same_v<O, uint8_t>)
         if (problem.C < kLanes<T>) return max_backward_banded(problem, from, kept, to);
       max_backward(problem, from, kept, to);
     });
