@@ -27,12 +27,12 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16384;   // elements that are summed together; the statistics read them twice, from cache
-constexpr int64_t kRun = 256;       // lines in a block at most: what one float sums up
-constexpr int64_t kSlices = 64;     // that sums are cut into where the shape allows: what threads share
-constexpr int64_t kTile = 512;      // channels whose sums one index holds
-constexpr int64_t kChunk = 32768;   // elements that one index of an elementwise sweep owns
-constexpr int kAccumulators = 4;    // independent vector sums along L, to hide the latency of an addition
+constexpr int64_t kBlock = 16384;  // elements that are summed together; the statistics read them twice, from cache
+constexpr int64_t kRun = 256;      // lines in a block at most: what one float sums up
+constexpr int64_t kSlices = 64;    // that sums are cut into where the shape allows: what threads share
+constexpr int64_t kTile = 512;     // channels whose sums one index holds
+constexpr int64_t kChunk = 32768;  // elements that one index of an elementwise sweep owns
+constexpr int kAccumulators = 4;   // independent vector sums along L, to hide the latency of an addition
 
 // Numbers that are worked on at once: a vector of them, or one, in the first lane of a vector (vectors select without
 // branching, which the data would mispredict).
@@ -165,8 +165,8 @@ void reduce(const Lines& lines, const Block& block, const Merge& merge, double* 
   std::copy_n(slab.get() + C, C, second);
   for (int64_t slice = 1; slice < slices; ++slice) {
     const int64_t before = slice * slice_lines, more = std::min(lines.count - before, slice_lines);
-    merge(before * lines.L, first, second, more * lines.L, slab.get() + 2 * slice * C,
-          slab.get() + (2 * slice + 1) * C, C);
+    merge(before * lines.L, first, second, more * lines.L, slab.get() + 2 * slice * C, slab.get() + (2 * slice + 1) * C,
+          C);
   }
 }
 
@@ -177,7 +177,8 @@ void statistics(const Lines& lines, const T* x, double* mean, double* squares) {
   const auto block = [&](const Part& part, Pair& out) {
     const A scale = 1 / static_cast<A>(part.positions());
     Sums<T> sums(lines, part);
-    for_part<T>(lines, part, [&]<class W>(W, int64_t i, auto, int64_t k) { sums.template add<W>(k, read<W>(x + i), Vec<A>{}); });
+    for_part<T>(lines, part,
+                [&]<class W>(W, int64_t i, auto, int64_t k) { sums.template add<W>(k, read<W>(x + i), Vec<A>{}); });
     sums.fold(lines);
     A about[kTile];
     for (int64_t k = 0; k < std::max(part.width, lines.channels_last ? 0 : Sums<T>::kSpread); ++k)
@@ -373,8 +374,7 @@ void batch_norm_act_forward(const NormProblem& problem, const BatchNormForward& 
 
 void batch_norm_act_backward(const NormProblem& problem, const BatchNormBackward& args, Stream) {
   for_dtype(problem.dtype, [&]<class T>(T) {
-    for_activation(problem.activation,
-                   [&](auto activation) { backward<T, activation.value>(problem, args); });
+    for_activation(problem.activation, [&](auto activation) { backward<T, activation.value>(problem, args); });
   });
 }
 

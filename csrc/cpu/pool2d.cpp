@@ -1,13 +1,15 @@
 // Pooling over windows of R x S taps, NHWC.
 //
-//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w, c]
+//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w +
+//   s*dilation_w, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c]
 //   average   y[n,p,q,c]  = 1/divisor(p,q) * sum over (r,s) of x[n, p*stride_h - pad_h + r, q*stride_w - pad_w + s, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) that cover (h,w) of dy[n,p,q,c] / divisor(p,q)
 //   adaptive  the average over rows floor(p*H/P) .. ceil((p+1)*H/P) - 1, and columns likewise
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C].
-// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such rows.
+// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such
+// rows.
 //            Nothing is written outside of it, so every schedule gives the same bits.
 // Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
 #include <algorithm>
@@ -168,7 +170,8 @@ void for_offset(const Pool2dProblem& problem, F&& f) {
 template <class T, class O, bool kKeepOffsets>
 void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   const int64_t C = problem.C, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
-  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w, inputs = int64_t{problem.N} * problem.H * W * C;
+  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w,
+                inputs = int64_t{problem.N} * problem.H * W * C;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   parallel_for(problem.N * P, [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
@@ -209,40 +212,44 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   });
 }
 
+// One row (n,h) of dx. By value, so that the compiler knows that no store to dx changes the problem.
 template <class T, class O>
-void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
-  const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q, S = problem.S;
-  const int64_t outputs = int64_t{problem.N} * problem.P * Q * C;
+void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets, T* dx, int64_t nh) {
+  const int64_t C = problem.C, W = problem.W, Q = problem.Q, n = nh / problem.H, h = nh % problem.H;
+  const int64_t after = (problem.N - n) * problem.P * Q * C;  // elements of dy from image n on
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
-  parallel_for(problem.N * H, [&](int64_t nh) {
-    const int64_t n = nh / H, h = nh % H;
-    const Span over_h = rows.windows_over(h);
-    Span over_w = cols.windows_over(0);
-    for (int64_t w = 0; w < W; ++w) {
-      cols.advance(over_w, w);
-      const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
-      const int64_t room = std::min((W - w) * C, outputs - last);
-      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
-        typename K::V sum[K::kUnroll] = {};
-        for (int64_t p = over_h.begin; p < over_h.end; ++p) {
-          const int64_t r = rows.tap_of(p, h);
-          if (r < 0) continue;
-          for (int64_t q = over_w.begin; q < over_w.end; ++q) {
-            const int64_t s = cols.tap_of(q, w);
-            if (s < 0) continue;
-            const int64_t out = ((n * problem.P + p) * Q + q) * C + c;
-            const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * S + s);
-            for (int u = 0; u < K::kUnroll; ++u) {
-              const auto v = K::read(dy + out + u * K::kWidth);
-              const auto kept = K::read_offset(offsets + out + u * K::kWidth);
-              sum[u] += kept == tap ? v : typename K::V{};
-            }
+  const Span over_h = rows.windows_over(h);
+  dy += n * problem.P * Q * C;
+  offsets += n * problem.P * Q * C;
+  Span over_w = cols.windows_over(0);
+  for (int64_t w = 0; w < W; ++w) {
+    cols.advance(over_w, w);
+    const int64_t room = std::min((W - w) * C, after - ((over_h.end - 1) * Q + over_w.end - 1) * C);
+    for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
+      typename K::V sum[K::kUnroll] = {};
+      for (int64_t p = over_h.begin; p < over_h.end; ++p) {
+        const int64_t r = rows.tap_of(p, h);
+        if (r < 0) continue;
+        for (int64_t q = over_w.begin; q < over_w.end; ++q) {
+          const int64_t s = cols.tap_of(q, w);
+          if (s < 0) continue;
+          const int64_t out = (p * Q + q) * C + c;
+          const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * cols.kernel + s);
+          for (int u = 0; u < K::kUnroll; ++u) {
+            const auto v = K::read(dy + out + u * K::kWidth);
+            const auto kept = K::read_offset(offsets + out + u * K::kWidth);
+            sum[u] += kept == tap ? v : typename K::V{};
           }
         }
-        for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
-      });
-    }
-  });
+      }
+      for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
+    });
+  }
+}
+
+template <class T, class O>
+void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
+  parallel_for(int64_t{problem.N} * problem.H, [&](int64_t nh) { max_backward_row(problem, dy, offsets, dx, nh); });
 }
 
 // The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
@@ -292,8 +299,7 @@ void average_forward(const Pool2dProblem& problem, const Axis& rows, const Axis&
         typename K::V sum[K::kUnroll] = {};
         for (int64_t h = window_h.begin; h < window_h.end; ++h)
           for (int64_t w = window_w.begin; w < window_w.end; ++w)
-            for (int u = 0; u < K::kUnroll; ++u)
-              sum[u] += K::read(x + ((n * H + h) * W + w) * C + c + u * K::kWidth);
+            for (int u = 0; u < K::kUnroll; ++u) sum[u] += K::read(x + ((n * H + h) * W + w) * C + c + u * K::kWidth);
         for (int u = 0; u < K::kUnroll; ++u) K::write(y + (np * Q + q) * C + c + u * K::kWidth, sum[u] / count);
       });
     }
