@@ -1,0 +1,7 @@
+"""`python -m cnnops`."""
+
+import sys
+
+from cnnops.cli import main
+
+sys.exit(main())

@@ -1,0 +1,204 @@
+"""The command line. Each sub-command is one function: it takes the parsed options and returns the exit status.
+
+Exit status 0: done; 2: a bad argument, a missing data set or package, a checkpoint or a folder that cannot be used;
+128 + n: ended by signal n. Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+
+if TYPE_CHECKING:
+    from cnnops.train import Trainer
+
+Command = Callable[[argparse.Namespace], int]
+Built = TypeVar("Built")
+
+USAGE_ERROR = 2
+
+
+class UsageError(Exception):
+    """The command cannot be carried out as given; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"cnnops: error: {message} (see {self.prog} --help)\n")
+
+
+def _add_command(commands: Any, name: str, command: Command, summary: str, details: str = "") -> _Parser:
+    """Make a sub-command: `summary` for the list of commands, `details` for its own --help."""
+    description = f"{summary[0].upper()}{summary[1:]}. {details}".strip()
+    parser: _Parser = commands.add_parser(name, help=summary, description=description)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """One option for each field of a config dataclass. What is not given is absent from the namespace."""
+    types = get_type_hints(config)
+    for f in fields(config):
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=types[f.name],
+            default=argparse.SUPPRESS,
+            metavar=types[f.name].__name__.upper(),
+            help=f"{f.metadata['help']} (default: {f.default})",
+        )
+
+
+def _given(options: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    """The options of the config dataclass that were given."""
+    return {f.name: getattr(options, f.name) for f in fields(config) if hasattr(options, f.name)}
+
+
+def _new_folder(out: Path | None, name: str) -> Path:
+    """The run folder: `out`, which must be new or empty, or one in runs/ with the time in its name."""
+    folder = out or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder; choose another --out, or --resume a run")
+    return folder
+
+
+def _need_packages() -> None:
+    """The packages of the extra `train`, before work is done that would be lost without them."""
+    for package in ("rich", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"the package {package} is missing; run: pip install {package}")
+
+
+def _checked(build: Callable[..., Built], *arguments: Any, **options: Any) -> Built:
+    """`build(...)`; the ValueError of a bad option becomes a UsageError."""
+    try:
+        return build(*arguments, **options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def train(options: argparse.Namespace) -> int:
+    _need_packages()
+    from cnnops.train import TrainConfig, Trainer
+    from cnnops.train.console import ConsoleReporter
+
+    given = _given(options, TrainConfig)
+    if options.resume is None:
+        config = _checked(TrainConfig, **given)
+        folder = _new_folder(options.out, f"{config.model}-{config.data}")
+        trainer = _checked(Trainer, config, folder, ConsoleReporter())
+    else:
+        others = [f"--{name.replace('_', '-')}" for name in given if name != "device"] + ["--out"] * bool(options.out)
+        if others:
+            raise UsageError(f"--resume takes every option but --device from the checkpoint; leave out {others[0]}")
+        trainer = _checked(Trainer.resume, options.resume, ConsoleReporter(), given.get("device"))
+    trainer.fit()
+    _print_result(trainer)
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    _need_packages()
+    from cnnops.train import TrainConfig, Trainer
+    from cnnops.train.console import ConsoleReporter
+
+    config = _checked(TrainConfig, epochs=options.epochs, device=options.device)
+    if config.torch_device().type == "cpu":
+        config = replace(config, width=0.5)
+    trainer = Trainer(config, _new_folder(options.out, "demo"), ConsoleReporter())
+    trainer.fit()
+    print(f"\nthe same network beside torch.nn, one batch of {config.batch_size}:\n{_beside_torch(trainer)}")
+    _print_result(trainer)
+    return 0
+
+
+def _beside_torch(trainer: Trainer) -> str:
+    """A table: one training step and one inference of the trained network, and of its twin on torch.nn."""
+    from cnnops import models
+    from cnnops.bench.models import compare_models
+
+    config, dataset = trainer.config, trainer.dataset
+    peer = models.create_model(
+        config.model, len(dataset.classes), dataset.channels, config.stem, config.width, layers=models.torch_layers
+    ).to(trainer.device)
+    batch = next(trainer.batches.train(epoch=0))
+    return compare_models(trainer.model, peer, batch, rounds=7).table()
+
+
+def _print_result(trainer: Trainer) -> None:
+    print(f"\ncurves.png, filters.png, samples.png, metrics.jsonl, best.pt and last.pt are in {trainer.folder}")
+    print(f"test accuracy {100 * trainer.history[-1].test_accuracy:.2f} %")
+
+
+def parser() -> argparse.ArgumentParser:
+    from cnnops.train.config import TrainConfig
+
+    top = _Parser(
+        prog="cnnops",
+        description="Convolutional networks on hand-written kernels.",
+        epilog="cnnops COMMAND --help says more about a command.",
+    )
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    sub = _add_command(
+        commands,
+        "demo",
+        demo,
+        "train ResNet-18 on 5,000 real digits and time it beside torch.nn",
+        "Takes a few minutes on two CPU cores (at half width; full width on CUDA). Ends with the test accuracy.",
+    )
+    sub.add_argument("--epochs", type=int, default=6, metavar="INT", help="passes over the training set (default: 6)")
+    sub.add_argument("--device", default="auto", metavar="STR", help="cpu, cuda, cuda:N or auto (default: auto)")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/demo-TIME)")
+
+    sub = _add_command(
+        commands,
+        "train",
+        train,
+        "train a network and keep the run in a folder",
+        "Ctrl-C ends it after the step that runs, with a checkpoint that --resume goes on from.",
+    )
+    _add_config_options(sub, TrainConfig)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="run folder, new or empty (default: runs/MODEL-DATA-TIME)")
+    sub.add_argument("--resume", type=Path, metavar="PATH", help="go on with a run folder, or from a checkpoint file")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line (None: this process') and return its exit status."""
+    try:
+        options = parser().parse_args(arguments)
+        command: Command = options.command
+        return _guarded(command, options)
+    except SystemExit as done:  # argparse, after --help or an error of its own
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 128 + signal.SIGINT)
+
+
+def _guarded(command: Command, options: argparse.Namespace) -> int:
+    """Run a command; what a user can mend becomes one line, and a bug keeps its traceback."""
+    from cnnops.data import DataError
+    from cnnops.train import CheckpointError, Stopped, TrainingError
+
+    try:
+        return command(options)
+    except Stopped as stopped:
+        return _failed(f"{stopped}; go on with: cnnops train --resume {stopped.folder}", 128 + stopped.signum)
+    except (UsageError, DataError, CheckpointError, TrainingError) as error:
+        return _failed(str(error), USAGE_ERROR)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", USAGE_ERROR)
+
+
+def _failed(message: str, status: int) -> int:
+    kind = "error: " if status == USAGE_ERROR else ""
+    print(f"cnnops: {kind}{message}", file=sys.stderr)
+    return status

@@ -1,0 +1,56 @@
+"""What a data set is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class DataError(Exception):
+    """A data set is missing or is not what it should be; the message is one line and says what to do."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images [N, C, H, W] uint8 and labels [N] int64, for training and for the test.
+
+    mean, std: of the training images in each channel, on a scale from 0 to 1; std is at least one grey level.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.train_images.shape[1]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        classes: tuple[str, ...],
+        train_images: Tensor,
+        train_labels: Tensor,
+        test_images: Tensor,
+        test_labels: Tensor,
+    ) -> Dataset:
+        """Measure mean and standard deviation of the training images, and put all together."""
+        std, mean = torch.std_mean(train_images.double() / 255, dim=(0, 2, 3), correction=0)
+        return cls(
+            name,
+            classes,
+            train_images,
+            train_labels,
+            test_images,
+            test_labels,
+            tuple(mean.tolist()),
+            tuple(std.clamp(min=1 / 255).tolist()),
+        )

@@ -1,0 +1,156 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cnnops import cli, data
+from cnnops.train import Reporter, Trainer
+
+TRAIN = ["train", "--model", "simple_cnn", "--data", "synthetic", "--width", "0.125", "--epochs", "2", "--lr", "0.02"]
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = data.synthetic(train=128, test=40, classes=4)
+    tiny = data.synthetic(train=128, test=40, classes=4, channels=1, size=8)
+    monkeypatch.setitem(data.DATASETS, "synthetic", lambda seed: small)
+    monkeypatch.setitem(data.DATASETS, "mnist-5k", lambda seed: tiny)
+
+
+def assert_fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], status: int = 2) -> None:
+    assert cli.main(arguments) == status
+    out = capsys.readouterr()
+    assert message in out.err and out.err.startswith("cnnops: error: ")
+    assert out.err.count("\n") == 1 and out.err.endswith("\n")
+
+
+def test_python_dash_m_shows_the_commands() -> None:
+    done = subprocess.run([sys.executable, "-m", "cnnops", "--help"], capture_output=True, text=True, check=True)
+    assert "demo" in done.stdout and "train" in done.stdout
+
+
+def test_train_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for option in ("--model", "--batch-size", "--weight-decay", "--resume", "--out"):
+        assert option in text
+    assert "(default: resnet18)" in text and "(default: 0.0005)" in text
+
+
+def test_train_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TRAIN, "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[0] for row in rows if row and row[0].isdigit()] == ["1", "2"]
+    assert "\x1b" not in out
+    assert out.splitlines()[-1].startswith("test accuracy ") and out.endswith(" %\n")
+    assert cli.main(["train", "--resume", "run"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_default_folder_is_in_runs(tmp_path: Path) -> None:
+    assert cli.main([*TRAIN, "--epochs", "1"]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("simple_cnn-synthetic-") and (folder / "samples.png").is_file()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_with_a_hint_and_can_be_resumed(
+    signum: signal.Signals, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: Reporter, trainer: Trainer, loss: float | None) -> None:
+        signal.raise_signal(signum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cnnops.train.console.ConsoleReporter.stepped", interrupt)
+        assert cli.main([*TRAIN, "--out", "run"]) == status
+    expected = "cnnops: stopped in epoch 1 of 2, after step 1 of 2; go on with: cnnops train --resume run\n"
+    assert capsys.readouterr().err == expected
+    assert cli.main(["train", "--resume", "run"]) == 0
+
+
+def test_interrupt_elsewhere(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(seed: int) -> data.Dataset:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(data.DATASETS, "synthetic", interrupt)
+    assert cli.main(TRAIN) == 130
+    assert capsys.readouterr().err == "cnnops: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["train", "--epochs", "0"], "epochs must be at least 1, but got epochs=0"),
+        (["train", "--model", "alexnet"], "model must be one of resnet18, resnet34, resnet50, simple_cnn"),
+        (["train", "--width", "0.001"], "width=0.001 leaves 0 of 64 channels"),
+        (["train", "--model", "simple_cnn", "--stem", "imagenet"], "stem must be 'cifar'"),
+        (["train", "--device", "cuda:99"], "device must be one that torch sees"),
+        (["train", "--resume", "absent"], "checkpoint absent does not exist"),
+        (["train", "--resume", "absent", "--lr", "1"], "leave out --lr"),
+        (["train", "--resume", "absent", "--out", "x"], "leave out --out"),
+        (["demo", "--epochs", "0"], "epochs must be at least 1"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_fails(arguments, message, capsys)
+
+
+def test_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").touch()
+    assert_fails([*TRAIN, "--out", "run"], "run exists and is not an empty folder", capsys)
+    assert_fails([*TRAIN, "--out", "run/mine/below"], "run/mine/below: Not a directory", capsys)
+
+
+def test_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TRAIN, "--epochs", "1", "--out", "run"]) == 0
+    capsys.readouterr()
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_fails(["train", "--resume", "run"], "checkpoint run/last.pt is damaged", capsys)
+
+
+@pytest.mark.parametrize(("package", "command"), [("mlxtend", ["demo"]), ("rich", TRAIN), ("matplotlib", TRAIN)])
+def test_missing_package(
+    package: str, command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+
+    def missing(name: str, of: str | None = None) -> Any:
+        return None if name == package else find_spec(name, of)
+
+    monkeypatch.setitem(data.DATASETS, "mnist-5k", data.embedded_mnist)
+    monkeypatch.setattr(importlib.util, "find_spec", missing)
+    assert_fails(command, f"pip install {package}", capsys)
+
+
+def test_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+    import os
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert_fails([*TRAIN, "--out", "run"], "run/config.json: No space left on device", capsys)
+
+
+def test_demo_ends_with_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--epochs", "1", "--device", "cpu", "--out", "run"]) == 0
+    out = capsys.readouterr().out
+    assert "resnet18, width 0.5" in out
+    assert "training step" in out and "inference" in out
+    assert out.splitlines()[-1].startswith("test accuracy ")
