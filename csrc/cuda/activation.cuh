@@ -7,22 +7,23 @@
 
 namespace cnnops::cuda {
 
-__device__ inline float activate(Activation activation, float v) {
+// f(activate), which is instantiated for each activation, so that the choice is made once and not for each element.
+template <class F>
+__device__ void with_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::kNone:
-      return v;
+      return f([](float v) { return v; });
     case Activation::kRelu:
-      return v < 0 ? 0 : v;
+      return f([](float v) { return v < 0 ? 0 : v; });
     case Activation::kRelu6:
-      return v < 0 ? 0 : v > 6 ? 6 : v;
+      return f([](float v) { return v < 0 ? 0 : v > 6 ? 6 : v; });
     case Activation::kSilu:
-      return v / (1 + expf(-v));
+      return f([](float v) { return v / (1 + expf(-v)); });
     case Activation::kHardswish:
-      return v * (v < -3 ? 0 : v > 3 ? 6 : v + 3) / 6;
+      return f([](float v) { return v * (v < -3 ? 0 : v > 3 ? 6 : v + 3) / 6; });
     case Activation::kSigmoid:
-      return 1 / (1 + expf(-v));
+      return f([](float v) { return 1 / (1 + expf(-v)); });
   }
-  return v;
 }
 
 }  // namespace cnnops::cuda

@@ -113,17 +113,15 @@ class Product {
     }
   }
 
-  // f(m, n, sum) for every element that this thread holds, m and n within the tile.
-  template <class F>
-  __device__ void for_each(F&& f) const {
+  // f(row(m), n, sum) for every element that this thread holds, m and n within the tile; row once for each m.
+  template <class Row, class F>
+  __device__ void for_each(Row&& row, F&& f) const {
     CNNOPS_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
+      const auto at = row(warp_m() + i * 8 + lane() / 4);
       CNNOPS_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        CNNOPS_UNROLL
-        for (int e = 0; e < 4; ++e)
-          f(warp_m() + i * 16 + lane() / 4 + e / 2 * 8, warp_n() + j * 8 + lane() % 4 * 2 + e % 2, sum_[i][j][e]);
-      }
+      for (int j = 0; j < 8; ++j)
+        f(at, warp_n() + j / 2 * 8 + lane() % 4 * 2 + j % 2, sum_[i / 2][j / 2][i % 2 * 2 + j % 2]);
     }
   }
 
@@ -176,13 +174,13 @@ class Product<float, kAInnerIsK, kBInnerIsK> {
     }
   }
 
-  template <class F>
-  __device__ void for_each(F&& f) const {
+  template <class Row, class F>
+  __device__ void for_each(Row&& row, F&& f) const {
     CNNOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {
+      const auto at = row(place<kAInnerIsK, kThreadsM>(thread_m(), i));
       CNNOPS_UNROLL
-      for (int j = 0; j < kColumns; ++j)
-        f(place<kAInnerIsK, kThreadsM>(thread_m(), i), place<kBInnerIsK, kThreadsN>(thread_n(), j), sum_[i][j]);
+      for (int j = 0; j < kColumns; ++j) f(at, place<kBInnerIsK, kThreadsN>(thread_n(), j), sum_[i][j]);
     }
   }
 

@@ -8,6 +8,11 @@
 #include "selftest.h"
 #include "simt.h"
 
+// The file name that Python imports the library by; sanitized builds have their own.
+#if !defined(CNNOPS_MODULE)
+#define CNNOPS_MODULE _native_simt
+#endif
+
 namespace py = pybind11;
 namespace simt = cnnops::simt;
 
@@ -40,7 +45,7 @@ void launch_empty(const Extents& grid, const Extents& block, size_t shared_bytes
 
 }  // namespace
 
-PYBIND11_MODULE(_native_simt, m) {
+PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.doc() = "The CUDA kernels, run on a CPU by an emulator, and its controls.";
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0,
         "Run threads and blocks in 'forward', 'reversed' or 'random' order. With 'random', asynchronous copies land at "

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -10,18 +9,12 @@
 #include <vector>
 
 #include "fiber.h"
+#include "shared_memory.h"
 
 namespace cnnops::simt {
 namespace {
 
 constexpr unsigned kMaxThreads = 1024, kWarp = 32, kMaxGridYZ = 65535, kMaxBlockZ = 64;
-constexpr size_t kMaxShared = 227 << 10, kMaxStaticShared = 48 << 10;  // bytes a block, as on sm_90
-constexpr size_t kFence = 1024;                                        // bytes around dynamic shared memory
-constexpr size_t kStaticFence = 64;                                    // bytes around each shared variable
-constexpr size_t kStaticArena = 2 * kMaxStaticShared;                  // room for the variables, fences, alignment
-
-// NaN in float, half and bfloat16, and no value that a kernel is likely to write.
-constexpr uint16_t kPoison = 0xffa5;
 
 struct AsyncCopy {
   void* destination;
@@ -94,12 +87,6 @@ class ReadySet {
   uint64_t words_[kWords] = {};
 };
 
-struct SharedVariable {
-  const void* site;
-  unsigned char* begin;
-  size_t bytes;
-};
-
 struct Device {
   std::mutex mutex;  // one launch at a time
   Order order = Order::kForward;
@@ -107,7 +94,8 @@ struct Device {
   Counters counters;
 
   Fiber host;
-  std::vector<std::unique_ptr<Thread>> threads;
+  Thread threads[kMaxThreads];
+  unsigned started_threads = 0;
   Thread* current = nullptr;
   Warp warps[kMaxThreads / kWarp];
   ReadySet ready;
@@ -120,16 +108,7 @@ struct Device {
   char begin_sync = 0, end_sync = 0, barrier_syncs[2] = {};
   std::string error;
 
-  struct Release {
-    void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{1024}); }
-  };
-  std::unique_ptr<unsigned char[], Release> shared_memory;
-  unsigned char* dynamic = nullptr;
-  size_t dynamic_bytes = 0;
-  unsigned char *statics = nullptr, *statics_end = nullptr;
-  SharedVariable variables[64] = {};
-  unsigned variable_count = 0;
-  size_t variable_bytes = 0;
+  SharedMemory shared_memory;
 };
 
 Device device;
@@ -155,7 +134,7 @@ CNNOPS_SIMT_RUNTIME Thread* next_thread() {
       index = device.ready.next(static_cast<unsigned>(next_random() >> 32) % device.thread_count);
       break;
   }
-  return index < 0 ? nullptr : device.threads[static_cast<size_t>(index)].get();
+  return index < 0 ? nullptr : &device.threads[index];
 }
 
 std::string text(const dim3& d) {
@@ -190,9 +169,9 @@ std::string doing(const Thread& thread) {
 std::string roll_call() {
   std::vector<std::pair<std::string, std::string>> lines;  // what they do, who they are
   for (unsigned first = 0; first < device.thread_count;) {
-    const std::string what = doing(*device.threads[first]);
+    const std::string what = doing(device.threads[first]);
     unsigned end = first + 1;
-    while (end < device.thread_count && doing(*device.threads[end]) == what) ++end;
+    while (end < device.thread_count && doing(device.threads[end]) == what) ++end;
     const std::string who = std::to_string(first) + (end - first > 1 ? ".." + std::to_string(end - 1) : "");
     const auto line = std::find_if(lines.begin(), lines.end(), [&](const auto& each) { return each.first == what; });
     if (line == lines.end())
@@ -244,60 +223,9 @@ void thread_main() {
   }
 }
 
-unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
-
-void poison(unsigned char* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) begin[i] = poison_at(i);
-}
-
-bool poisoned(const unsigned char* begin, const unsigned char* end, const unsigned char* origin) {
-  for (const unsigned char* p = begin; p < end; ++p)
-    if (*p != poison_at(static_cast<size_t>(p - origin) % 2)) return false;
-  return true;
-}
-
-size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-// One arena: variables with a fence around each, a fence, dynamic memory of exactly the size asked for, a fence.
-void lay_out_shared_memory(size_t dynamic_bytes) {
-  constexpr size_t kAlignment = 1024;  // what TMA wants of a swizzled tile
-  if (!device.shared_memory) {
-    device.shared_memory.reset(
-        new (std::align_val_t{kAlignment}) unsigned char[kStaticArena + kFence + kMaxShared + kFence]);
-    device.statics = device.statics_end = device.shared_memory.get();
-    device.dynamic = device.statics + kStaticArena + kFence;
-    poison(device.statics, kStaticArena);
-  }
-  device.dynamic_bytes = dynamic_bytes;
-  poison(device.dynamic - kFence, kFence + dynamic_bytes + kFence);
-}
-
-void refresh_shared_memory() {
-  poison(device.dynamic, device.dynamic_bytes);
-  poison(device.statics, static_cast<size_t>(device.statics_end - device.statics));
-  device.statics_end = device.statics;
-  device.variable_count = 0;
-  device.variable_bytes = 0;
-}
-
-void check_fences() {
-  const unsigned char* const dynamic_end = device.dynamic + device.dynamic_bytes;
-  if (!poisoned(device.dynamic - kFence, device.dynamic, device.dynamic))
-    device.error = "a write before the start of dynamic shared memory";
-  if (!poisoned(dynamic_end, dynamic_end + kFence, device.dynamic))
-    device.error = "a write beyond the " + std::to_string(device.dynamic_bytes) + " bytes of dynamic shared memory";
-  const unsigned char* fence = device.statics;
-  for (unsigned i = 0; i <= device.variable_count; ++i) {
-    const bool last = i == device.variable_count;
-    const unsigned char* const fence_end = last ? device.statics_end : device.variables[i].begin;
-    if (!poisoned(fence, fence_end, device.statics)) device.error = "a write outside a shared variable";
-    if (!last) fence = fence_end + device.variables[i].bytes;
-  }
-}
-
 void run_block() {
   for (unsigned i = 0; i < device.thread_count; ++i) {
-    Thread& thread = *device.threads[i];
+    Thread& thread = device.threads[i];
     thread.copies.clear();
     thread.committed_groups = 0;
     wake(thread);
@@ -314,7 +242,7 @@ void run_block() {
   ++device.counters.blocks;
   if (device.error.empty() && device.exited < device.thread_count)
     device.error = "deadlock: no thread can run" + roll_call();
-  if (device.error.empty()) check_fences();
+  if (device.error.empty()) device.error = device.shared_memory.broken_fence();
 }
 
 void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_bytes) {
@@ -367,16 +295,15 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   device.grid = grid;
   device.block = block;
   device.thread_count = block.x * block.y * block.z;
-  while (device.threads.size() < device.thread_count) {
-    auto fresh = std::make_unique<Thread>();
-    fresh->index = static_cast<unsigned>(device.threads.size());
-    restart(fresh->fiber, thread_main);
-    device.threads.push_back(std::move(fresh));
+  for (; device.started_threads < device.thread_count; ++device.started_threads) {
+    Thread& fresh = device.threads[device.started_threads];
+    fresh.index = device.started_threads;
+    restart(fresh.fiber, thread_main);
   }
   for (unsigned i = 0; i < device.thread_count; ++i)
-    device.threads[i]->position = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+    device.threads[i].position = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
   adopt_this_thread(device.host);
-  lay_out_shared_memory(dynamic_shared_bytes);
+  device.shared_memory.prepare(dynamic_shared_bytes);
   ++device.counters.launches;
   ++device.counters.kernels[kernel];
 
@@ -387,11 +314,10 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
     run_block();
     if (!device.error.empty()) {
       device.ready.clear();
-      refresh_shared_memory();
-      for (auto& each : device.threads) restart(each->fiber, thread_main);
+      for (unsigned i = 0; i < device.started_threads; ++i) restart(device.threads[i].fiber, thread_main);
       throw std::runtime_error("simt: " + place() + ": " + device.error);
     }
-    refresh_shared_memory();
+    device.shared_memory.refresh();
   }
 }
 
@@ -408,21 +334,9 @@ CNNOPS_SIMT_RUNTIME void fail(const std::string& what) {
   __builtin_unreachable();  // the host restarts every fiber after an error
 }
 
-CNNOPS_SIMT_RUNTIME void* dynamic_shared() { return device.dynamic; }
-
+CNNOPS_SIMT_RUNTIME void* dynamic_shared() { return device.shared_memory.dynamic(); }
 CNNOPS_SIMT_RUNTIME void* static_shared(const void* site, size_t bytes, size_t alignment) {
-  for (unsigned i = 0; i < device.variable_count; ++i)
-    if (device.variables[i].site == site) return device.variables[i].begin;
-  if (device.variable_count == std::size(device.variables)) fail("too many shared variables for the emulator");
-  auto* const begin = device.statics + round_up(static_cast<size_t>(device.statics_end - device.statics) + kStaticFence,
-                                                std::max(alignment, kStaticFence));
-  const size_t end = static_cast<size_t>(begin - device.statics) + bytes + kStaticFence;
-  device.variable_bytes += bytes;
-  if (end > kStaticArena || device.variable_bytes > kMaxStaticShared)
-    fail("shared variables are limited to " + std::to_string(kMaxStaticShared) + " bytes");
-  device.statics_end = device.statics + end;
-  device.variables[device.variable_count++] = {site, begin, bytes};
-  return begin;
+  return device.shared_memory.variable(site, bytes, alignment);
 }
 
 namespace {
@@ -465,8 +379,8 @@ CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
   if (!device.at_barrier) device.first_at_barrier = &me;
   const Thread& first = *device.first_at_barrier;
   if (&first != &me && first.where.line() != where.line())
-    fail("divergent barrier: __syncthreads at " + text(where) + " while thread " + std::to_string(first.index) + " " +
-         doing(first));
+    fail("divergent barrier: __syncthreads at " + text(where) + " while thread " + std::to_string(first.index) +
+         " is " + doing(first));
   void* const sync = &device.barrier_syncs[device.barriers_passed % 2];
   release(sync);
   me.state = State::kAtBarrier;
@@ -474,7 +388,7 @@ CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
   if (++device.at_barrier == device.thread_count) {
     device.at_barrier = 0;
     ++device.barriers_passed;
-    for (unsigned i = 0; i < device.thread_count; ++i) wake(*device.threads[i]);
+    for (unsigned i = 0; i < device.thread_count; ++i) wake(device.threads[i]);
     device.ready.erase(me.index);
     Thread* const next = next_thread();
     device.ready.insert(me.index);
@@ -525,7 +439,7 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
   release(sync);
   meeting = warp.meetings[--warp.meeting_count];
   for (unsigned other = 0; other < kWarp; ++other)
-    if (mask >> other & 1 && other != lane) wake(*device.threads[first + other]);
+    if (mask >> other & 1 && other != lane) wake(device.threads[first + other]);
 }
 
 namespace {

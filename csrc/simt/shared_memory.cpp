@@ -1,0 +1,82 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "fiber.h"
+#include "simt.h"
+
+namespace cnnops::simt {
+namespace {
+
+constexpr size_t kFence = 1024;                          // bytes around dynamic memory
+constexpr size_t kVariableFence = 64;                    // bytes around each variable
+constexpr size_t kVariableArena = 2 * kMaxStaticShared;  // room for the variables, their fences and alignment
+
+// NaN in float, half and bfloat16, and no value that a kernel is likely to write.
+constexpr uint16_t kPoison = 0xffa5;
+
+unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
+
+void poison(unsigned char* begin, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) begin[i] = poison_at(i);
+}
+
+// `origin` is where the poisoning began.
+bool poisoned(const unsigned char* begin, const unsigned char* end, const unsigned char* origin) {
+  for (const unsigned char* p = begin; p < end; ++p)
+    if (*p != poison_at(static_cast<size_t>(p - origin))) return false;
+  return true;
+}
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+void SharedMemory::prepare(size_t dynamic_bytes) {
+  if (!arena_) {
+    arena_.reset(new (std::align_val_t{kAlignment}) unsigned char[kVariableArena + kFence + kMaxShared + kFence]);
+    variables_begin_ = variables_end_ = arena_.get();
+    dynamic_ = variables_begin_ + kVariableArena + kFence;
+    poison(variables_begin_, kVariableArena);
+  }
+  refresh();
+  dynamic_bytes_ = dynamic_bytes;
+  poison(dynamic_ - kFence, kFence + dynamic_bytes + kFence);
+}
+
+void SharedMemory::refresh() {
+  poison(dynamic_, dynamic_bytes_);
+  poison(variables_begin_, static_cast<size_t>(variables_end_ - variables_begin_));
+  variables_end_ = variables_begin_;
+  variable_count_ = variable_bytes_ = 0;
+}
+
+CNNOPS_SIMT_RUNTIME void* SharedMemory::variable(const void* site, size_t bytes, size_t alignment) {
+  for (size_t i = 0; i < variable_count_; ++i)
+    if (variables_[i].site == site) return variables_[i].begin;
+  const size_t used = static_cast<size_t>(variables_end_ - variables_begin_);
+  const size_t begin = round_up(used + kVariableFence, std::max(alignment, kVariableFence));
+  const size_t end = begin + bytes + kVariableFence;
+  variable_bytes_ += bytes;
+  if (variable_bytes_ > kMaxStaticShared) fail("shared variables are limited to 48 KB a block");
+  if (end > kVariableArena || variable_count_ == kMaxVariables) fail("too many shared variables for the emulator");
+  variables_end_ = variables_begin_ + end;
+  variables_[variable_count_++] = {site, variables_begin_ + begin, bytes};
+  return variables_begin_ + begin;
+}
+
+std::string SharedMemory::broken_fence() const {
+  const unsigned char* const dynamic_end = dynamic_ + dynamic_bytes_;
+  if (!poisoned(dynamic_ - kFence, dynamic_, dynamic_)) return "a write before the start of dynamic shared memory";
+  if (!poisoned(dynamic_end, dynamic_end + kFence, dynamic_))
+    return "a write beyond the " + std::to_string(dynamic_bytes_) + " bytes of dynamic shared memory";
+  const unsigned char* fence = variables_begin_;
+  for (size_t i = 0; i < variable_count_; ++i) {
+    if (!poisoned(fence, variables_[i].begin, variables_begin_)) return "a write outside a shared variable";
+    fence = variables_[i].begin + variables_[i].bytes;
+  }
+  return poisoned(fence, variables_end_, variables_begin_) ? "" : "a write outside a shared variable";
+}
+
+}  // namespace cnnops::simt

@@ -1,0 +1,47 @@
+// The shared memory of the block that runs: poisoned with NaN when a block starts, fenced, checked when it ends.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <new>
+#include <string>
+
+namespace cnnops::simt {
+
+constexpr size_t kMaxShared = 227 << 10, kMaxStaticShared = 48 << 10;  // bytes a block, as on sm_90
+
+class SharedMemory {
+ public:
+  // Makes everything fresh, with exactly `dynamic_bytes` of dynamic memory between its fences.
+  void prepare(size_t dynamic_bytes);
+  // What a block leaves behind becomes poison again.
+  void refresh();
+
+  void* dynamic() const { return dynamic_; }
+  // The variable that stands for a declaration, made when a block's first thread reaches it.
+  void* variable(const void* site, size_t bytes, size_t alignment);
+
+  // Which fence was written to, in words; empty if none was.
+  std::string broken_fence() const;
+
+ private:
+  static constexpr size_t kAlignment = 1024;  // what TMA wants of a swizzled tile
+  static constexpr size_t kMaxVariables = 64;
+
+  struct Variable {
+    const void* site;
+    unsigned char* begin;
+    size_t bytes;
+  };
+  struct Free {
+    void operator()(unsigned char* p) const { ::operator delete[](p, std::align_val_t{kAlignment}); }
+  };
+
+  // One arena: variables with a fence around each, a fence, dynamic memory, a fence.
+  std::unique_ptr<unsigned char[], Free> arena_;
+  unsigned char *variables_begin_ = nullptr, *variables_end_ = nullptr, *dynamic_ = nullptr;
+  size_t dynamic_bytes_ = 0, variable_bytes_ = 0, variable_count_ = 0;
+  Variable variables_[kMaxVariables] = {};
+};
+
+}  // namespace cnnops::simt
