@@ -71,7 +71,7 @@ def _gather(
         ),
         Rule(
             lambda p: outer(p) <= 16,
-            ConvTile(128, 16, 32, 4, 3),
+            ConvTile(64, 16, 32, 4, 3),
             "16 is tl.dot's least width: grouped and depthwise waste least",
         ),
         Rule(
@@ -79,7 +79,7 @@ def _gather(
             ConvTile(128, 64, 32, 8, 3),
             "few channels: short steps pad gemm_k least (the stem's 27 to 32)",
         ),
-        Rule(lambda p: outer(p) <= 64, ConvTile(128, 64, 64, 4, 3), "64 outputs fill no wider tile"),
+        Rule(lambda p: outer(p) <= 64, ConvTile(128, 64, 64, 8, 3), "64 outputs fill no wider tile"),
         Rule(
             _always,
             ConvTile(128, 128, 64, 8, 3),
@@ -114,6 +114,11 @@ BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
         lambda p: _group_k(p) <= 16,
         ConvTile(16, 32, 64, 4, 3),
         "16 is tl.dot's least height: grouped and depthwise waste least",
+    ),
+    Rule(
+        lambda p: _group_c(p) < 64,
+        ConvTile(64, 64, 32, 4, 3),
+        "columns that mix taps hold an address each: longer steps spill on sm_80",
     ),
     Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
     Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),
