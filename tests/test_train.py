@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -181,6 +182,22 @@ def test_second_interrupt_is_immediate(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_console_shows_one_line_an_epoch_and_a_live_line_on_a_terminal(tmp_path: Path) -> None:
+    console = pytest.importorskip("rich.console")
+    from cnnops.train.console import ConsoleReporter
+
+    texts = []
+    for terminal in (False, True):
+        screen = console.Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+        Trainer(replace(SIMPLE, epochs=2), tmp_path / str(terminal), ConsoleReporter(screen)).fit()
+        texts.append(screen.file.getvalue())
+    plain, live = texts
+    assert [line.split()[0] for line in plain.splitlines() if " % " in line] == ["1", "2"]
+    assert "\x1b" not in plain and "step 6/6" not in plain
+    assert "step 6/6" in live and "images/s" in live
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     config = replace(SIMPLE, epochs=1)
     Trainer(config, tmp_path).fit()
@@ -188,15 +205,20 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         Trainer(config, tmp_path).fit()
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("broken_after", "seen_at"), [(2, 3), (6, 6)])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path, broken_after: int, seen_at: int
+) -> None:
+    """What breaks in an epoch's last step shows in its test only."""
     trainer = Trainer(SIMPLE, tmp_path)
 
     def break_weights() -> None:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(torch.nan)
 
-    trainer.reporter = At(1, 2, break_weights)
-    with pytest.raises(TrainingError, match=r"no longer finite \(epoch 2, step 3\): try a smaller --lr, it was 0.02"):
+    trainer.reporter = At(1, broken_after, break_weights)
+    message = rf"no longer finite \(epoch 2, step {seen_at}\): try a smaller --lr, it was 0.02"
+    with pytest.raises(TrainingError, match=message):
         trainer.fit()
     assert all(t.isfinite().all() for t in load_checkpoint(tmp_path)["model"].values())
 
@@ -332,10 +354,18 @@ def test_unusable_checkpoints(tmp_path: Path, harm: Callable[[Path], None], mess
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_on_another_device_is_checked(tmp_path: Path) -> None:
+    Trainer(replace(SIMPLE, epochs=1), tmp_path).fit()
+    assert Trainer.resume(tmp_path, device="auto").config.device == "auto"
+    with pytest.raises(CheckpointError, match="device must be one that torch sees"):
+        Trainer.resume(tmp_path, device="cuda:99")
+
+
 def test_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     state = Trainer(SIMPLE, tmp_path).state()
     save_checkpoint({**state, "config": asdict(RESNET)}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="does not fit this program") as error:
+    with pytest.raises(CheckpointError, match="cannot go on from checkpoint") as error:
         Trainer.resume(tmp_path)
     assert "\n" not in str(error.value)
 
