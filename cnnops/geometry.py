@@ -33,8 +33,19 @@ def output_size(size: int, kernel: int, stride: int = 1, pad: int = 0, dilation:
 
 
 def is_channels_last(t: Tensor) -> bool:
-    """Whether torch's layout rule counts `t` as channels_last; a one-channel map is both and counts as NCHW."""
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    """torch's layout rule, by strides alone: channels innermost, then W, H, N.
+
+    A one-channel map counts if its strides say so. Anything but a 4-d tensor is not channels_last.
+    """
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = t.shape[axis], t.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == t.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
 
 
 def _text(sizes: Sequence[int]) -> str:
@@ -63,8 +74,6 @@ class Conv2dProblem:
     device: str
     channels_last: bool
     """The layout of the output: channels_last if x or the weight is."""
-    aligned: bool = True
-    """Whether every tensor starts on a 16-byte boundary."""
 
     @property
     def P(self) -> int:

@@ -1,8 +1,7 @@
 // What a backend implements: one table of kernel launchers over plain structs, dense device pointers and a stream.
 // bind.cpp is the only caller. A null entry is a kernel that the backend does not have.
 //
-// Activations are NHWC and filters KRSC in problem.dtype; the CPU's convolutions see kFloat and kDouble alone
-// (bind.cpp converts), every other kernel sees all four dtypes. Per-channel arrays of batch norm (weight, bias, mean,
+// Activations are NHWC and filters KRSC in problem.dtype. Per-channel arrays of batch norm (weight, bias, mean,
 // rstd, running statistics and their gradients) are in the accumulation type: double for kDouble, else float.
 // A null output pointer is a result nobody asked for. N >= 1 and every extent >= 1: bind.cpp deals with the empty.
 #pragma once
@@ -62,6 +61,8 @@ struct Kernels {
   void (*batch_norm_act_backward)(const NormProblem&, const BatchNormBackward&, Stream);
 
   void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
+
+  bool conv2d_in_float;  // conv2d wants half and bfloat16 widened to float by the caller
 };
 
 // Each library holds one backend and so defines this once.

@@ -8,27 +8,28 @@
 #define CNNOPS_AVG_POOL2D CNNOPS_WINDOW ", bool ceil_mode, bool count_include_pad, int divisor_override"
 
 // _(name, arguments, results)
-#define CNNOPS_SCHEMA(_)                                                                                            \
-  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                              \
-  _(conv2d_backward,                                                                                                \
-    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias",      \
-    "(Tensor?, Tensor?, Tensor?)")                                                                                  \
-  _(conv2d_act_forward,                                                                                             \
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z",      \
-    "(Tensor, Tensor?)")                                                                                            \
-  _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                       \
-  _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")  \
-  _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, " CNNOPS_MAX_POOL2D, "Tensor")                   \
-  _(max_pool2d_indices, "Tensor offsets, int H, int W, " CNNOPS_MAX_POOL2D, "Tensor")                               \
-  _(avg_pool2d_forward, "Tensor x, " CNNOPS_AVG_POOL2D, "Tensor")                                                   \
-  _(avg_pool2d_backward, "Tensor dy, int H, int W, " CNNOPS_AVG_POOL2D, "Tensor")                                   \
-  _(adaptive_avg_pool2d_forward, "Tensor x, int P, int Q", "Tensor")                                                \
-  _(adaptive_avg_pool2d_backward, "Tensor dy, int H, int W", "Tensor")                                              \
-  _(batch_norm_act_forward,                                                                                         \
-    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, " \
-    "bool training, float momentum, float eps, str activation",                                                     \
-    "(Tensor, Tensor, Tensor)")                                                                                     \
-  _(batch_norm_act_backward,                                                                                        \
-    "Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, Tensor mean, Tensor rstd, "    \
-    "bool training, str activation, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual",         \
-    "(Tensor?, Tensor?, Tensor?, Tensor?)")
+#define CNNOPS_SCHEMA(_)                                                                                               \
+  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                                 \
+  _(conv2d_backward,                                                                                                   \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias",         \
+    "(Tensor?, Tensor?, Tensor?)")                                                                                     \
+  _(conv2d_act_forward,                                                                                                \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z",         \
+    "(Tensor, Tensor?)")                                                                                               \
+  _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                          \
+  _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")     \
+  _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last, " CNNOPS_MAX_POOL2D, "Tensor")  \
+  _(max_pool2d_indices, "Tensor offsets, int H, int W, " CNNOPS_MAX_POOL2D, "Tensor")                                  \
+  _(avg_pool2d_forward, "Tensor x, " CNNOPS_AVG_POOL2D, "Tensor")                                                      \
+  _(avg_pool2d_backward, "Tensor dy, int H, int W, bool channels_last, " CNNOPS_AVG_POOL2D, "Tensor")                  \
+  _(adaptive_avg_pool2d_forward, "Tensor x, int P, int Q", "Tensor")                                                   \
+  _(adaptive_avg_pool2d_backward, "Tensor dy, int H, int W, bool channels_last", "Tensor")                             \
+  _(batch_norm_act_forward,                                                                                            \
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "    \
+    "bool training, float momentum, float eps, str activation",                                                        \
+    "(Tensor, Tensor, Tensor)")                                                                                        \
+  _(batch_norm_act_backward,                                                                                           \
+    "Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, Tensor mean, Tensor rstd, "       \
+    "bool training, float eps, str activation, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual", \
+    "(Tensor?, Tensor?, Tensor?, Tensor?)")                                                                            \
+  _(build_info, "", "str")

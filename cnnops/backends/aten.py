@@ -1,0 +1,330 @@
+"""torch's own kernels: the last row of the table, so that a valid call never fails because we lack a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import YES, Support
+from .native import Problem
+
+NAME = "aten"
+devices = ("cpu", "cuda")
+named_only = False
+
+aten = torch.ops.aten
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def usable() -> Support:
+    """Always."""
+    return YES
+
+
+def supports(function: str, problem: Problem) -> Support:
+    """Whatever torch does; what it does not, it says itself."""
+    return YES
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The function of this name in this module."""
+    return globals()[name]  # type: ignore[no-any-return]
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """activation(z), elementwise."""
+    return _ACTIVATE[activation](z)
+
+
+def activation_gradient(z: Tensor, activation: str) -> Tensor:
+    """d activation / dz at z, made of differentiable ops."""
+    if activation == "none":
+        return torch.ones_like(z)
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "relu6":
+        return ((z > 0) & (z < 6)).to(z.dtype)
+    s = torch.sigmoid(z)
+    if activation == "sigmoid":
+        return s * (1 - s)
+    if activation == "silu":
+        return s * (1 + z * (1 - s))
+    return torch.where(z <= -3, 0.0, torch.where(z < 3, z / 3 + 0.5, 1.0))
+
+
+def conv2d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+) -> Tensor:
+    return F.conv2d(x, weight, bias, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups)
+
+
+def conv2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    dx, dweight, dbias = aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        [weight.shape[0]],
+        (stride_h, stride_w),
+        (pad_h, pad_w),
+        (dilation_h, dilation_w),
+        False,
+        (0, 0),
+        groups,
+        (need_dx, need_dweight, need_dbias),
+    )
+    return (dx if need_dx else None), (dweight if need_dweight else None), (dbias if need_dbias else None)
+
+
+def conv2d_act_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor | None]:
+    *geometry, activation, need_z = args
+    z = conv2d_forward(x, weight, bias, *geometry)
+    if residual is not None:
+        z = z + residual
+    y = activate(z, activation)
+    return (y.clone() if y is z else y), (z if need_z else None)
+
+
+def activation_backward(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
+    if activation == "sigmoid":
+        return dy * saved * (1 - saved)
+    return dy * activation_gradient(saved, activation)
+
+
+def _taps_to_plane(
+    offsets: Tensor,
+    W: int,
+    H: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+) -> Tensor:
+    p = torch.arange(offsets.shape[2], device=offsets.device)[:, None]
+    q = torch.arange(offsets.shape[3], device=offsets.device)
+    taps = offsets.long()
+    h = p * stride_h - pad_h + taps // kernel_w * dilation_h
+    w = q * stride_w - pad_w + taps % kernel_w * dilation_w
+    return h.clamp(0, H - 1) * W + w.clamp(0, W - 1)
+
+
+def max_pool2d_forward(
+    x: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    ceil_mode: bool,
+    need_offsets: bool,
+) -> tuple[Tensor, Tensor | None]:
+    y, indices = aten.max_pool2d_with_indices(
+        x,
+        (kernel_h, kernel_w),
+        (stride_h, stride_w),
+        (pad_h, pad_w),
+        (dilation_h, dilation_w),
+        ceil_mode,
+    )
+    if not need_offsets:
+        return y, None
+    p = torch.arange(y.shape[2], device=x.device)[:, None]
+    q = torch.arange(y.shape[3], device=x.device)
+    r = (indices // x.shape[3] - (p * stride_h - pad_h)) // dilation_h
+    s = (indices % x.shape[3] - (q * stride_w - pad_w)) // dilation_w
+    offsets = (r * kernel_w + s).to(torch.uint8 if kernel_h * kernel_w <= 256 else torch.int32)
+    return y, offsets.contiguous(memory_format=torch.channels_last)
+
+
+def max_pool2d_backward(
+    dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, kernel_h: int, kernel_w: int, *window: int
+) -> Tensor:
+    stride, pad, dilation = window[0:2], window[2:4], window[4:6]
+    x = torch.empty(
+        (*dy.shape[:2], H, W),
+        dtype=dy.dtype,
+        device=dy.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    indices = _taps_to_plane(offsets, W, H, kernel_w, *window)
+    return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
+        dy, x, (kernel_h, kernel_w), stride, pad, dilation, False, indices
+    )
+
+
+def max_pool2d_indices(offsets: Tensor, H: int, W: int, kernel_h: int, kernel_w: int, *window: int) -> Tensor:
+    return _taps_to_plane(offsets, W, H, kernel_w, *window)
+
+
+def avg_pool2d_forward(
+    x: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int,
+) -> Tensor:
+    return F.avg_pool2d(
+        x,
+        (kernel_h, kernel_w),
+        (stride_h, stride_w),
+        (pad_h, pad_w),
+        ceil_mode,
+        count_include_pad,
+        divisor_override or None,
+    )
+
+
+def avg_pool2d_backward(
+    dy: Tensor,
+    H: int,
+    W: int,
+    channels_last: bool,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int,
+) -> Tensor:
+    x = torch.empty(
+        (*dy.shape[:2], H, W),
+        dtype=dy.dtype,
+        device=dy.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    return aten.avg_pool2d_backward(  # type: ignore[no-any-return]
+        dy,
+        x,
+        (kernel_h, kernel_w),
+        (stride_h, stride_w),
+        (pad_h, pad_w),
+        ceil_mode,
+        count_include_pad,
+        divisor_override or None,
+    )
+
+
+def adaptive_avg_pool2d_forward(x: Tensor, P: int, Q: int) -> Tensor:
+    return aten._adaptive_avg_pool2d(x, (P, Q))  # type: ignore[no-any-return]
+
+
+def adaptive_avg_pool2d_backward(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
+    x = torch.empty(
+        (*dy.shape[:2], H, W),
+        dtype=dy.dtype,
+        device=dy.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    return aten._adaptive_avg_pool2d_backward(dy, x)  # type: ignore[no-any-return]
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def batch_norm_act_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, mean, rstd = aten.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean.float(), (running_var.float() + eps).rsqrt()
+    if residual is not None:
+        z = z + residual
+    return activate(z, activation), mean, rstd
+
+
+def batch_norm_act_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if y is not None:
+        dz = activation_backward(dy, y, activation)
+    else:
+        z = (x - _per_channel(mean, x)) * _per_channel(rstd, x)
+        if weight is not None:
+            z = z * _per_channel(weight, x)
+        if bias is not None:
+            z = z + _per_channel(bias, x)
+        dz = dy * activation_gradient(z if residual is None else z + residual, activation).to(dy.dtype)
+    variance = rstd.square().reciprocal() - eps
+    dx, dweight, dbias = aten.native_batch_norm_backward(
+        dz, x, weight, mean, variance, mean, rstd, training, eps, (need_dx, need_dweight, need_dbias)
+    )
+    return (
+        dx if need_dx else None,
+        dweight if need_dweight else None,
+        dbias if need_dbias else None,
+        dz if need_dresidual else None,
+    )

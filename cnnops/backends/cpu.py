@@ -1,0 +1,28 @@
+"""C++ SIMD kernels for the CPU: baseline x86-64, AVX2 + FMA and AVX-512, chosen at run time."""
+
+from __future__ import annotations
+
+import torch
+
+from ..geometry import Conv2dProblem
+from . import Support, no
+from .native import Library, Problem, within_limits
+
+NAME = "cpu"
+devices = ("cpu",)
+named_only = False
+
+library = Library(NAME, "run `make build` in a checkout, or `pip install --no-build-isolation .` with a C++ compiler")
+usable = library.status
+function = library.function
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def supports(function: str, problem: Problem) -> Support:
+    """Every function, in every floating dtype; convolutions need an input channel."""
+    if problem.dtype not in DTYPES:
+        return no(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
+    if isinstance(problem, Conv2dProblem) and problem.C == 0:
+        return no("a convolution without input channels has nothing to sum")
+    return within_limits(problem)

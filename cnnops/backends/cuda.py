@@ -1,0 +1,48 @@
+"""CUDA C++ kernels, for the architectures they were compiled for."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+
+from ..geometry import Conv2dProblem
+from . import Support, no
+from .native import Library, Problem, within_limits
+
+NAME = "cuda"
+devices = ("cuda",)
+named_only = False
+FUNCTIONS = ("conv2d_forward", "conv2d_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+library = Library(NAME, "install with nvcc 13 on the PATH, and CNNOPS_BUILD=cuda")
+function = library.function
+
+
+@functools.cache
+def usable() -> Support:
+    """Whether there is a device and the library has an image for it."""
+    if not torch.cuda.is_available():
+        return no("torch sees no CUDA device")
+    status = library.status()
+    if not status.ok:
+        return status
+    arches = json.loads(library.build_info())["arches"]
+    major, minor = torch.cuda.get_device_capability()
+    runs = [a for a in arches if (a.endswith("a") and a == f"sm_{major}{minor}a") or a.startswith(f"sm_{major}")]
+    if runs or "compute_80" in arches:
+        return Support(True, "")
+    return no(f"the library holds {', '.join(arches)}, but the device is sm_{major}{minor}")
+
+
+def supports(function: str, problem: Problem) -> Support:
+    """Two-dimensional convolutions in float32, bfloat16 and float16."""
+    if function not in FUNCTIONS or not isinstance(problem, Conv2dProblem):
+        return no(f"has no {function} kernel")
+    if problem.dtype not in DTYPES:
+        return no(f"{problem.dtype} is not one of float32, bfloat16, float16")
+    if problem.C == 0:
+        return no("a convolution without input channels has nothing to sum")
+    return within_limits(problem)

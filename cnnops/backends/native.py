@@ -1,0 +1,60 @@
+"""What the backends made of native code share: loading a library, finding its ops, the limits of its structs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from . import YES, Support, no
+
+Problem = Conv2dProblem | Pool2dProblem | NormProblem
+
+INT_MAX = 2**31 - 1
+"""Extents cross to native code as 32-bit ints."""
+
+
+class Library:
+    """The native ops of one backend, in cnnops/_native_<backend>.so. Loaded when first asked for."""
+
+    def __init__(self, backend: str, remedy: str) -> None:
+        self.backend = backend
+        self.path = Path(__file__).resolve().parents[1] / f"_native_{backend}.so"
+        self._remedy = remedy
+        self._status: Support | None = None
+
+    def status(self) -> Support:
+        """Whether the library is there and loads; the reason says how to get it."""
+        if self._status is None:
+            self._status = self._load()
+        return self._status
+
+    def _load(self) -> Support:
+        if not self.path.exists():
+            return no(f"{self.path.name} is not built: {self._remedy}")
+        try:
+            torch.ops.load_library(str(self.path))
+        except OSError as error:
+            return no(f"{self.path.name} does not load: {error}")
+        return YES
+
+    def function(self, name: str) -> Callable[..., Any]:
+        """The native op of this name."""
+        return getattr(getattr(torch.ops, f"cnnops_{self.backend}"), name).default  # type: ignore[no-any-return]
+
+    def build_info(self) -> str:
+        """What was compiled, as JSON."""
+        return str(self.function("build_info")())
+
+
+def within_limits(problem: Problem) -> Support:
+    """Whether every extent and padded extent fits the structs of problem.h."""
+    if isinstance(problem, NormProblem):
+        return YES
+    padded = (problem.H + 2 * problem.pad_h, problem.W + 2 * problem.pad_w)
+    if max(problem.N, problem.C, *padded, problem.dilation_h, problem.dilation_w) > INT_MAX:
+        return no(f"an extent or padded extent is beyond {INT_MAX}")
+    return YES

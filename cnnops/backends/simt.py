@@ -1,0 +1,34 @@
+"""The CUDA kernels' own sources on a CPU, under the SIMT emulator. For tests: built by them, chosen only by name."""
+
+from __future__ import annotations
+
+import functools
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
+
+from . import cuda
+from .native import Library
+
+NAME = "simt"
+devices = ("cpu",)
+named_only = True
+
+library = Library(NAME, "run `make build-simt` in a checkout")
+usable = library.status
+function = library.function
+supports = cuda.supports
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The emulator's Python face (schedules, seeds, counters, faults), in the library that holds its ops."""
+    status = usable()
+    if not status.ok:
+        raise RuntimeError(status.reason)
+    name = library.path.stem
+    spec = spec_from_file_location(name, library.path, loader=ExtensionFileLoader(name, str(library.path)))
+    assert spec is not None and spec.loader is not None
+    loaded = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,90 @@
+"""Triton kernels: on CUDA, or interpreted on the CPU where ``TRITON_INTERPRET=1`` is in the environment.
+
+Triton decides when a kernel is defined whether it will be interpreted, so the variable must be set before the process
+imports triton. Nothing here imports triton before a kernel is wanted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from cnnops.backends import YES, Support, no
+from cnnops.geometry import Conv2dProblem
+
+NAME = "triton"
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+devices: tuple[str, ...] = ("cpu",) if INTERPRETING else ("cuda",)
+
+named_only: bool = INTERPRETING
+"""The interpreter is for tests: it is never chosen unasked."""
+
+LEAST_CAPABILITY = (8, 0)
+
+_MODULES = {"conv2d_forward": "conv2d", "conv2d_backward": "conv2d"}
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Kernels count pixels and programs in 32 bits, and the last block may reach beyond the last pixel.
+_LIMIT = 2**31 - 2**16
+
+
+def usable() -> Support:
+    """Whether this backend can run anything here; the reason says how to get it."""
+    if importlib.util.find_spec("triton") is None:
+        return no("triton is not installed: pip install triton")
+    if INTERPRETING:
+        return YES
+    if not torch.cuda.is_available():
+        return no("no CUDA device; set TRITON_INTERPRET=1 to interpret on the CPU")
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        return no(f"needs compute capability 8.0 or later, but the device has {capability[0]}.{capability[1]}")
+    return YES
+
+
+def supports(function: str, problem: Any) -> Support:
+    """Whether `function` can do `problem` here, and why not."""
+    if function not in _MODULES:
+        return no(f"has no kernel for {function}")
+    if not isinstance(problem, Conv2dProblem):
+        return no(f"{function} takes a Conv2dProblem, not a {type(problem).__name__}")
+    if problem.dtype not in _DTYPES:
+        return no(f"takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
+    if INTERPRETING and problem.dtype == torch.bfloat16:
+        return no("tl.dot on bfloat16 is wrong in Triton's interpreter")
+    if problem.C == 0:
+        return no("the input has no channels")
+    return _within_limits(problem)
+
+
+def _within_limits(p: Conv2dProblem) -> Support:
+    for name, extent in (
+        ("padded rows", p.H + 2 * p.pad_h),
+        ("padded columns", p.W + 2 * p.pad_w),
+        ("input pixels", p.N * p.H * p.W),
+        ("output pixels", p.N * p.P * p.Q),
+        ("weight elements per filter", p.R * p.S * p.C),
+        ("weight elements per channel", p.R * p.S * p.K),
+    ):
+        if extent >= _LIMIT:
+            return no(f"kernels count {name} in 32 bits, but there are {extent}")
+    from cnnops.backends.triton import conv2d
+
+    programs = conv2d.most_programs(p)
+    if programs >= _LIMIT:
+        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
+    return YES
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The Python function `name`, its arguments as in DESIGN's table of backends."""
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,258 @@
+"""Drop-in functions: same arguments, results and errors as ``torch.nn.functional``, on kernels of ours.
+
+Each normalises its arguments (an int to a pair, "same" to numbers, an unbatched input to a batch of one) and calls the op.
+`input` is [N, C, H, W] or, unbatched, [C, H, W]; results are channels_last if the input (or the weight) is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import SymInt, Tensor
+
+from .dispatch import scope
+from .geometry import is_channels_last
+from .ops.batch_norm import batch_norm_act as _batch_norm_act
+from .ops.conv2d import conv2d as _conv2d
+from .ops.conv2d_act import conv2d_act as _conv2d_act
+from .ops.pool2d import adaptive_avg_pool2d as _adaptive_avg_pool2d
+from .ops.pool2d import avg_pool2d as _avg_pool2d
+from .ops.pool2d import max_pool2d as _max_pool2d
+from .ops.pool2d import max_pool2d_indices as _max_pool2d_indices
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "batch_norm_act",
+    "conv2d",
+    "conv2d_act",
+    "max_pool2d",
+]
+
+Pair = int | tuple[int, int]
+
+
+def _pair(function: str, name: str, value: Any) -> tuple[int, int]:
+    """`value` as two ints; TypeError where it is none, RuntimeError where it is too many."""
+    if type(value) is int:
+        return value, value
+    if isinstance(value, (tuple, list)):
+        if len(value) == 2 and isinstance(value[0], (int, SymInt)) and isinstance(value[1], (int, SymInt)):
+            return value[0], value[1]
+        if len(value) == 1 and isinstance(value[0], (int, SymInt)):
+            return value[0], value[0]
+        if all(isinstance(v, (int, SymInt)) for v in value):
+            raise RuntimeError(f"{function}: {name} must be a single int or two ints, but got {name}={value}")
+    elif isinstance(value, (int, SymInt)):
+        return value, value
+    raise TypeError(f"{function}: {name} must be an int or a pair of ints, but got {name}={value!r}")
+
+
+def _check_tensor(function: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a Tensor, but got {type(value).__name__}")
+
+
+def _padding(
+    function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+) -> tuple[Tensor, tuple[int, int]]:
+    """The input and the padding of each side. Padding "same" of an even kernel is uneven: its odd row and column, at the
+    end as in torch, are added to the input."""
+    if not isinstance(padding, str):
+        return input, _pair(function, "padding", padding)
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"{function}: padding must be 'same', 'valid' or numbers, but got padding={padding!r}")
+    if stride != (1, 1):
+        raise RuntimeError(f"{function}: padding='same' needs stride 1, but got stride={stride}")
+    _check_dims(function, "weight", weight)
+    total_h, total_w = dilation[0] * (weight.shape[2] - 1), dilation[1] * (weight.shape[3] - 1)
+    if total_h % 2 or total_w % 2:
+        input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
+    return input, (total_h // 2, total_w // 2)
+
+
+def _check_dims(function: str, name: str, t: Tensor) -> None:
+    if t.dim() != 4:
+        raise RuntimeError(f"{function}: expected {name} of 4 dimensions, but got {list(t.shape)}")
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-d convolution (cross-correlation), ``torch.nn.functional.conv2d``.
+
+    input: [N, C, H, W] or [C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None, all of one dtype. stride, padding,
+    dilation: an int or (height, width); padding also "valid" or "same" (stride 1). Returns [.., K, P, Q], P =
+    floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1. Raises RuntimeError where shapes, dtypes or geometry do
+    not fit, TypeError where an argument is of the wrong type.
+    """
+    _check_tensor("conv2d", "input", input)
+    _check_tensor("conv2d", "weight", weight)
+    stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    x, padding = _padding("conv2d", x, weight, stride, padding, dilation)
+    y: Tensor = _conv2d(x, weight, bias, *stride, *padding, *dilation, groups, scope.backend)
+    return y.squeeze(0) if input.dim() == 3 else y
+
+
+def conv2d_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """activation(conv2d(x, weight, bias, ...) + residual) in one pass over the output.
+
+    As `conv2d`; residual: like the output, or None; activation: none, relu, relu6, silu, hardswish or sigmoid.
+    Raises ValueError for another activation.
+    """
+    _check_tensor("conv2d_act", "x", x)
+    _check_tensor("conv2d_act", "weight", weight)
+    stride, dilation = _pair("conv2d_act", "stride", stride), _pair("conv2d_act", "dilation", dilation)
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    if residual is not None and x.dim() == 3:
+        residual = residual.unsqueeze(0)
+    batch, padding = _padding("conv2d_act", batch, weight, stride, padding, dilation)
+    y: Tensor = _conv2d_act(
+        batch, weight, bias, residual, *stride, *padding, *dilation, groups, activation, False, scope.backend
+    )[0]
+    return y.squeeze(0) if x.dim() == 3 else y
+
+
+def _window(
+    function: str, kernel_size: Any, stride: Any, padding: Any
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    kernel = _pair(function, "kernel_size", kernel_size)
+    strides = kernel if stride is None or stride == [] or stride == () else _pair(function, "stride", stride)
+    return kernel, strides, _pair(function, "padding", padding)
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Maximum over each window; padding counts as -inf.
+
+    input: [N, C, H, W] or [C, H, W], floating. Returns [.., P, Q] in its dtype, and with return_indices also int64 flat
+    positions in each H*W plane. A tie goes to the first maximum; NaN wins. Raises RuntimeError if padding exceeds half
+    the window.
+    """
+    _check_tensor("max_pool2d", "input", input)
+    kernel, stride, padding = _window("max_pool2d", kernel_size, stride, padding)
+    window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    y, offsets = _max_pool2d(x, *window, ceil_mode, return_indices, scope.backend)
+    indices = None
+    if return_indices:
+        indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
+        if not is_channels_last(x):
+            indices = indices.contiguous()
+    if input.dim() == 3:
+        y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
+    return (y, indices) if return_indices else y
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean over each window, ``torch.nn.functional.avg_pool2d``.
+
+    input: [N, C, H, W] or [C, H, W], floating. count_include_pad: padding counts as zeros in the mean.
+    divisor_override: what to divide each window's sum by, not 0. Returns [.., P, Q]. Raises RuntimeError if padding
+    exceeds half the window.
+    """
+    _check_tensor("avg_pool2d", "input", input)
+    kernel, stride, padding = _window("avg_pool2d", kernel_size, stride, padding)
+    if divisor_override == 0:
+        raise RuntimeError("avg_pool2d: divisor_override must not be zero, but got divisor_override=0")
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    y: Tensor = _avg_pool2d(
+        x, *kernel, *stride, *padding, ceil_mode, count_include_pad, divisor_override or 0, scope.backend
+    )
+    return y.squeeze(0) if input.dim() == 3 else y
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
+    """Mean over P x Q windows that cover the input: rows floor(p H / P) to ceil((p + 1) H / P), columns likewise.
+
+    input: [N, C, H, W] or [C, H, W], floating. output_size: P = Q or (P, Q); None keeps the input's extent. Returns
+    [.., P, Q]. Raises RuntimeError for a negative size or an input without rows or columns.
+    """
+    _check_tensor("adaptive_avg_pool2d", "input", input)
+    sizes: Any = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
+    if input.dim() in (3, 4) and len(sizes) == 2:
+        sizes = tuple(extent if size is None else size for size, extent in zip(sizes, input.shape[-2:], strict=True))
+    P, Q = _pair("adaptive_avg_pool2d", "output_size", sizes)
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    y: Tensor = _adaptive_avg_pool2d(x, P, Q, scope.backend)
+    return y.squeeze(0) if input.dim() == 3 else y
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(input - mean) / sqrt(var + eps) * weight + bias per channel, ``torch.nn.functional.batch_norm``.
+
+    input: [N, C, ...]; the others [C] or None, in input's dtype or float32. training: use this batch's mean and biased
+    variance, and move the running ones towards them by momentum (the running variance towards the unbiased one).
+    Raises RuntimeError where sizes do not fit, ValueError in training for one value per channel or eps <= 0.
+    """
+    return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, activation="none")
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """activation(batch_norm(x, ...) + residual) in the fewest sweeps over x.
+
+    As `batch_norm`; residual: like x, or None; activation: none, relu, relu6, silu, hardswish or sigmoid.
+    """
+    _check_tensor("batch_norm", "input", x)
+    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
+        raise TypeError(f"batch_norm: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
+    y: Tensor = _batch_norm_act(
+        x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, scope.backend
+    )[0]
+    return y

@@ -1,0 +1,227 @@
+"""Maximum, average and adaptive average pooling, and their gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Pool2dProblem
+from .registry import Function, empty, register
+
+WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w"
+MAX_POOL = f"{WINDOW}, int dilation_h, int dilation_w"
+AVG_POOL = f"{WINDOW}, bool ceil_mode, bool count_include_pad, int divisor_override"
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return Pool2dProblem.adaptive("pool2d", x, 1, 1).channels_last
+
+
+class MaxPool2d(Function):
+    """Keeps where each maximum was, as offsets inside the window."""
+
+    @staticmethod
+    def forward(run: Any, x: Tensor, *args: Any) -> Any:
+        *window, ceil_mode, _, backend = args
+        return run(x, *window, ceil_mode, True, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, x, *window, _, _, backend = inputs
+        ctx.args = (*x.shape[2:], _is_channels_last(x), *window, backend)
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+        dx = None if dy is None else max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.args)
+        return (None, dx, *[None] * 11)
+
+
+class MaxPool2dBackward(Function):
+    """Scatters dy to the maxima; so its gradient gathers from there."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, offsets, H, W, _, *window, backend = inputs
+        ctx.args = (H, W, *window, backend)
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> Any:
+        indices = max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
+        ddy = ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        return (None, ddy, *[None] * 13)
+
+
+class AvgPool2d(Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, x, *args = inputs
+        ctx.args = (*x.shape[2:], _is_channels_last(x), *args)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return (None, avg_pool2d_backward(dy, *ctx.args), *[None] * 10)
+
+
+class AvgPool2dBackward(Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, _, _, _, *ctx.args = inputs
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> Any:
+        return (None, avg_pool2d(ddx, *ctx.args), *[None] * 13)
+
+
+class AdaptiveAvgPool2d(Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, x, _, _, backend = inputs
+        ctx.args = (*x.shape[2:], _is_channels_last(x), backend)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return None, adaptive_avg_pool2d_backward(dy, *ctx.args), None, None, None
+
+
+class AdaptiveAvgPool2dBackward(Function):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, dy, *_, backend = inputs
+        ctx.args = (*dy.shape[2:], backend)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> Any:
+        return None, adaptive_avg_pool2d(ddx, *ctx.args), None, None, None, None
+
+
+def _describe_max(x: Tensor, *args: Any) -> Pool2dProblem:
+    return Pool2dProblem.of("max_pool2d", x, *args[:9])
+
+
+def _describe_avg(x: Tensor, *args: Any) -> Pool2dProblem:
+    return Pool2dProblem.of("avg_pool2d", x, *args[:6], ceil_mode=args[6])
+
+
+def _describe_adaptive(x: Tensor, P: int, Q: int, *_: Any) -> Pool2dProblem:
+    return Pool2dProblem.adaptive("adaptive_avg_pool2d", x, P, Q)
+
+
+def _of_gradient(name: str, dy: Tensor, H: int, W: int, channels_last: bool, window: Any) -> Pool2dProblem:
+    if dy.dim() != 4:
+        raise RuntimeError(f"{name}: expected dy of 4 dimensions [N, C, P, Q], but got {list(dy.shape)}")
+    N, C, P, Q = dy.shape
+    return Pool2dProblem(N, C, H, W, *window[:2], P, Q, *window[2:], dy.dtype, dy.device.type, channels_last)
+
+
+def _describe_max_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Any:
+    if dy.shape != offsets.shape:
+        raise RuntimeError(
+            f"max_pool2d_backward: expected dy like offsets, {list(offsets.shape)}, but got {list(dy.shape)}"
+        )
+    return _of_gradient("max_pool2d_backward", dy, H, W, channels_last, args[:8])
+
+
+def _describe_max_indices(offsets: Tensor, H: int, W: int, *args: Any) -> Pool2dProblem:
+    N, C, P, Q = offsets.shape
+    window = args[:8]
+    return Pool2dProblem(
+        N, C, H, W, *window[:2], P, Q, *window[2:], dtype=torch.float32, device=offsets.device.type, channels_last=True
+    )
+
+
+def _describe_avg_backward(dy: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Pool2dProblem:
+    return _of_gradient("avg_pool2d_backward", dy, H, W, channels_last, (*args[:6], 1, 1))
+
+
+def _describe_adaptive_backward(dy: Tensor, H: int, W: int, channels_last: bool, *_: Any) -> Pool2dProblem:
+    return _of_gradient("adaptive_avg_pool2d_backward", dy, H, W, channels_last, (0,) * 8)
+
+
+def _fake(problem: Pool2dProblem, x: Tensor, *_: Any) -> Tensor:
+    return empty(x, (problem.N, problem.C, problem.P, problem.Q), problem.channels_last)
+
+
+def _fake_max(problem: Pool2dProblem, x: Tensor, *args: Any) -> Any:
+    offsets = None
+    if args[-2]:
+        dtype = torch.uint8 if problem.R * problem.S <= 256 else torch.int32
+        offsets = empty(x, (problem.N, problem.C, problem.P, problem.Q), True, dtype)
+    return _fake(problem, x), offsets
+
+
+def _fake_indices(problem: Pool2dProblem, offsets: Tensor, *_: Any) -> Tensor:
+    return empty(offsets, offsets.shape, True, torch.int64)
+
+
+def _fake_gradient(problem: Pool2dProblem, dy: Tensor, *_: Any) -> Tensor:
+    return empty(dy, (problem.N, problem.C, problem.H, problem.W), problem.channels_last)
+
+
+max_pool2d = register(
+    "max_pool2d",
+    f"(Tensor x, {MAX_POOL}, bool ceil_mode, bool need_offsets, str backend) -> (Tensor, Tensor?)",
+    tensors=1,
+    kernel="max_pool2d_forward",
+    describe=_describe_max,
+    fake=_fake_max,
+    function=MaxPool2d,
+)
+max_pool2d_backward = register(
+    "max_pool2d_backward",
+    f"(Tensor dy, Tensor offsets, int H, int W, bool channels_last, {MAX_POOL}, str backend) -> Tensor",
+    tensors=2,
+    kernel="max_pool2d_backward",
+    describe=_describe_max_backward,
+    fake=_fake_gradient,
+    function=MaxPool2dBackward,
+)
+max_pool2d_indices = register(
+    "max_pool2d_indices",
+    f"(Tensor offsets, int H, int W, {MAX_POOL}, str backend) -> Tensor",
+    tensors=1,
+    kernel="max_pool2d_indices",
+    describe=_describe_max_indices,
+    fake=_fake_indices,
+)
+avg_pool2d = register(
+    "avg_pool2d",
+    f"(Tensor x, {AVG_POOL}, str backend) -> Tensor",
+    tensors=1,
+    kernel="avg_pool2d_forward",
+    describe=_describe_avg,
+    fake=_fake,
+    function=AvgPool2d,
+)
+avg_pool2d_backward = register(
+    "avg_pool2d_backward",
+    f"(Tensor dy, int H, int W, bool channels_last, {AVG_POOL}, str backend) -> Tensor",
+    tensors=1,
+    kernel="avg_pool2d_backward",
+    describe=_describe_avg_backward,
+    fake=_fake_gradient,
+    function=AvgPool2dBackward,
+)
+adaptive_avg_pool2d = register(
+    "adaptive_avg_pool2d",
+    "(Tensor x, int P, int Q, str backend) -> Tensor",
+    tensors=1,
+    kernel="adaptive_avg_pool2d_forward",
+    describe=_describe_adaptive,
+    fake=_fake,
+    function=AdaptiveAvgPool2d,
+)
+adaptive_avg_pool2d_backward = register(
+    "adaptive_avg_pool2d_backward",
+    "(Tensor dy, int H, int W, bool channels_last, str backend) -> Tensor",
+    tensors=1,
+    kernel="adaptive_avg_pool2d_backward",
+    describe=_describe_adaptive_backward,
+    fake=_fake_gradient,
+    function=AdaptiveAvgPool2dBackward,
+)

@@ -1,0 +1,157 @@
+"""How an op is registered: once, here, for all ops.
+
+An op is a schema, a description of its problem, a fake function, and a gradient formula (an autograd `Function` made of
+other registered ops). `register` turns these into ``torch.ops.cnnops.<name>``, with kernels below autograd that ask
+`cnnops.dispatch`, and returns the same op for Python callers, who skip torch's dispatcher wherever nobody traces,
+transforms or autocasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.native import Problem
+from ..dispatch import kernel_of
+from .torch_private import autocast_keys, below_autograd, dispatch_modes, exclude_keys, function_modes, transforming
+
+library = torch.library.Library("cnnops", "DEF")
+
+observers: list[Callable[[str, Problem], None]] = []
+"""Told the native function and problem of every call that runs on fake tensors (see `cnnops.explain`)."""
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_is_grad_enabled = torch.is_grad_enabled
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_autocast_enabled = torch.is_autocast_enabled
+
+
+class Function(torch.autograd.Function):
+    """An op's gradient formula. Arguments are ``(run, *op arguments)``: `run` computes the op.
+
+    Subclasses give `setup_context` and `backward`; `forward` is overridden where a gradient wants more than a plain
+    call computes.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[..., Any], *args: Any) -> Any:
+        return run(*args)
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if transforming():
+            return super().apply(*args)
+        # What torch.autograd.Function.apply does beside this serves transforms alone, and costs 19 us.
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def _eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on these tensors may skip the dispatcher: nobody traces, transforms, subclasses or autocasts."""
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            return False
+    first: Any = tensors[0]
+    return not (
+        _is_dynamo_compiling()
+        or dispatch_modes()
+        or function_modes()
+        or transforming()
+        or first.is_meta
+        or _is_autocast_enabled(first.device.type)
+    )
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    tensors: int,
+    kernel: str,
+    describe: Callable[..., Problem],
+    fake: Callable[..., Any],
+    function: type[Function] | None = None,
+    autocast: bool = False,
+    mutates: Sequence[int] = (),
+) -> Callable[..., Any]:
+    """Register ``cnnops::<name>`` and return it as a Python callable that enters the same code faster.
+
+    schema: "(arguments) -> results"; the first `tensors` arguments are the tensors, the last is ``str backend``.
+    kernel: the backends' function. describe(*args): checks a call and describes its problem.
+    fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the gradient formula, None
+    for an op without gradient. autocast: cast floating tensors to the autocast dtype. mutates: positions of the
+    tensors that the op writes to.
+    """
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.cnnops, name).default
+    run_kernel = kernel_of(kernel, tensors, describe)
+
+    if mutates:
+        plain_kernel = run_kernel
+
+        def run_kernel(*args: Any) -> Any:
+            result = plain_kernel(*args)
+            written = [args[i] for i in mutates if args[i] is not None]
+            torch.autograd.graph.increment_version(written)
+            return result
+
+    def run_below(*args: Any) -> Any:
+        with below_autograd():
+            return op(*args)
+
+    def differentiable(run: Callable[..., Any], *args: Any) -> Any:
+        if function is not None and _is_grad_enabled():
+            for t in args[:tensors]:
+                if t is not None and t.requires_grad:
+                    return function.apply(run, *args)
+        return run(*args)
+
+    def autograd(*args: Any) -> Any:
+        return differentiable(run_kernel if _eager(args[:tensors]) else run_below, *args)
+
+    def call(*args: Any) -> Any:
+        if _eager(args[:tensors]):
+            return differentiable(run_kernel, *args)
+        if function is not None and transforming():
+            return function.apply(op, *args)
+        return op(*args)
+
+    def cast_by(device: str) -> Callable[..., Any]:
+        keys = autocast_keys(device)
+
+        def cast(*args: Any) -> Any:
+            low = torch.get_autocast_dtype(device.lower())
+
+            def lowered(t: Any) -> Any:
+                eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+                return t.to(low) if eligible else t
+
+            with exclude_keys(keys):
+                return op(*[lowered(t) for t in args[:tensors]], *args[tensors:])
+
+        return cast
+
+    def fake_kernel(*args: Any) -> Any:
+        problem = describe(*args)
+        for observe in observers:
+            observe(kernel, problem)
+        return fake(problem, *args)
+
+    for device in ("CPU", "CUDA"):
+        library.impl(name, run_kernel, device)
+        if autocast:
+            library.impl(name, cast_by(device), "Autocast" + device)
+    library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"cnnops::{name}", fake_kernel, lib=library)
+    call.__name__ = name
+    return call
+
+
+def empty(like: Tensor, sizes: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor of these sizes on `like`'s device, for fake functions."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(sizes), dtype=dtype or like.dtype, device=like.device, memory_format=layout)

@@ -1,0 +1,25 @@
+"""Every private name of torch that cnnops uses. tests/test_registration.py holds that they exist and do what we think."""
+
+from __future__ import annotations
+
+from torch import _C
+
+below_autograd = _C._AutoDispatchBelowAutograd
+"""Context: dispatch to the kernels below the autograd keys."""
+
+exclude_keys = _C._ExcludeDispatchKeyGuard
+"""Context: dispatch as if these keys were not set."""
+
+dispatch_modes = _C._len_torch_dispatch_stack
+"""How many __torch_dispatch__ modes (fake tensors, tracing, FLOP counting, ...) are active."""
+
+function_modes = _C._len_torch_function_stack
+"""How many __torch_function__ modes are active."""
+
+transforming = _C._are_functorch_transforms_active
+"""Whether a torch.func transform (vmap, grad, jvp, ...) is active."""
+
+
+def autocast_keys(device: str) -> _C.DispatchKeySet:
+    """The dispatch keys of autocast on "CPU" or "CUDA"."""
+    return _C.DispatchKeySet(getattr(_C.DispatchKey, "Autocast" + device))

@@ -1,0 +1,569 @@
+// The only file that sees torch tensors. Compiled once for each backend with
+//   -DCNNOPS_NS=cnnops_<backend> -DCNNOPS_KEY=CPU|CUDA,
+// it registers in that namespace an op for every entry of the backend's kernel table. An op allocates its outputs,
+// brings operands into the layout that kernels want (NHWC, dense) and calls the kernel. Calls arrive checked
+// (geometry.py), below autograd; the outputs' strides follow torch's rule, channels_last if x or the weight is.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+#include "schema.h"
+
+namespace cnnops {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::array<int64_t, 4>;
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected a float, double, half or bfloat16 tensor");
+  }
+}
+
+DType dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
+
+// The type sums are made in, and that per-channel arrays have.
+ScalarType accumulation(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
+Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "relu6", "silu", "hardswish", "sigmoid"};
+  for (int i = 0; i < 6; ++i)
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  STD_TORCH_CHECK(false, "unknown activation '", name, "'");
+}
+
+// Whether the strides order the axes as channels_last does: channels innermost, then W, H, N (torch's rule).
+bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (const int axis : {1, 3, 2, 0}) {
+    const int64_t size = t.size(axis), stride = t.stride(axis);
+    if (size == 0 || stride < least || (axis == 0 && least == t.stride(1))) return false;
+    least = size > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+// Whether t's elements lie in memory as [N, H, W, C], without gaps.
+bool is_dense_nhwc(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int axis : {1, 3, 2, 0}) {
+    if (t.size(axis) != 1 && t.stride(axis) != expected) return false;
+    expected *= t.size(axis);
+  }
+  return true;
+}
+
+// A fresh large block costs a page fault for every 4 KiB unless the kernel is asked for huge pages.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (!t.is_cpu() || bytes < 2 * kHugePage) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + bytes) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+template <class Shape>
+Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
+  Tensor t =
+      torch::stable::empty({sizes.data(), sizes.size()}, dtype, torch::headeronly::Layout::Strided, like.device(),
+                           std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  advise_huge_pages(t);
+  return t;
+}
+
+// Makes the device of `t` current for as long as it lives, and names the stream to launch on.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) {
+#ifdef USE_CUDA
+    guard_.emplace(t.get_device_index());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+#else
+    (void)t;
+#endif
+  }
+  operator Stream() const { return stream_; }
+
+ private:
+#ifdef USE_CUDA
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+  Stream stream_ = nullptr;
+};
+
+void copy(const Tensor& src, const Tensor& dst, Stream stream) {
+  if (src.numel() == 0) return;
+  CopyProblem problem{dtype_of(src), dtype_of(dst), {1, 1, 1, 1}, {}, {}};
+  for (int64_t i = 0, pad = 4 - src.dim(); i < src.dim(); ++i) {
+    problem.size[pad + i] = src.size(i);
+    problem.src_stride[pad + i] = src.stride(i);
+    problem.dst_stride[pad + i] = dst.stride(i);
+  }
+  kernels().copy(problem, src.data_ptr(), dst.data_ptr(), stream);
+}
+
+// t with elements of `dtype` as dense [N, H, W, C]; t itself where it is that already.
+Tensor nhwc(const Tensor& t, ScalarType dtype, Stream stream) {
+  if (t.scalar_type() == dtype && is_dense_nhwc(t)) return t;
+  Tensor dense = empty(t.sizes(), dtype, t, true);
+  copy(t, dense, stream);
+  return dense;
+}
+
+OptionalTensor nhwc(const OptionalTensor& t, ScalarType dtype, Stream stream) {
+  return t ? OptionalTensor(nhwc(*t, dtype, stream)) : std::nullopt;
+}
+
+// A per-channel array with elements of `dtype`, dense.
+OptionalTensor vector(const OptionalTensor& t, ScalarType dtype, Stream stream) {
+  if (!t || (t->scalar_type() == dtype && t->is_contiguous())) return t;
+  Tensor dense = empty(t->sizes(), dtype, *t, false);
+  copy(*t, dense, stream);
+  return dense;
+}
+
+void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
+
+// A result that kernels write as dense NHWC of one dtype and the caller sees in the layout and dtype it expects.
+class Output {
+ public:
+  template <class Shape>
+  Output(const Shape& sizes, const Tensor& like, ScalarType compute, bool channels_last)
+      : result_(empty(sizes, like.scalar_type(), like, channels_last)),
+        dense_(like.scalar_type() == compute && is_dense_nhwc(result_) ? result_ : empty(sizes, compute, like, true)) {}
+
+  void* data() const { return dense_.data_ptr(); }
+  int64_t numel() const { return result_.numel(); }
+  Tensor finish(Stream stream) const {
+    if (dense_.data_ptr() != result_.data_ptr()) copy(dense_, result_, stream);
+    return result_;
+  }
+
+ private:
+  Tensor result_, dense_;
+};
+
+void zero(const Tensor& t) {
+  if (t.numel()) torch::stable::zero_(const_cast<Tensor&>(t));
+}
+
+// Scratch memory for one call. On CUDA a tensor, so that the stream and graph capture know it; on the CPU a block that
+// each thread keeps for its next call, unless it is larger than the cap.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const Tensor& like) {
+    if (bytes == 0) return;
+    if (!like.is_cpu()) {
+      tensor_ = empty(std::array<int64_t, 1>{bytes}, ScalarType::Byte, like, false);
+      data_ = tensor_->data_ptr();
+      return;
+    }
+    if (bytes > kept_bytes_ || !kept_) {
+      const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
+      Block block(static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(rounded))), &std::free);
+      STD_TORCH_CHECK(block != nullptr, "out of memory: a convolution wants ", bytes, " bytes of workspace");
+#if defined(__linux__)
+      madvise(block.get(), static_cast<size_t>(rounded), MADV_HUGEPAGE);
+#endif
+      if (rounded > kKeptAtMost) {
+        own_ = std::move(block);
+        data_ = own_.get();
+        return;
+      }
+      kept_ = std::move(block);
+      kept_bytes_ = rounded;
+    }
+    data_ = kept_.get();
+  }
+  void* data() const { return data_; }
+
+ private:
+  using Block = std::unique_ptr<char, void (*)(void*)>;
+  static constexpr int64_t kAlign = 2 << 20, kKeptAtMost = int64_t{256} << 20;
+  inline static thread_local Block kept_{nullptr, &std::free};
+  inline static thread_local int64_t kept_bytes_ = 0;
+
+  OptionalTensor tensor_;
+  Block own_{nullptr, &std::free};
+  void* data_ = nullptr;
+};
+
+// ---- conv2d
+
+#define CNNOPS_CONV2D_PARAMS                                                                                \
+  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, \
+      int64_t groups
+#define CNNOPS_CONV2D_ARGS stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
+
+Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute, CNNOPS_CONV2D_PARAMS) {
+  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
+  return {dtype_of(compute),
+          narrow(x.size(0)),
+          narrow(x.size(1)),
+          narrow(x.size(2)),
+          narrow(x.size(3)),
+          narrow(weight.size(0)),
+          narrow(weight.size(2)),
+          narrow(weight.size(3)),
+          narrow(output_size(x.size(2), weight.size(2), stride_h, pad_h, dilation_h)),
+          narrow(output_size(x.size(3), weight.size(3), stride_w, pad_w, dilation_w)),
+          narrow(stride_h),
+          narrow(stride_w),
+          narrow(pad_h),
+          narrow(pad_w),
+          narrow(dilation_h),
+          narrow(dilation_w),
+          narrow(groups)};
+}
+
+ScalarType conv2d_compute(const Tensor& x) {
+  return kernels().conv2d_in_float ? accumulation(x.scalar_type()) : x.scalar_type();
+}
+
+std::tuple<Tensor, OptionalTensor> conv2d_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
+                                                      OptionalTensor residual, CNNOPS_CONV2D_PARAMS,
+                                                      std::string activation, bool need_z) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x);
+  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const Activation act = activation_of(activation);
+  const bool channels_last = is_channels_last(x) || is_channels_last(weight);
+  const Output y(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  std::optional<Output> z;
+  if (need_z) z.emplace(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  if (y.numel() > 0) {
+    const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
+    const OptionalTensor dense_bias = vector(bias, compute, launch), dense_residual = nhwc(residual, compute, launch);
+    const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
+    const Epilogue epilogue{pointer(dense_bias), pointer(dense_residual), need_z ? Activation::kNone : act};
+    kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(),
+                             need_z ? z->data() : y.data(), workspace.data(), launch);
+    if (need_z) kernels().activation_forward(problem.dtype, act, y.numel(), z->data(), y.data(), launch);
+  }
+  return {y.finish(launch), z ? OptionalTensor(z->finish(launch)) : std::nullopt};
+}
+
+Tensor conv2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, CNNOPS_CONV2D_PARAMS) {
+  return std::get<0>(conv2d_act_forward(x, weight, std::move(bias), std::nullopt, CNNOPS_CONV2D_ARGS, "none", false));
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const Tensor& dy, const Tensor& x,
+                                                                           const Tensor& weight, CNNOPS_CONV2D_PARAMS,
+                                                                           bool need_dx, bool need_dweight,
+                                                                           bool need_dbias) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x);
+  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  std::optional<Output> dx, dweight;
+  OptionalTensor dbias, dense_dbias;
+  if (need_dx) dx.emplace(x.sizes(), x, compute, is_channels_last(x) || is_channels_last(weight));
+  if (need_dweight) dweight.emplace(weight.sizes(), weight, compute, is_channels_last(weight));
+  if (need_dbias) {
+    dbias = empty(std::array<int64_t, 1>{problem.K}, x.scalar_type(), x, false);
+    dense_dbias = x.scalar_type() == compute ? dbias : empty(dbias->sizes(), compute, x, false);
+  }
+  if (dy.numel() == 0) {
+    if (dweight) zero(dweight->finish(launch));
+    if (dbias) zero(*dbias);
+  } else if (need_dx || need_dweight || need_dbias) {
+    const Tensor dense_dy = nhwc(dy, compute, launch);
+    const OptionalTensor dense_x = need_dweight ? OptionalTensor(nhwc(x, compute, launch)) : std::nullopt;
+    const OptionalTensor dense_weight = need_dx ? OptionalTensor(nhwc(weight, compute, launch)) : std::nullopt;
+    const Workspace workspace(kernels().conv2d_backward_workspace(problem, need_dx, need_dweight, need_dbias), x);
+    kernels().conv2d_backward(problem, dense_dy.data_ptr(), pointer(dense_x), pointer(dense_weight),
+                              dx ? dx->data() : nullptr, dweight ? dweight->data() : nullptr, pointer(dense_dbias),
+                              workspace.data(), launch);
+    if (dbias && dbias->data_ptr() != dense_dbias->data_ptr()) copy(*dense_dbias, *dbias, launch);
+  }
+  const auto finished = [&](const std::optional<Output>& output) {
+    return output ? OptionalTensor(output->finish(launch)) : std::nullopt;
+  };
+  return {finished(dx), finished(dweight), dbias};
+}
+
+// ---- activations
+
+Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string activation) {
+  const Launch launch(dy);
+  const Output dz(saved.sizes(), saved, saved.scalar_type(), is_channels_last(saved));
+  if (dz.numel() > 0) {
+    const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch), dense_saved = nhwc(saved, dy.scalar_type(), launch);
+    kernels().activation_backward(dtype_of(dy), activation_of(activation), dz.numel(), dense_dy.data_ptr(),
+                                  dense_saved.data_ptr(), dz.data(), launch);
+  }
+  return dz.finish(launch);
+}
+
+// ---- pools
+
+#define CNNOPS_WINDOW_PARAMS \
+  int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w
+#define CNNOPS_WINDOW_ARGS kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w
+
+Pool2dProblem pool2d_problem(const Tensor& t, int64_t H, int64_t W, int64_t P, int64_t Q, CNNOPS_WINDOW_PARAMS,
+                             int64_t dilation_h = 1, int64_t dilation_w = 1, bool count_include_pad = true,
+                             int64_t divisor_override = 0) {
+  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
+  return {t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Int ? DType::kFloat : dtype_of(t),
+          narrow(t.size(0)),
+          narrow(t.size(1)),
+          narrow(H),
+          narrow(W),
+          narrow(kernel_h),
+          narrow(kernel_w),
+          narrow(P),
+          narrow(Q),
+          narrow(stride_h),
+          narrow(stride_w),
+          narrow(pad_h),
+          narrow(pad_w),
+          narrow(dilation_h),
+          narrow(dilation_w),
+          count_include_pad,
+          divisor_override};
+}
+
+// torch's ceil_mode: round up, but start no window beyond the input and its left padding.
+int64_t pooled_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation, bool ceil_mode) {
+  if (!ceil_mode) return output_size(in, kernel, stride, pad, dilation);
+  const int64_t out = output_size(in + stride - 1, kernel, stride, pad, dilation);
+  return (out - 1) * stride >= in + pad ? out - 1 : out;
+}
+
+Tensor dense_offsets(const Tensor& offsets) {
+  STD_TORCH_CHECK(is_dense_nhwc(offsets), "expected the offsets as max_pool2d made them, channels_last and dense");
+  return offsets;
+}
+
+std::tuple<Tensor, OptionalTensor> max_pool2d_forward(const Tensor& x, CNNOPS_WINDOW_PARAMS, int64_t dilation_h,
+                                                      int64_t dilation_w, bool ceil_mode, bool need_offsets) {
+  const Launch launch(x);
+  const int64_t P = pooled_size(x.size(2), kernel_h, stride_h, pad_h, dilation_h, ceil_mode);
+  const int64_t Q = pooled_size(x.size(3), kernel_w, stride_w, pad_w, dilation_w, ceil_mode);
+  const Sizes sizes{x.size(0), x.size(1), P, Q};
+  const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
+  OptionalTensor offsets;
+  if (need_offsets) offsets = empty(sizes, kernel_h * kernel_w <= 256 ? ScalarType::Byte : ScalarType::Int, x, true);
+  if (y.numel() > 0) {
+    const Tensor dense_x = nhwc(x, x.scalar_type(), launch);
+    kernels().max_pool2d_forward(
+        pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w), dense_x.data_ptr(),
+        y.data(), pointer(offsets), launch);
+  }
+  return {y.finish(launch), offsets};
+}
+
+Tensor max_pool2d_backward(const Tensor& dy, const Tensor& offsets, int64_t H, int64_t W, bool channels_last,
+                           CNNOPS_WINDOW_PARAMS, int64_t dilation_h, int64_t dilation_w) {
+  const Launch launch(dy);
+  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  if (dx.numel() > 0) {
+    const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch);
+    kernels().max_pool2d_backward(
+        pool2d_problem(dy, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
+        dense_dy.data_ptr(), dense_offsets(offsets).data_ptr(), dx.data(), launch);
+  }
+  return dx.finish(launch);
+}
+
+Tensor max_pool2d_indices(const Tensor& offsets, int64_t H, int64_t W, CNNOPS_WINDOW_PARAMS, int64_t dilation_h,
+                          int64_t dilation_w) {
+  const Launch launch(offsets);
+  const Tensor indices = empty(offsets.sizes(), ScalarType::Long, offsets, true);
+  if (indices.numel() > 0)
+    kernels().max_pool2d_indices(
+        pool2d_problem(offsets, H, W, offsets.size(2), offsets.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
+        dense_offsets(offsets).data_ptr(), static_cast<int64_t*>(indices.data_ptr()), launch);
+  return indices;
+}
+
+Tensor avg_pool2d_forward(const Tensor& x, CNNOPS_WINDOW_PARAMS, bool ceil_mode, bool count_include_pad,
+                          int64_t divisor_override) {
+  const Launch launch(x);
+  const int64_t P = pooled_size(x.size(2), kernel_h, stride_h, pad_h, 1, ceil_mode);
+  const int64_t Q = pooled_size(x.size(3), kernel_w, stride_w, pad_w, 1, ceil_mode);
+  const Output y(Sizes{x.size(0), x.size(1), P, Q}, x, x.scalar_type(), is_channels_last(x));
+  if (y.numel() > 0)
+    kernels().avg_pool2d_forward(
+        pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, 1, 1, count_include_pad, divisor_override),
+        nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(), launch);
+  return y.finish(launch);
+}
+
+Tensor avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool channels_last, CNNOPS_WINDOW_PARAMS, bool,
+                           bool count_include_pad, int64_t divisor_override) {
+  const Launch launch(dy);
+  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  if (dx.numel() > 0)
+    kernels().avg_pool2d_backward(
+        pool2d_problem(dy, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, 1, 1, count_include_pad, divisor_override),
+        nhwc(dy, dy.scalar_type(), launch).data_ptr(), dx.data(), launch);
+  return dx.finish(launch);
+}
+
+Tensor adaptive_avg_pool2d_forward(const Tensor& x, int64_t P, int64_t Q) {
+  const Launch launch(x);
+  const Output y(Sizes{x.size(0), x.size(1), P, Q}, x, x.scalar_type(), is_channels_last(x));
+  if (y.numel() > 0)
+    kernels().adaptive_avg_pool2d_forward(pool2d_problem(x, x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
+                                          nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(), launch);
+  return y.finish(launch);
+}
+
+Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool channels_last) {
+  const Launch launch(dy);
+  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  if (dy.numel() == 0) {
+    zero(dx.finish(launch));
+  } else {
+    kernels().adaptive_avg_pool2d_backward(pool2d_problem(dy, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
+                                           nhwc(dy, dy.scalar_type(), launch).data_ptr(), dx.data(), launch);
+  }
+  return dx.finish(launch);
+}
+
+// ---- batch norm
+
+// x as its kernels want it: dense [N, L, C] where x is channels_last, dense [N, C, L] otherwise.
+Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {
+  if (channels_last) return nhwc(t, t.scalar_type(), stream);
+  if (t.is_contiguous()) return t;
+  if (t.dim() > 4) return torch::stable::contiguous(t);
+  Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
+  copy(t, dense, stream);
+  return dense;
+}
+
+OptionalTensor norm_layout(const OptionalTensor& t, bool channels_last, Stream stream) {
+  return t ? OptionalTensor(norm_layout(*t, channels_last, stream)) : std::nullopt;
+}
+
+NormProblem norm_problem(const Tensor& x, bool training, double momentum, double eps, const std::string& activation) {
+  int64_t L = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) L *= x.size(i);
+  return {
+      dtype_of(x), x.size(0), x.size(1), L, is_channels_last(x), training, momentum, eps, activation_of(activation)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, OptionalTensor weight, OptionalTensor bias,
+                                                          OptionalTensor residual, OptionalTensor running_mean,
+                                                          OptionalTensor running_var, bool training, double momentum,
+                                                          double eps, std::string activation) {
+  const Launch launch(x);
+  const NormProblem problem = norm_problem(x, training, momentum, eps, activation);
+  const ScalarType acc = accumulation(x.scalar_type());
+  const std::array<int64_t, 1> channels{problem.C};
+  const Tensor y = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
+  const Tensor mean = empty(channels, acc, x, false), rstd = empty(channels, acc, x, false);
+  if (y.numel() == 0) {
+    zero(mean);
+    zero(rstd);
+    return {y, mean, rstd};
+  }
+  const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
+  const OptionalTensor dense_residual = norm_layout(residual, problem.channels_last, launch);
+  const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+  const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
+  kernels().batch_norm_act_forward(problem,
+                                   {dense_x.data_ptr(), pointer(dense_residual), pointer(w), pointer(b), pointer(m),
+                                    pointer(v), y.data_ptr(), mean.data_ptr(), rstd.data_ptr()},
+                                   launch);
+  if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
+  if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
+  return {y, mean, rstd};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch_norm_act_backward(
+    const Tensor& dy, const Tensor& x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+    OptionalTensor y, const Tensor& mean, const Tensor& rstd, bool training, double eps, std::string activation,
+    bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual) {
+  const Launch launch(x);
+  const NormProblem problem = norm_problem(x, training, 0, eps, activation);
+  const ScalarType acc = accumulation(x.scalar_type());
+  const ScalarType param = weight ? weight->scalar_type() : bias ? bias->scalar_type() : acc;
+  const std::array<int64_t, 1> channels{problem.C};
+  OptionalTensor dx, dresidual, dweight, dbias;
+  if (need_dx) dx = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
+  if (need_dresidual) dresidual = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
+  if (need_dweight) dweight = empty(channels, acc, x, false);
+  if (need_dbias) dbias = empty(channels, acc, x, false);
+  if (x.numel() == 0) {
+    if (dweight) zero(*dweight);
+    if (dbias) zero(*dbias);
+  } else {
+    const bool channels_last = problem.channels_last;
+    const Tensor dense_dy = norm_layout(dy, channels_last, launch), dense_x = norm_layout(x, channels_last, launch);
+    const OptionalTensor dense_residual = norm_layout(residual, channels_last, launch);
+    const OptionalTensor dense_y = norm_layout(y, channels_last, launch);
+    const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    kernels().batch_norm_act_backward(
+        problem,
+        {dense_dy.data_ptr(), dense_x.data_ptr(), pointer(dense_residual), pointer(dense_y), pointer(w), pointer(b),
+         mean.data_ptr(), rstd.data_ptr(), pointer(dx), pointer(dresidual), pointer(dweight), pointer(dbias)},
+        launch);
+  }
+  return {dx, vector(dweight, param, launch), vector(dbias, param, launch), dresidual};
+}
+
+std::string build_info_op() { return build_info(); }
+
+}  // namespace
+}  // namespace cnnops
+
+#define CNNOPS_DEFINE(name, arguments, results) m.def(#name "(" arguments ") -> " results);
+
+STABLE_TORCH_LIBRARY(CNNOPS_NS, m){CNNOPS_SCHEMA(CNNOPS_DEFINE)}
+#define CNNOPS_IMPL(entry, op) \
+  if (cnnops::kernels().entry) m.impl(#op, TORCH_BOX(&cnnops::op))
+
+STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
+  CNNOPS_IMPL(conv2d_forward, conv2d_forward);
+  CNNOPS_IMPL(conv2d_backward, conv2d_backward);
+  CNNOPS_IMPL(activation_forward, conv2d_act_forward);
+  CNNOPS_IMPL(activation_backward, activation_backward);
+  CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
+  CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);
+  CNNOPS_IMPL(max_pool2d_indices, max_pool2d_indices);
+  CNNOPS_IMPL(avg_pool2d_forward, avg_pool2d_forward);
+  CNNOPS_IMPL(avg_pool2d_backward, avg_pool2d_backward);
+  CNNOPS_IMPL(adaptive_avg_pool2d_forward, adaptive_avg_pool2d_forward);
+  CNNOPS_IMPL(adaptive_avg_pool2d_backward, adaptive_avg_pool2d_backward);
+  CNNOPS_IMPL(batch_norm_act_forward, batch_norm_act_forward);
+  CNNOPS_IMPL(batch_norm_act_backward, batch_norm_act_backward);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&cnnops::build_info_op));
+}

@@ -1,0 +1,369 @@
+// Batch norm with a residual and an activation.
+//
+//   y       = activation(z),  z = (x - mean) * rstd * weight + bias + residual
+//   mean, var over N and L of each channel when training, else the running ones; rstd = 1 / sqrt(var + eps)
+//   dz      = dy * activation'(z), which is dresidual too
+//   dbias   = sum of dz over N and L,  dweight = rstd * sum of dz * (x - mean)
+//   dx      = rstd * weight * dz; when training, rstd * weight * (dz - dbias / NL - (x - mean) * rstd * dweight / NL)
+//
+// Layout     x, y, residual and their gradients [N,L,C] or [N,C,L]; everything else [C].
+// Ownership  Sums: one index of parallel_for owns one slice of the positions, for a tile of channels; its blocks, and
+//            then the slices, are merged in order. All of these are cut by shape alone: any number of threads gives
+//            the same bits. The elementwise sweeps own about kChunk elements.
+// Traffic    forward: x for the statistics, then x (+ residual) + y; backward: dy, x (+ y or residual) for the sums,
+//            then the same + dx (+ dresidual). A sweep that nothing asks for is left out.
+//
+// A block's statistics are sums of deviations from a mean of its own, corrected for that mean's rounding, and blocks
+// are merged by Chan's formula in double (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for
+// computing sample variances, 1979). Sums of raw squares would lose the variance of data that lie far from 0.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "../kernels.h"
+#include "activation.h"
+#include "parallel.h"
+
+namespace cnnops::cpu::CNNOPS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 16384;   // elements that are summed together; the statistics read them twice, from cache
+constexpr int64_t kSlices = 64;     // that sums are cut into where the shape allows: what threads share
+constexpr int64_t kTile = 512;      // channels whose sums one index holds
+constexpr int64_t kChunk = 32768;   // elements that one index of an elementwise sweep owns
+constexpr int kAccumulators = 4;    // independent vector sums along L, to hide the latency of an addition
+
+template <class V, class T>
+V read(const T* p) {
+  if constexpr (std::is_same_v<V, Acc<T>>)
+    return to_acc(*p);
+  else
+    return load(p);
+}
+template <class V, class T>
+void write(T* p, V v) {
+  if constexpr (std::is_same_v<V, Acc<T>>)
+    from_acc(v, *p);
+  else
+    store(p, v);
+}
+
+// What one pass of a loop covers. [N,L,C]: `width` channels from `c`, in the lines begin <= n * L + l < end.
+// [N,C,L]: channel c of the lines begin <= n < end, at the positions l_begin <= l < l_end.
+struct Part {
+  int64_t begin, end, c, width, l_begin, l_end;
+  int64_t positions() const { return (end - begin) * (l_end - l_begin); }
+};
+
+// The problem as lines, whichever the layout. One position or one channel is dense in both: the faster one is taken.
+struct Lines {
+  bool channels_last;
+  int64_t C, L, count;  // count: lines
+
+  explicit Lines(const NormProblem& problem)
+      : channels_last(problem.L == 1 || (problem.channels_last && problem.C > 1)),
+        C(problem.C),
+        L(channels_last ? 1 : problem.L),
+        count(channels_last ? problem.N * problem.L : problem.N) {}
+};
+
+// body(V{}, i, param, slot) for each vector or single number V of the part, at offset i in x: param(array) is a
+// per-channel array's value there, slot the place below kTile where its sums belong (see fold).
+template <class T, class Body>
+void for_part(const Lines& lines, const Part& part, const Body& body) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int kWidth = kLanes<T>;
+  for (int64_t line = part.begin; line < part.end; ++line) {
+    if (lines.channels_last) {
+      const int64_t at = line * lines.C + part.c;
+      int64_t k = 0;
+      for (; k + kWidth <= part.width; k += kWidth)
+        body(V{}, at + k, [&](const A* array) { return load(array + part.c + k); }, k);
+      for (; k < part.width; ++k) body(A{}, at + k, [&](const A* array) { return array[part.c + k]; }, k);
+    } else {
+      const int64_t at = (line * lines.C + part.c) * lines.L;
+      int64_t l = part.l_begin;
+      for (int64_t slot = 0; l + kWidth <= part.l_end; l += kWidth, slot = (slot + kWidth) % (kAccumulators * kWidth))
+        body(V{}, at + l, [&](const A* array) { return splat(array[part.c]); }, slot);
+      for (; l < part.l_end; ++l) body(A{}, at + l, [&](const A* array) { return array[part.c]; }, 0);
+    }
+  }
+}
+
+// Two sums for each channel of a part, in slots.
+template <class T>
+struct Sums {
+  using A = Acc<T>;
+  static constexpr int64_t kSpread = kAccumulators * kLanes<T>;
+  A first[kTile] = {}, second[kTile] = {};
+
+  template <class V>
+  void add(int64_t slot, V a, V b) {
+    write(first + slot, read<V>(first + slot) + a);
+    write(second + slot, read<V>(second + slot) + b);
+  }
+
+  // Gathers a channel's slots into its first one.
+  void fold(const Lines& lines) {
+    if (lines.channels_last) return;
+    for (int64_t k = 1; k < kSpread; ++k) {
+      first[0] += first[k];
+      second[0] += second[k];
+    }
+  }
+};
+
+// Two results for each channel of a tile: mean and sum of squared deviations, or two plain sums.
+struct Pair {
+  double first[kTile], second[kTile];
+};
+
+// block(part, pair) computes a part's results; merge(count, first, second, more, more_first, more_second, width)
+// adds those of `more` positions to those of the `count` before.
+template <class Block, class Merge>
+void reduce(const Lines& lines, const Block& block, const Merge& merge, double* first, double* second) {
+  const int64_t C = lines.C, tile = lines.channels_last ? std::min(C, kTile) : 1, tiles = (C + tile - 1) / tile;
+  const int64_t line_size = lines.channels_last ? tile : lines.L;
+  const int64_t block_lines = std::max<int64_t>(1, kBlock / line_size);
+  const int64_t blocks = (lines.count + block_lines - 1) / block_lines;
+  const int64_t wanted = std::min(blocks, std::max<int64_t>(1, kSlices / tiles));
+  const int64_t slice_lines = (blocks + wanted - 1) / wanted * block_lines;
+  const int64_t slices = (lines.count + slice_lines - 1) / slice_lines;
+  const std::unique_ptr<double[]> slab(new double[static_cast<size_t>(2 * slices * C)]);
+
+  parallel_for(slices * tiles, [&](int64_t i) {
+    const int64_t slice = i / tiles, c = i % tiles * tile, width = std::min(tile, C - c);
+    const int64_t end = std::min(lines.count, (slice + 1) * slice_lines);
+    Pair total, more;
+    int64_t count = 0;
+    for (int64_t line = slice * slice_lines; line < end; line += block_lines)
+      for (int64_t l = 0; l < lines.L; l += kBlock) {
+        const Part part{line, std::min(end, line + block_lines), c, width, l, std::min(lines.L, l + kBlock)};
+        block(part, count ? more : total);
+        if (count) merge(count, total.first, total.second, part.positions(), more.first, more.second, width);
+        count += part.positions();
+      }
+    std::copy_n(total.first, width, slab.get() + 2 * slice * C + c);
+    std::copy_n(total.second, width, slab.get() + (2 * slice + 1) * C + c);
+  });
+
+  std::copy_n(slab.get(), C, first);
+  std::copy_n(slab.get() + C, C, second);
+  for (int64_t slice = 1; slice < slices; ++slice) {
+    const int64_t before = slice * slice_lines, more = std::min(lines.count - before, slice_lines);
+    merge(before * lines.L, first, second, more * lines.L, slab.get() + 2 * slice * C,
+          slab.get() + (2 * slice + 1) * C, C);
+  }
+}
+
+// mean[c] and squares[c], the sum of (x - mean[c])^2.
+template <class T>
+void statistics(const Lines& lines, const T* x, double* mean, double* squares) {
+  using A = Acc<T>;
+  const auto block = [&](const Part& part, Pair& out) {
+    const A scale = 1 / static_cast<A>(part.positions());
+    Sums<T> sums;
+    for_part<T>(lines, part, [&]<class V>(V, int64_t i, auto, int64_t k) { sums.add(k, read<V>(x + i), V{}); });
+    sums.fold(lines);
+    A about[kTile];
+    for (int64_t k = 0; k < std::max(part.width, lines.channels_last ? 0 : Sums<T>::kSpread); ++k)
+      about[k] = sums.first[lines.channels_last ? k : 0] * scale;
+
+    sums = {};
+    for_part<T>(lines, part, [&]<class V>(V, int64_t i, auto, int64_t k) {
+      const V d = read<V>(x + i) - read<V>(about + k);
+      sums.add(k, d, d * d);
+    });
+    sums.fold(lines);
+    const double count = static_cast<double>(part.positions());
+    for (int64_t k = 0; k < part.width; ++k) {
+      const double shift = sums.first[k] / count, rest = sums.second[k] - sums.first[k] * shift;
+      out.first[k] = about[k] + (std::isfinite(about[k]) ? shift : 0);  // infinity is a mean, its deviations are not
+      out.second[k] = rest < 0 ? 0 : rest;
+    }
+  };
+  const auto chan = [](int64_t count, double* mean, double* squares, int64_t more, const double* more_mean,
+                       const double* more_squares, int64_t width) {
+    const double total = static_cast<double>(count + more), weight = static_cast<double>(count) / total;
+    const double more_weight = static_cast<double>(more) / total, spread = weight * static_cast<double>(more);
+    for (int64_t c = 0; c < width; ++c) {
+      const double delta = more_mean[c] - mean[c];
+      mean[c] = mean[c] * weight + more_mean[c] * more_weight;
+      squares[c] += more_squares[c] + delta * delta * spread;
+    }
+  };
+  reduce(lines, block, chan, mean, squares);
+}
+
+// sweep(part) for parts that together cover x once, on all threads.
+template <class Sweep>
+void for_chunks(const Lines& lines, const Sweep& sweep) {
+  if (lines.channels_last) {
+    const int64_t group = std::max<int64_t>(1, kChunk / lines.C);
+    return parallel_for((lines.count + group - 1) / group, [&](int64_t i) {
+      sweep(Part{i * group, std::min(lines.count, (i + 1) * group), 0, lines.C, 0, 1});
+    });
+  }
+  const int64_t planes = lines.count * lines.C, cuts = (lines.L + kChunk - 1) / kChunk;
+  const int64_t group = std::max<int64_t>(1, kChunk / lines.L);
+  parallel_for((planes + group - 1) / group * cuts, [&](int64_t i) {
+    const int64_t first = i / cuts * group, l = i % cuts * kChunk;
+    for (int64_t plane = first; plane < std::min(planes, first + group); ++plane) {
+      const int64_t n = plane / lines.C;
+      sweep(Part{n, n + 1, plane % lines.C, 1, l, std::min(lines.L, l + kChunk)});
+    }
+  });
+}
+
+// What x is mapped by: one allocation of per-channel arrays.
+template <class A>
+struct Affine {
+  std::unique_ptr<A[]> arrays;
+  A *mean, *scale, *bias;
+
+  Affine(int64_t C, const A* mean_in, const A* rstd, const A* weight, const A* bias_in)
+      : arrays(new A[static_cast<size_t>(3 * C)]), mean(arrays.get()), scale(mean + C), bias(scale + C) {
+    for (int64_t c = 0; c < C; ++c) {
+      mean[c] = mean_in[c];
+      scale[c] = weight ? rstd[c] * weight[c] : rstd[c];
+      bias[c] = bias_in ? bias_in[c] : 0;
+    }
+  }
+
+  // (x - mean) * scale + bias + residual: the same bits forward and backward.
+  template <class V, class T, class Param>
+  V operator()(const T* x, const T* residual, int64_t i, const Param& param) const {
+    const V z = (read<V>(x + i) - param(mean)) * param(scale) + param(bias);
+    return residual ? z + read<V>(residual + i) : z;
+  }
+};
+
+template <class T>
+void forward(const NormProblem& problem, const BatchNormForward& args) {
+  using A = Acc<T>;
+  const Lines lines(problem);
+  const int64_t C = problem.C;
+  const double count = static_cast<double>(problem.N * problem.L);
+  const T *x = static_cast<const T*>(args.x), *residual = static_cast<const T*>(args.residual);
+  T* y = static_cast<T*>(args.y);
+  A *running_mean = static_cast<A*>(args.running_mean), *running_var = static_cast<A*>(args.running_var);
+
+  const std::unique_ptr<A[]> used(new A[static_cast<size_t>(2 * C)]);
+  A *mean = used.get(), *rstd = mean + C;
+  if (problem.training) {
+    const std::unique_ptr<double[]> batch(new double[static_cast<size_t>(2 * C)]);
+    const double *batch_mean = batch.get(), *squares = batch_mean + C;
+    statistics(lines, x, batch.get(), batch.get() + C);
+    const double momentum = problem.momentum;
+    for (int64_t c = 0; c < C; ++c) {
+      mean[c] = static_cast<A>(batch_mean[c]);
+      rstd[c] = static_cast<A>(1 / std::sqrt(squares[c] / count + problem.eps));
+      if (running_mean) running_mean[c] = static_cast<A>((1 - momentum) * running_mean[c] + momentum * batch_mean[c]);
+      if (running_var)
+        running_var[c] = static_cast<A>((1 - momentum) * running_var[c] + momentum * (squares[c] / (count - 1)));
+    }
+  } else {
+    for (int64_t c = 0; c < C; ++c) {
+      mean[c] = running_mean[c];
+      rstd[c] = static_cast<A>(1 / std::sqrt(running_var[c] + problem.eps));
+    }
+  }
+  if (args.mean) std::copy_n(mean, C, static_cast<A*>(args.mean));
+  if (args.rstd) std::copy_n(rstd, C, static_cast<A*>(args.rstd));
+  if (!y) return;
+
+  const Affine<A> affine(C, mean, rstd, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias));
+  for_activation(problem.activation, [&](auto activation) {
+    for_chunks(lines, [&](const Part& part) {
+      for_part<T>(lines, part, [&]<class V>(V, int64_t i, const auto& param, int64_t) {
+        write(y + i, activate<activation.value>(affine.template operator()<V>(x, residual, i, param)));
+      });
+    });
+  });
+}
+
+template <class T, Activation kActivation>
+void backward(const NormProblem& problem, const BatchNormBackward& args) {
+  using A = Acc<T>;
+  const Lines lines(problem);
+  const int64_t C = problem.C;
+  const double count = static_cast<double>(problem.N * problem.L);
+  const T *dy = static_cast<const T*>(args.dy), *x = static_cast<const T*>(args.x), *y = static_cast<const T*>(args.y);
+  const T* residual = static_cast<const T*>(args.residual);
+  T *dx = static_cast<T*>(args.dx), *dresidual = static_cast<T*>(args.dresidual);
+  const A *mean = static_cast<const A*>(args.mean), *rstd = static_cast<const A*>(args.rstd);
+  const Affine<A> affine(C, mean, rstd, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias));
+
+  const auto gradient_at = [&]<class V>(V, int64_t i, const auto& param) {
+    const V g = read<V>(dy + i);
+    if constexpr (kActivation == Activation::kNone) return g;
+    if constexpr (!gradient_reads_input(kActivation))
+      if (y) return activation_gradient<kActivation>(g, read<V>(y + i));
+    const V z = affine.template operator()<V>(x, residual, i, param);
+    if constexpr (gradient_reads_input(kActivation))
+      return activation_gradient<kActivation>(g, z);
+    else
+      return activation_gradient<kActivation>(g, activate<kActivation>(z));
+  };
+
+  // Of dz and of (x - mean) over the positions, what training subtracts from dz.
+  const std::unique_ptr<A[]> shares(new A[static_cast<size_t>(2 * C)]());
+  A *dz_share = shares.get(), *x_share = dz_share + C;
+  if (args.dweight || args.dbias || (problem.training && dx)) {
+    const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(2 * C)]);
+    double *dz_sum = sums.get(), *product_sum = dz_sum + C;
+    const auto block = [&](const Part& part, Pair& out) {
+      Sums<T> sums;
+      for_part<T>(lines, part, [&]<class V>(V v, int64_t i, const auto& param, int64_t k) {
+        const V dz = gradient_at(v, i, param);
+        sums.add(k, dz, dz * (read<V>(x + i) - param(affine.mean)));
+      });
+      sums.fold(lines);
+      std::copy_n(sums.first, part.width, out.first);
+      std::copy_n(sums.second, part.width, out.second);
+    };
+    const auto add = [](int64_t, double* first, double* second, int64_t, const double* more_first,
+                        const double* more_second, int64_t width) {
+      for (int64_t c = 0; c < width; ++c) {
+        first[c] += more_first[c];
+        second[c] += more_second[c];
+      }
+    };
+    reduce(lines, block, add, dz_sum, product_sum);
+    for (int64_t c = 0; c < C; ++c) {
+      if (args.dbias) static_cast<A*>(args.dbias)[c] = static_cast<A>(dz_sum[c]);
+      if (args.dweight) static_cast<A*>(args.dweight)[c] = static_cast<A>(product_sum[c] * rstd[c]);
+      dz_share[c] = static_cast<A>(dz_sum[c] / count);
+      x_share[c] = static_cast<A>(product_sum[c] * rstd[c] * rstd[c] / count);
+    }
+  }
+  if (!dx && !dresidual) return;
+
+  for_chunks(lines, [&](const Part& part) {
+    for_part<T>(lines, part, [&]<class V>(V v, int64_t i, const auto& param, int64_t) {
+      const V dz = gradient_at(v, i, param);
+      if (dresidual) write(dresidual + i, dz);
+      if (!dx) return;
+      const V rest = problem.training
+                         ? dz - param(dz_share) - (read<V>(x + i) - param(affine.mean)) * param(x_share)
+                         : dz;
+      write(dx + i, V(rest * param(affine.scale)));
+    });
+  });
+}
+
+}  // namespace
+
+void batch_norm_act_forward(const NormProblem& problem, const BatchNormForward& args, Stream) {
+  for_dtype(problem.dtype, [&]<class T>(T) { forward<T>(problem, args); });
+}
+
+void batch_norm_act_backward(const NormProblem& problem, const BatchNormBackward& args, Stream) {
+  for_dtype(problem.dtype, [&]<class T>(T) {
+    for_activation(problem.activation,
+                   [&](auto activation) { backward<T, activation.value>(problem, args); });
+  });
+}
+
+}  // namespace cnnops::cpu::CNNOPS_ISA

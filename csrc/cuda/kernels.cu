@@ -1,0 +1,96 @@
+// This backend's kernel table, and what was compiled into it.
+
+#include <algorithm>
+#include <string>
+
+#include "launch.h"
+#include "launchers.h"
+
+// The architectures and flags are the build's to know.
+#if !defined(CNNOPS_ARCHES)
+#define CNNOPS_ARCHES ""
+#endif
+#if !defined(CNNOPS_FLAGS)
+#define CNNOPS_FLAGS ""
+#endif
+
+namespace cnnops {
+namespace {
+
+#if defined(CNNOPS_SIMT)
+const std::string kBackend = "simt", kCompiler = "g++ " __VERSION__;
+#else
+const std::string kBackend = "cuda", kCompiler = "nvcc " + std::to_string(__CUDACC_VER_MAJOR__) + "." +
+                                                 std::to_string(__CUDACC_VER_MINOR__) + "." +
+                                                 std::to_string(__CUDACC_VER_BUILD__);
+#endif
+
+std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    out += c;
+  }
+  return out + '"';
+}
+
+// CNNOPS_ARCHES names them as nvcc does, with commas between: "80,90a".
+std::string arches() {
+  std::string out;
+  const std::string names = CNNOPS_ARCHES;
+  for (size_t begin = 0; begin < names.size();) {
+    const size_t end = std::min(names.find(',', begin), names.size());
+    out += (out.empty() ? "" : ", ") + quoted(names.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  return out;
+}
+
+// What the driver knows of each kernel. Without a device it knows nothing, and nothing is said.
+std::string resources() {
+  std::string out;
+#if !defined(CNNOPS_SIMT)
+  for (const cuda::KernelEntry& each : cuda::launched_kernels()) {
+    cudaFuncAttributes found;
+    if (cudaFuncGetAttributes(&found, each.function) != cudaSuccess) {
+      cudaGetLastError();  // or the next launch would report it as its own
+      continue;
+    }
+    out += (out.empty() ? "" : ", ") + quoted(each.name) + ": {\"registers\": " + std::to_string(found.numRegs) +
+           ", \"shared_bytes\": " + std::to_string(found.sharedSizeBytes) +
+           ", \"local_bytes\": " + std::to_string(found.localSizeBytes) + "}";
+  }
+#endif
+  return out;
+}
+
+std::string describe() {
+  std::string names;
+  for (const cuda::KernelEntry& each : cuda::launched_kernels())
+    names += (names.empty() ? "" : ", ") + quoted(each.name);
+  return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
+         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + names +
+         "], \"resources\": {" + resources() + "}}";
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels table = [] {
+    Kernels t{};
+    t.conv2d_forward_workspace = cuda::conv2d_forward_workspace;
+    t.conv2d_backward_workspace = cuda::conv2d_backward_workspace;
+    t.conv2d_forward = cuda::conv2d_forward;
+    t.conv2d_backward = cuda::conv2d_backward;
+    t.copy = cuda::copy;
+    return t;
+  }();
+  return table;
+}
+
+const char* build_info() {
+  static const std::string info = describe();
+  return info.c_str();
+}
+
+}  // namespace cnnops

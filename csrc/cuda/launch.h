@@ -1,0 +1,117 @@
+// What kernel sources see of the machine: real CUDA, or with CNNOPS_SIMT the emulator that stands in for it.
+//
+// Kernels are launched by CNNOPS_LAUNCH alone, and have their shared memory by CNNOPS_SHARED (a variable; T is a single
+// name) and CNNOPS_DYNAMIC_SHARED (what the launch asked for).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../kernels.h"
+
+#if defined(CNNOPS_SIMT)
+
+#include "../simt/simt.h"
+
+#define CNNOPS_UNROLL
+#define CNNOPS_SHARED(T, name)     \
+  static const char name##_site{}; \
+  T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
+#define CNNOPS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::cnnops::simt::dynamic_shared())
+#define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                             \
+  do {                                                                                                            \
+    static_cast<void>(stream);                                                                                    \
+    ::cnnops::simt::launch(::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
+                           [=] { kernel(__VA_ARGS__); });                                                         \
+  } while (false)
+
+#else
+
+#include <cuda_runtime.h>
+
+#define CNNOPS_UNROLL _Pragma("unroll")
+#define CNNOPS_SHARED(T, name) __shared__ T name
+#define CNNOPS_DYNAMIC_SHARED(T, name)                                     \
+  extern __shared__ __align__(1024) unsigned char cnnops_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(cnnops_dynamic_shared)
+#define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
+  do {                                                                                           \
+    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::cnnops::cuda::check(cudaGetLastError(), ::cnnops::cuda::Launched<kernel>::entry.name);     \
+  } while (false)
+
+#endif
+
+namespace cnnops::cuda {
+
+struct KernelEntry {
+  std::string name;
+  const void* function;
+};
+
+// Every kernel that this library can launch.
+inline std::vector<KernelEntry>& launched_kernels() {
+  static std::vector<KernelEntry> all;
+  return all;
+}
+
+// "conv2d_forward<float>", cut out of the compiler's own name for a function that has the kernel as template argument.
+inline std::string kernel_name(std::string signature) {
+  const size_t begin = signature.find("kernel = ") + 9, end = signature.find_first_of(";]", begin);
+  std::string name = signature.substr(begin, end - begin);
+  for (const char* scope :
+       {"cnnops::cuda::", "cnnops::simt::", "{anonymous}::", "(anonymous namespace)::", "<unnamed>::"})
+    for (size_t at; (at = name.find(scope)) != std::string::npos;) name.erase(at, std::string(scope).size());
+  return name;
+}
+
+// Naming a kernel in a launch puts it into launched_kernels() when the library is loaded.
+template <auto kernel>
+struct Launched {
+  static KernelEntry make() {
+    launched_kernels().push_back({kernel_name(__PRETTY_FUNCTION__), reinterpret_cast<const void*>(kernel)});
+    return launched_kernels().back();
+  }
+  static inline const KernelEntry entry = make();
+};
+
+#if defined(CNNOPS_SIMT)
+inline int multiprocessors() { return simt::kMultiprocessors; }
+#else
+inline void check(cudaError_t status, const std::string& what) {
+  if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
+}
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+#endif
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// A grid along x, which has room for 2^31 - 1 blocks. Every block writes at least one element of a tensor that fits in
+// memory, most of them thousands, so that the limit is never met.
+inline dim3 blocks(int64_t count) {
+  if (count > INT32_MAX) throw std::runtime_error("a launch of " + std::to_string(count) + " blocks exceeds the grid");
+  return dim3(static_cast<unsigned>(count));
+}
+
+struct Split {
+  int64_t quotient, remainder;
+};
+
+// 64-bit division costs a device several times what 32-bit division does, and is seldom needed.
+__host__ __device__ __forceinline__ Split split(int64_t n, int64_t by) {
+  if ((static_cast<uint64_t>(n) | static_cast<uint64_t>(by)) >> 32) return {n / by, n % by};
+  const auto low = static_cast<uint32_t>(n), low_by = static_cast<uint32_t>(by);
+  return {low / low_by, low % low_by};
+}
+
+__device__ __forceinline__ bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+}  // namespace cnnops::cuda

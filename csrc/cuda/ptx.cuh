@@ -1,0 +1,158 @@
+// All inline PTX. Each wrapper has a device body and one for the emulator.
+#pragma once
+
+#include <cstring>
+
+#include "number.cuh"
+
+namespace cnnops::cuda {
+
+#if defined(CNNOPS_SIMT)
+
+inline float to_float(Half v) { return static_cast<float>(std::bit_cast<_Float16>(v.bits)); }
+inline void from_float(float v, Half& out) { out.bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v)); }
+
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+  simt::copy_async(shared, global, valid ? 16 : 0);
+}
+inline void commit_async() { simt::commit_async(); }
+template <int kGroupsLeft>
+void wait_async() {
+  simt::wait_async(kGroupsLeft);
+}
+
+namespace emulated {
+
+struct LdMatrix {
+  const void* row;
+  uint32_t (*result)[4];
+};
+
+template <bool kTransposed>
+void ldmatrix_x4(const simt::Lanes& operands) {
+  const auto element = [&](int matrix, int row, int column) -> uint32_t {
+    const void* const address = static_cast<const LdMatrix*>(operands[matrix * 8 + row])->row;
+    return static_cast<const uint16_t*>(address)[column];
+  };
+  for (int lane = 0; lane < 32; ++lane)
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const int row = lane / 4, column = lane % 4 * 2;
+      const uint32_t low = kTransposed ? element(matrix, column, row) : element(matrix, row, column);
+      const uint32_t high = kTransposed ? element(matrix, column + 1, row) : element(matrix, row, column + 1);
+      (*static_cast<LdMatrix*>(operands[lane])->result)[matrix] = low | high << 16;
+    }
+}
+
+struct Mma {
+  float (*d)[4];
+  const uint32_t* a;
+  uint32_t b0, b1;
+};
+
+// The operands' places are those of the PTX manual's figures for mma.m16n8k16.
+template <class T>
+void mma_m16n8k16(const simt::Lanes& operands) {
+  const auto number = [](uint32_t pair, int half) { return to_float(T{static_cast<uint16_t>(pair >> 16 * half)}); };
+  float a[16][16], b[16][8], d[16][8] = {};
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& in = *static_cast<const Mma*>(operands[lane]);
+    const int row = lane / 4, column = lane % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 8 + half] = number(in.a[i], half);
+      b[column + half][row] = number(in.b0, half);
+      b[column + 8 + half][row] = number(in.b1, half);
+    }
+  }
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      (*static_cast<const Mma*>(operands[lane])->d)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+}  // namespace emulated
+
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+  if (!aligned_to_16(row)) simt::fail("ldmatrix of a row that is not aligned to 16 bytes");
+  emulated::LdMatrix mine{row, &result};
+  simt::collective("ldmatrix", ~0u, &mine, emulated::ldmatrix_x4<kTransposed>, simt::Where::current());
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::Mma mine{&d, a, b0, b1};
+  simt::collective("mma", ~0u, &mine, emulated::mma_m16n8k16<T>, simt::Where::current());
+}
+
+#else
+
+__device__ __forceinline__ float to_float(Half v) {
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v.bits));
+  return out;
+}
+__device__ __forceinline__ void from_float(float v, Half& out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes to shared memory, or writes 16 zeros. `global` must be a readable address even then.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+// Closes the group of the copies issued since the last commit.
+__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kGroupsLeft of this thread's groups are under way.
+template <int kGroupsLeft>
+__device__ __forceinline__ void wait_async() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit numbers; lane i names row i % 8 of matrix i / 8. Lane i receives elements (i/4, i%4*2)
+// and the next of each, or with kTransposed those of the transposed matrices.
+template <bool kTransposed>
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// d[16][8] += a[16][16] * b[16][8], T Half or BFloat16, sums in float.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                       uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#endif
+
+}  // namespace cnnops::cuda

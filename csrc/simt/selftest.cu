@@ -1,0 +1,168 @@
+// Every kernel here reverses a row, out[t] = kThreads - 1 - t, by some means of the device, and with kFaulty commits
+// the fault that it is named for. A fault must not go unnoticed: the launch throws or the row comes out wrong.
+
+#include <numeric>
+#include <stdexcept>
+
+#include "../cuda/ptx.cuh"
+#include "selftest.h"
+
+namespace cnnops::simt {
+namespace {
+
+constexpr int kThreads = 128, kLast = kThreads - 1;
+using Row = float[kThreads];
+
+int thread() { return static_cast<int>(threadIdx.x); }
+float value(int t) { return static_cast<float>(t); }
+
+template <bool kFaulty>
+__global__ void missing_barrier(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  row[thread()] = value(thread());
+  if (!kFaulty) __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+// The row is used twice, and refilled while others may still read it.
+template <bool kFaulty>
+__global__ void early_refill(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  float sum = 0;
+  for (int round = 0; round < 2; ++round) {
+    row[thread()] = round ? -value(thread()) : 2 * value(thread());
+    __syncthreads();
+    sum += row[kLast - thread()];
+    if (!kFaulty) __syncthreads();
+  }
+  out[thread()] = sum;
+}
+
+template <bool kFaulty>
+__global__ void missing_async_wait(const float* source, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  if (thread() < kThreads / 4) cuda::copy_async_16(row + thread() * 4, source + thread() * 4, true);
+  cuda::commit_async();
+  if (!kFaulty) cuda::wait_async<0>();
+  __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void misaligned_async_copy(const float* source, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  if (thread() < kThreads / 4) cuda::copy_async_16(row + thread() * 4 + (kFaulty ? 1 : 0), source + thread() * 4, true);
+  cuda::commit_async();
+  cuda::wait_async<0>();
+  __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void dynamic_shared_overrun(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  constexpr int kShift = kFaulty ? 1 : 0;
+  row[thread() + kShift] = value(thread());
+  __syncthreads();
+  out[thread()] = row[kLast - thread() + kShift];
+}
+
+template <bool kFaulty>
+__global__ void shared_variable_overrun(const float*, float* out) {
+  CNNOPS_SHARED(Row, variable);
+  float* const row = variable + (kFaulty ? 1 : 0);
+  row[thread()] = value(thread());
+  __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void uninitialised_read(const float*, float* out) {
+  CNNOPS_SHARED(Row, row);
+  if (!kFaulty || thread() != kLast) row[thread()] = value(thread());
+  __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void divergent_barrier(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  row[thread()] = value(thread());
+  if (kFaulty && thread() < kThreads / 2)
+    __syncthreads();
+  else
+    __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void exit_before_barrier(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  row[thread()] = value(thread());
+  out[thread()] = value(kLast - thread());
+  if (kFaulty && thread() == kLast) return;
+  __syncthreads();
+  out[thread()] = row[kLast - thread()];
+}
+
+template <bool kFaulty>
+__global__ void lane_outside_mask(const float*, float* out) {
+  out[thread()] = __shfl_xor_sync(kFaulty ? 0x0000ffffu : ~0u, value(kLast - (thread() ^ 15)), 15);
+}
+
+template <bool kFaulty>
+__global__ void shuffle_from_outside_mask(const float*, float* out) {
+  const unsigned half = lane() < 16 ? 0x0000ffffu : 0xffff0000u;
+  const int across = kFaulty ? 31 : 15;
+  out[thread()] = __shfl_xor_sync(half, value(kLast - (thread() ^ across)), across);
+}
+
+template <bool kFaulty>
+__global__ void lane_missing_from_collective(const float*, float* out) {
+  out[thread()] = value(kLast - thread());
+  if (kFaulty && lane() == 3) return;
+  out[thread()] = __shfl_xor_sync(~0u, value(kLast - (thread() ^ 31)), 31);
+}
+
+struct Fault {
+  const char* name;
+  void (*sound)(const float* source, float* out);
+  void (*faulty)(const float* source, float* out);
+};
+
+#define CNNOPS_FAULT(name) \
+  Fault { #name, name<false>, name<true> }
+constexpr Fault kFaults[] = {
+    CNNOPS_FAULT(missing_barrier),           CNNOPS_FAULT(early_refill),
+    CNNOPS_FAULT(missing_async_wait),        CNNOPS_FAULT(misaligned_async_copy),
+    CNNOPS_FAULT(dynamic_shared_overrun),    CNNOPS_FAULT(shared_variable_overrun),
+    CNNOPS_FAULT(uninitialised_read),        CNNOPS_FAULT(divergent_barrier),
+    CNNOPS_FAULT(exit_before_barrier),       CNNOPS_FAULT(lane_outside_mask),
+    CNNOPS_FAULT(shuffle_from_outside_mask), CNNOPS_FAULT(lane_missing_from_collective),
+};
+#undef CNNOPS_FAULT
+
+}  // namespace
+
+std::vector<std::string> fault_names() {
+  std::vector<std::string> names;
+  for (const Fault& fault : kFaults) names.push_back(fault.name);
+  return names;
+}
+
+bool run_fault(const std::string& name, bool faulty) {
+  for (const Fault& fault : kFaults) {
+    if (name != fault.name) continue;
+    alignas(16) Row source;
+    Row out = {};
+    std::iota(source, source + kThreads, 0.0f);
+    launch(fault.name, dim3(1), dim3(kThreads), sizeof(Row),
+           [&] { (faulty ? fault.faulty : fault.sound)(source, out); });
+    for (int t = 0; t < kThreads; ++t)
+      if (!(out[t] == value(kLast - t))) return false;
+    return true;
+  }
+  throw std::invalid_argument("no such fault: " + name);
+}
+
+}  // namespace cnnops::simt

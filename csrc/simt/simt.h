@@ -1,0 +1,156 @@
+// A CUDA device in software, for tests: runs kernels compiled by g++, one fiber for each CUDA thread of one block at a
+// time. Kernel sources reach it through cuda/launch.h and cuda/ptx.cuh; nothing else includes it.
+//
+// It is adversarial where hardware may be. Shared memory starts as NaN and is fenced at both ends; asynchronous copies
+// land as late as allowed (in random schedules some at once); threads and blocks run in an order that the test chooses.
+// Plain `__shared__` is left undefined: shared variables go through CNNOPS_SHARED, so that they lie in that memory.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <source_location>
+#include <string>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+#define threadIdx (::cnnops::simt::thread_index())
+#define blockIdx (::cnnops::simt::block_index())
+#define blockDim (::cnnops::simt::block_dim())
+#define gridDim (::cnnops::simt::grid_dim())
+
+namespace cnnops::simt {
+
+using Where = std::source_location;
+
+constexpr int kMultiprocessors = 3;  // few, so that small tests fill more than one wave
+
+enum class Order { kForward, kReversed, kRandom };
+
+struct Counters {
+  uint64_t launches = 0, blocks = 0, switches = 0, block_barriers = 0, warp_collectives = 0;
+  std::map<std::string, uint64_t> kernels;  // launches by name
+};
+
+void set_schedule(Order order, uint64_t seed);
+Counters counters();
+void reset_counters();
+
+// Runs `thread` once for each thread of the grid. Throws std::runtime_error, naming kernel, block and threads, for a
+// launch that a device would refuse, a deadlock, a misused intrinsic, or a write beyond shared memory; the next launch
+// finds everything as new.
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            const std::function<void()>& thread);
+
+const dim3& thread_index();
+const dim3& block_index();
+const dim3& block_dim();
+const dim3& grid_dim();
+int lane();
+
+// Ends the launch with an error that names the calling thread.
+[[noreturn]] void fail(const std::string& what);
+
+void* dynamic_shared();
+// This block's shared variable of the declaration that `site` stands for.
+void* static_shared(const void* site, size_t bytes, size_t alignment);
+
+// A copy to shared memory that may land at any time until wait_async: `bytes` from source, then zeros up to 16.
+void copy_async(void* destination, const void* source, int bytes);
+void commit_async();
+void wait_async(int groups_left);
+
+void block_barrier(Where where);
+
+// An instruction that the lanes of `mask` execute as one. Each hands in its operands; the last to arrive runs `combine`
+// on all of them, which leaves every lane's result there. Pointers of lanes outside the mask are null.
+using Lanes = void* [32];
+using Combine = void (*)(const Lanes& operands);
+void collective(const char* name, unsigned mask, void* operands, Combine combine, Where where);
+
+template <class T>
+struct Shuffle {
+  T value, result;
+  int source;
+};
+
+template <class T>
+T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
+  Shuffle<T> mine{value, value, source};
+  collective(
+      name, mask, &mine,
+      [](const Lanes& operands) {
+        for (void* each : operands) {
+          if (!each) continue;
+          auto& reader = *static_cast<Shuffle<T>*>(each);
+          const void* const owner = operands[reader.source];
+          if (!owner) fail("a shuffle reads lane " + std::to_string(reader.source) + ", which is outside its mask");
+          reader.result = static_cast<const Shuffle<T>*>(owner)->value;
+        }
+      },
+      where);
+  return mine.result;
+}
+
+unsigned ballot(const char* name, unsigned mask, bool vote, Where where);
+
+}  // namespace cnnops::simt
+
+inline void __syncthreads(cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  cnnops::simt::block_barrier(where);
+}
+
+inline void __syncwarp(unsigned mask = ~0u, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  cnnops::simt::collective("__syncwarp", mask, &mask, [](const cnnops::simt::Lanes&) {}, where);
+}
+
+// Lanes whose source falls outside their segment of `width` keep their own value, as on a device.
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  const int first = cnnops::simt::lane() & ~(width - 1);
+  return cnnops::simt::shuffle("__shfl_sync", mask, value, first | (source & (width - 1)), where);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                  cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  const int lane = cnnops::simt::lane(), source = lane ^ lane_mask;
+  const bool inside = (source & ~(width - 1)) == (lane & ~(width - 1));
+  return cnnops::simt::shuffle("__shfl_xor_sync", mask, value, inside ? source : lane, where);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                   cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  const int lane = cnnops::simt::lane(), source = lane + static_cast<int>(delta);
+  const bool inside = (source & ~(width - 1)) == (lane & ~(width - 1));
+  return cnnops::simt::shuffle("__shfl_down_sync", mask, value, inside ? source : lane, where);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  return cnnops::simt::ballot("__ballot_sync", mask, vote != 0, where);
+}
+inline int __any_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  return cnnops::simt::ballot("__any_sync", mask, vote != 0, where) != 0;
+}
+inline int __all_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  return cnnops::simt::ballot("__all_sync", mask, vote != 0, where) == mask;
+}
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }

@@ -1,0 +1,228 @@
+"""Builds the native libraries with ninja, then packages them: one wheel for every Python >= 3.10 and torch >= 2.11.
+
+    python setup.py build_native           # cnnops/_native_cpu.so, and _native_cuda.so where nvcc is found
+    python setup.py build_native --simt    # also cnnops/_native_simt.so, the CUDA sources on a CPU, for the tests
+
+Environment: CNNOPS_BUILD=auto|cpu|cuda|none (auto: CUDA where nvcc is found), FORCE_CUDA=1 (no nvcc is an error),
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build"
+
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
+TORCH_FLAGS = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+# gcc's own AVX-512 headers read deliberately undefined registers, which it then warns about.
+CPU_FLAGS = "-ffp-contract=fast -Wno-uninitialized -Wno-maybe-uninitialized"
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+}
+ISA_SOURCES = ("kernels", "conv2d", "depthwise_conv2d", "pool2d", "batch_norm", "activation", "copy")
+DEFAULT_ARCHES = "8.0;9.0a"
+
+
+@dataclass
+class Target:
+    """A shared library: its objects as (source, rule, flags, object name), and how it is linked."""
+
+    output: Path
+    link_flags: str = ""
+    objects: list[tuple[Path, str, str, str]] = field(default_factory=list)
+
+    def add(self, source: Path, flags: str = "", rule: str = "cxx", suffix: str = "") -> None:
+        name = f"{self.output.stem}/{source.relative_to(CSRC)}{suffix}.o".replace("..", "")
+        self.objects.append((source, rule, flags, name))
+
+
+def torch_paths() -> tuple[Path, Path]:
+    """The include and library folders of the torch that will run, without importing it."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        sys.exit("setup.py: building cnnops needs torch: install it, then use --no-build-isolation")
+    home = Path(spec.origin).parent
+    return home / "include", home / "lib"
+
+
+def bind_flags(backend: str, key: str) -> str:
+    include, _ = torch_paths()
+    return f"-DCNNOPS_NS=cnnops_{backend} -DCNNOPS_KEY={key} {TORCH_FLAGS} -isystem {include}"
+
+
+def link_torch(library: str = "torch_cpu") -> str:
+    _, lib = torch_paths()
+    return f"-L{lib} -Wl,--no-as-needed -l{library}"
+
+
+def cpu_target() -> Target:
+    target = Target(ROOT / "cnnops/_native_cpu.so", link_torch())
+    include, _ = torch_paths()
+    target.add(CSRC / "bind.cpp", bind_flags("cpu", "CPU"))
+    target.add(CSRC / "cpu/parallel.cpp", f"{TORCH_FLAGS} -isystem {include}")
+    target.add(CSRC / "cpu/isa.cpp", f"'-DCNNOPS_FLAGS=\"{CXX_FLAGS} {CPU_FLAGS}\"'")
+    for isa, flags in ISA_FLAGS.items():
+        for stem in ISA_SOURCES:
+            target.add(CSRC / f"cpu/{stem}.cpp", f"{CPU_FLAGS} {flags} -DCNNOPS_ISA={isa}", suffix=f".{isa}")
+    return target
+
+
+def simt_target(sanitize: str) -> Target:
+    import pybind11
+
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
+    flags = f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{f' -fsanitize={sanitize} -fno-omit-frame-pointer' if sanitize else ''}"
+    name = "_native_simt" + (f"_{sanitize.split(',')[0]}" if sanitize else "")
+    target = Target(
+        ROOT / f"cnnops/{name}.so", link_torch() + (f" -fsanitize={sanitize}" if sanitize else "")
+    )
+    target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
+    for source in sorted(CSRC.glob("simt/*.cpp")):
+        target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")
+    for source in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("simt/*.cu")]):
+        target.add(source, f"{flags} -x c++")
+    return target
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit: nvcc on the PATH, CUDA_HOME, or the registry's nvidia-cuda-nvcc package."""
+    candidates = [os.environ.get("CUDA_HOME", ""), shutil.which("nvcc") or ""]
+    homes = [Path(c).resolve().parents[1] if c.endswith("nvcc") else Path(c) for c in candidates if c]
+    homes += [Path(p) / "nvidia/cu13" for p in sys.path if p]
+    for home in homes:
+        if (home / "bin/nvcc").exists():
+            return home
+    if shutil.which("nvcc"):  # a wrapper script: ask it where its toolkit is
+        dryrun = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+        for line in dryrun.splitlines():
+            if line.startswith("#$ TOP="):
+                return Path(line[len("#$ TOP=") :])
+    return None
+
+
+def arches() -> list[str]:
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
+    return [a.replace(".", "") for a in wanted.replace(" ", ";").split(";") if a]
+
+
+def cuda_target(home: Path) -> Target:
+    # A library for a CUDA torch can be linked without one: an empty stub with the right soname stands in.
+    stub = BUILD / "stub/libtorch_cuda.so"
+    _, lib = torch_paths()
+    cuda_lib = next(p for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if p.exists())
+    libraries = f"-L{cuda_lib} -lcudart_static -lrt -lpthread -ldl"
+    torch_cuda = f"-L{lib} -ltorch_cuda" if (lib / "libtorch_cuda.so").exists() else f"{stub}"
+    target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
+    includes = f"-isystem {home}/include"
+    target.add(CSRC / "bind.cpp", f"{bind_flags('cuda', 'CUDA')} -DUSE_CUDA {includes}")
+    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches())
+    names = ",".join(f"sm_{a}" for a in arches())
+    threads = os.environ.get("NVCC_THREADS", "2")
+    for source in sorted(CSRC.glob("cuda/*.cu")):
+        target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'", rule="nvcc")
+    return target
+
+
+def write_ninja(targets: list[Target], cuda: Path | None) -> Path:
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        "rule cxx",
+        f"  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {cuda}/bin/nvcc -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings $flags "
+        "-MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared -Wl,-soname,$soname $in $flags -o $out",
+        "rule stub",
+        "  command = echo | $cxx -shared -x c++ - -Wl,-soname,libtorch_cuda.so -o $out",
+        f"build {BUILD}/stub/libtorch_cuda.so: stub",
+    ]
+    for target in targets:
+        for source, rule, flags, name in target.objects:
+            lines += [f"build {BUILD / name}: {rule} {source}", f"  flags = {flags}"]
+        objects = " ".join(str(BUILD / name) for *_, name in target.objects)
+        lines += [
+            f"build {target.output}: link {objects} | {BUILD}/stub/libtorch_cuda.so",
+            f"  flags = {target.link_flags}",
+            f"  soname = {target.output.name}",
+        ]
+    BUILD.mkdir(exist_ok=True)
+    path = BUILD / "build.ninja"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+class build_native(Command):
+    description = "compile the native libraries into cnnops/"
+    user_options = [("simt", None, "also the emulator's library, for the tests")]
+
+    def initialize_options(self) -> None:
+        self.simt = False
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        wanted = os.environ.get("CNNOPS_BUILD", "auto")
+        if wanted not in ("auto", "cpu", "cuda", "none"):
+            sys.exit(f"setup.py: CNNOPS_BUILD must be auto, cpu, cuda or none, but is {wanted!r}")
+        targets = []
+        cuda = find_cuda() if wanted in ("auto", "cuda") else None
+        if cuda is None and (wanted == "cuda" or os.environ.get("FORCE_CUDA") == "1"):
+            sys.exit("setup.py: CUDA was asked for, but no nvcc is found (on the PATH, in CUDA_HOME, or as a package)")
+        if wanted != "none":
+            targets.append(cpu_target())
+        if cuda is not None:
+            targets.append(cuda_target(cuda))
+        if self.simt:
+            targets.append(simt_target(os.environ.get("CNNOPS_SANITIZE", "")))
+        if not targets:
+            return
+        path = write_ninja(targets, cuda)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        command = [ninja, "-f", str(path), *jobs, *[str(t.output) for t in targets]]
+        if subprocess.run(command).returncode:
+            sys.exit("setup.py: the native build failed; the compiler's message is above")
+
+
+class build_py_with_native(build_py):
+    def run(self) -> None:
+        self.run_command("build_native")
+        super().run()
+
+
+class any_python_wheel(bdist_wheel):
+    """The native code uses torch's stable ABI and no Python: one wheel serves every Python 3."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(cmdclass={"build_native": build_native, "build_py": build_py_with_native, "bdist_wheel": any_python_wheel})

@@ -1,0 +1,49 @@
+"""What every test runs under: poisoned memory, one thread, and a backend that is named and strict.
+
+Markers: `quick` is the subset for `make check`, `slow` the whole cross product for `make test-slow`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+torch.set_num_threads(1)
+# Fresh tensors hold NaN, so an element that a kernel forgets to write shows. warn_only: torch itself has ops without a
+# deterministic form.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+import helpers  # noqa: E402  (imports cnnops, which must find the environment above)
+
+import cnnops  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: the subset that `make check` runs")
+    config.addinivalue_line("markers", "slow: left to `make test-slow`")
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation.*")
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel lengths")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `backend`, and does not say which, on every row of the table."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "backend" in metafunc.fixturenames and not any("backend" in str(mark.args[0]) for mark in marks):
+        metafunc.parametrize("backend", helpers.BACKENDS, indirect=True)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[helpers.Backend]:
+    """The backend that the test runs on, strictly: no call of ours can fall through to ATen."""
+    row = helpers.row(request.param)
+    usable = row.usable()
+    if not usable.ok:
+        pytest.fail(f"backend {row.NAME} is expected on this machine, but is not usable: {usable.reason}")
+    with cnnops.use_backend(row.NAME):
+        yield helpers.Backend(row.NAME, helpers.device_of(row))

@@ -1,0 +1,277 @@
+"""Inputs in every memory layout, and the comparison with torch that most tests are made of."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, pairwise
+from tolerance import assert_close, assert_same_layout
+from torch import Tensor
+
+from cnnops import dispatch
+from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# How large a problem the backends that run on a CPU in place of their device take in `make test`; both do some hundred
+# MFLOP/s at best, and pay for whole tiles.
+EMULATED_FLOPS = {"simt": 1_500_000, "triton": 300_000}
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+
+def row(name: str) -> Any:
+    """The backend's row in the dispatch table. Raises KeyError."""
+    return {row.NAME: row for row in dispatch.BACKENDS}[name]
+
+
+def device_of(row: Any) -> str:
+    return "cuda" if "cuda" in row.devices and torch.cuda.is_available() else "cpu"
+
+
+BACKENDS = tuple(
+    row.NAME for row in dispatch.BACKENDS if row.NAME != "aten" and (row.NAME != "cuda" or torch.cuda.is_available())
+)
+"""The rows that the tests cover: all but ATen, which is what they compare with. A row that is missing its build fails."""
+
+
+def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
+    """The problem that a case is to a backend; what `functional` does to the arguments first is of no concern here."""
+    x = laid_out(torch.empty(case.x_shape, dtype=dtype, device=device), layout)
+    if isinstance(case, Conv2dCase):
+        weight = laid_out(x.new_empty(case.weight_shape), layout)
+        bias = x.new_empty(case.K) if case.bias else None
+        padding = case.padding
+        if isinstance(padding, str):
+            reach = [d * (k - 1) for d, k in zip(case.dilation, (case.R, case.S), strict=True)]
+            padding = (reach[0] // 2, reach[1] // 2) if padding == "same" else (0, 0)
+        return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups)
+    if isinstance(case, NormCase):
+        return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
+    if case.op == "adaptive_avg_pool2d":
+        return Pool2dProblem.adaptive(case.op, x, 2, 2)
+    stride = case.stride or case.kernel
+    window = (*case.kernel, *stride, *case.padding, *case.dilation, case.ceil_mode)
+    return Pool2dProblem.of(case.op, x, *window)
+
+
+PLAINEST: dict[str, Any] = {
+    "conv2d": Conv2dCase("plain", 1, 16, 8, 8, 16, 3, 3, padding=(1, 1)),
+    "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
+    "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
+    "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "batch_norm": NormCase("plain", 2, 16, (8, 8)),
+}
+
+
+def supports(name: str, function: str, case: Any, dtype: torch.dtype, layout: str = "channels_last") -> bool:
+    """Whether a backend says that it can do a case. An unusable one is taken at its best: its tests then fail."""
+    backend = row(name)
+    problem = problem_of(function, case, dtype, layout, device_of(backend))
+    return bool(backend.supports(function, problem).ok) if backend.usable().ok else function == "conv2d_forward"
+
+
+def claims(name: str, function: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a backend has a function at all: whether it takes the plainest of problems."""
+    stem = next(stem for stem in PLAINEST if function.startswith(stem))
+    return supports(name, function, PLAINEST[stem], dtype)
+
+
+def on(*functions: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The decorator that runs a test on each backend that has all these functions."""
+    names = [name for name in BACKENDS if all(claims(name, function, dtype) for function in functions)]
+    return pytest.mark.parametrize("backend", names, indirect=True)
+
+
+def emulated(name: str) -> bool:
+    """Whether a backend runs on this CPU in place of the device it is made for, and so takes small problems only."""
+    return name in EMULATED_FLOPS and device_of(row(name)) == "cpu"
+
+
+Item = tuple[Any, torch.dtype, str]  # case, dtype, layout
+
+
+def _item_features(item: Item) -> dict[str, Hashable]:
+    case, dtype, layout = item
+    return {**case.features(), "dtype": str(dtype), "layout": layout}
+
+
+def cross(
+    function: str,
+    cases: Sequence[Conv2dCase] | Sequence[Pool2dCase] | Sequence[NormCase],
+    layouts: Sequence[str] = LAYOUTS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+) -> list[Any]:
+    """Parameters (backend, case, dtype, layout): the whole product on a native backend, a pairwise subset elsewhere.
+
+    What a backend refuses is left out (test_dispatch.py holds what it may not refuse). The rest of an emulated backend's
+    product is marked slow; a pairwise subset of the CPU's is marked quick.
+    """
+    parameters = []
+    for name in BACKENDS:
+        items: list[Item] = [
+            item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
+        ]
+        if emulated(name):
+            items = [item for item in items if item[0].flops <= 20 * EMULATED_FLOPS[name]]
+            small = [item for item in items if item[0].flops <= EMULATED_FLOPS[name]]
+            usual = pairwise(small, _item_features)
+            quick = usual[:: max(1, len(usual) // 4)]
+        else:
+            usual, quick = items, pairwise(items, _item_features)
+        for item in items:
+            marks = [pytest.mark.quick] if item in quick else [] if item in usual else [pytest.mark.slow]
+            case, dtype, layout = item
+            id = f"{name}-{case.id}-{str(dtype).removeprefix('torch.')}-{layout}"
+            parameters.append(pytest.param(name, *item, marks=marks, id=id))
+    return parameters
+
+
+def over(function: str, cases: Sequence[Any], layouts: Sequence[str] = LAYOUTS, dtypes: Sequence[Any] = DTYPES) -> Any:
+    """The decorator that runs a test over `cross`; "backend" goes through the fixture of that name."""
+    parameters = cross(function, cases, layouts, dtypes)
+    return pytest.mark.parametrize("backend, case, dtype, layout", parameters, indirect=["backend"])
+
+
+# ---- inputs
+
+
+def generator(name: str) -> torch.Generator:
+    """Random numbers that depend on the test's case alone."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+
+def randn(shape: Sequence[int], dtype: torch.dtype, device: str, random: torch.Generator, scale: float = 1.0) -> Tensor:
+    return (torch.randn(tuple(shape), generator=random, dtype=torch.float64) * scale).to(device, dtype)
+
+
+def integers(shape: Sequence[int], dtype: torch.dtype, device: str, random: torch.Generator, most: int = 3) -> Tensor:
+    return torch.randint(-most, most + 1, tuple(shape), generator=random).to(device, dtype)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """`t`'s values in another memory layout. "expanded" repeats the first image, so it changes the values.
+
+    What surrounds a view in memory is NaN: reading beside it shows.
+    """
+    if t.dim() != 4:
+        return t
+    if layout == "nchw":
+        return t.contiguous()
+    if layout == "channels_last":
+        return t.contiguous(memory_format=torch.channels_last)
+    if layout == "expanded":
+        return t[:1].expand(t.shape)
+    if layout == "transposed":  # W before H in memory
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+    N, C, H, W = t.shape
+    if layout == "offset":  # starts one element off any 16-byte boundary
+        view = t.new_full((t.numel() + 1,), torch.nan)[1:].view(t.shape)
+    elif layout == "sliced":
+        view = t.new_full((N, C + 1, H + 2, 2 * W), torch.nan)[:, 1:, 1 : H + 1, ::2]
+    else:
+        assert layout == "channels_last_sliced", layout
+        whole = t.new_full((N, C + 3, H + 1, W), torch.nan).contiguous(memory_format=torch.channels_last)
+        view = whole[:, 2 : C + 2, 1:]
+    return view.copy_(t)
+
+
+def conv2d_inputs(
+    case: Conv2dCase, dtype: torch.dtype, layout: str, device: str, make: Callable[..., Tensor] = randn
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias; weights scaled so that outputs stay near 1 and no half overflows."""
+    random = generator(case.id)
+    scale = {} if make is integers else {"scale": (max(1, case.weight_shape[1]) * case.R * case.S) ** -0.5}
+    x = make(case.x_shape, dtype, device, random)
+    weight = make(case.weight_shape, dtype, device, random, **scale)
+    bias = make((case.K,), dtype, device, random) if case.bias else None
+    return laid_out(x, layout), laid_out(weight, layout if layout in LAYOUTS else "nchw"), bias
+
+
+# ---- comparison
+
+Function = Callable[..., Tensor]
+Tensors = Sequence[Tensor | None]
+
+
+def evaluate(function: Function, inputs: Tensors, dy: Tensor) -> list[Tensor]:
+    """y, then its gradients towards every input that is there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
+
+
+def evaluate_twice(function: Function, inputs: Tensors, dy: Tensor, directions: Tensors) -> list[Tensor]:
+    """Gradients of sum(gradient * direction) over all gradients, towards dy and every input that is there."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    dy = dy.detach().requires_grad_()
+    wanted = [t for t in leaves if t is not None]
+    gradients = torch.autograd.grad(function(*leaves), wanted, dy, create_graph=True)
+    given = [t for t in directions if t is not None]
+    found = torch.autograd.grad(gradients, [dy, *wanted], given, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, [dy, *wanted], strict=True)]
+
+
+def like(y: Tensor, random: torch.Generator) -> Tensor:
+    """Random numbers in y's dtype and layout."""
+    return torch.empty_like(y).copy_(torch.randn(y.shape, generator=random, dtype=torch.float64))
+
+
+def gradient_for(function: Function, inputs: Tensors) -> Tensor:
+    """A random dy for function(*inputs), in the layout of that output."""
+    y = function(*(None if t is None else t.detach() for t in inputs))
+    return like(y, generator(str(tuple(y.shape))))
+
+
+def result_names(names: Sequence[str], inputs: Tensors) -> list[str]:
+    return ["y"] + [f"d{name}" for name, t in zip(names, inputs, strict=True) if t is not None]
+
+
+def mapped(change: Callable[[Tensor], Tensor], tensors: Any) -> Any:
+    """The same nest of tensors and None, each tensor changed, in float64 on the CPU."""
+    if tensors is None:
+        return None
+    if isinstance(tensors, Tensor):
+        return change(tensors.detach().cpu().double())
+    return [mapped(change, t) for t in tensors]
+
+
+def check_multilinear(
+    ours: Function,
+    theirs: Function,
+    names: Sequence[str],
+    *tensors: Any,
+    compute: Callable[..., list[Tensor]] = evaluate,
+    length: float | None = None,
+) -> None:
+    """Compare compute(ours, *tensors) with torch's, where each result is a sum of products of the tensors' elements.
+
+    The same sums over absolute values give each element's sum of magnitudes, and over ones its number of terms, borders
+    and strides included; length says it where the products are weighted (averages).
+    """
+    got, same_dtype = compute(ours, *tensors), compute(theirs, *tensors)
+    reference = compute(theirs, *mapped(lambda t: t, tensors))
+    magnitude = compute(theirs, *mapped(torch.abs, tensors))
+    if length is None:
+        lengths: Sequence[Any] = compute(theirs, *mapped(torch.ones_like, tensors))
+    else:
+        lengths = [length] * len(got)
+    if names[0] == "y":
+        assert_same_layout(got[0], same_dtype[0], "y")
+    for what, a, b, c, d, e in zip(names, got, same_dtype, reference, magnitude, lengths, strict=True):
+        assert_close(a, b, c, d.abs(), e, what)
+
+
+def torch_conv2d(case: Conv2dCase) -> Function:
+    return lambda x, weight, bias: F.conv2d(x, weight, bias, **case.arguments())

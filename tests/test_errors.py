@@ -1,0 +1,274 @@
+"""What a wrong call raises: torch's exception type, with a message that names the argument, its value and the need.
+
+Each row is run on torch too, so the table stays true. `words` must all be in our message; torch's own is its affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cnnops
+import cnnops.functional as CF
+from cnnops import nn as cnn
+
+OURS, TORCHS = SimpleNamespace(F=CF, nn=cnn), SimpleNamespace(F=F, nn=nn)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    id: str
+    call: Callable[[Any], Any]
+    raises: type[Exception]
+    words: tuple[str, ...]
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def conv2d(x: Any = (2, 3, 5, 5), weight: Any = (4, 3, 3, 3), bias: Any = None, **arguments: Any) -> Any:
+    x, weight, bias = (zeros(*t) if isinstance(t, tuple) else t for t in (x, weight, bias))
+    return lambda library: library.F.conv2d(x, weight, bias, **arguments)
+
+
+def max_pool2d(x: Any = (2, 3, 5, 5), kernel_size: Any = 2, **arguments: Any) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    return lambda library: library.F.max_pool2d(x, kernel_size, **arguments)
+
+
+def avg_pool2d(x: Any = (2, 3, 5, 5), kernel_size: Any = 2, **arguments: Any) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    return lambda library: library.F.avg_pool2d(x, kernel_size, **arguments)
+
+
+def adaptive(x: Any = (2, 3, 5, 5), output_size: Any = 2) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    return lambda library: library.F.adaptive_avg_pool2d(x, output_size)
+
+
+def batch_norm(
+    x: Any = (2, 3, 4, 4), mean: Any = 3, var: Any = 3, weight: Any = None, bias: Any = None, **arguments: Any
+) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    vectors = [torch.ones(t) if isinstance(t, int) else t for t in (mean, var, weight, bias)]
+    return lambda library: library.F.batch_norm(x, *vectors, **arguments)
+
+
+DOUBLE, BFLOAT = torch.float64, torch.bfloat16
+
+WRONG = (
+    Wrong("conv2d-no-filters", conv2d(weight=(0, 3, 3, 3)), RuntimeError, ("weight", "[0, 3, 3, 3]")),
+    Wrong("conv2d-no-rows", conv2d((2, 3, 0, 5), padding=1), RuntimeError, ("kernel", "3 x 3", "2 x 7")),
+    Wrong("conv2d-no-rows-but-padding", conv2d((2, 3, 0, 5), padding=3), RuntimeError, ("input", "[2, 3, 0, 5]")),
+    Wrong("conv2d-no-taps", conv2d(weight=(4, 3, 0, 0)), RuntimeError, ("weight", "[4, 3, 0, 0]")),
+    Wrong("conv2d-kernel-exceeds-input", conv2d((2, 3, 2, 2)), RuntimeError, ("kernel", "3 x 3", "2 x 2")),
+    Wrong("conv2d-kernel-exceeds-empty", conv2d((0, 3, 2, 2)), RuntimeError, ("kernel", "3 x 3", "2 x 2")),
+    Wrong("conv2d-dilated-exceeds", conv2d(dilation=3), RuntimeError, ("kernel", "7 x 7", "5 x 5")),
+    Wrong("conv2d-2-d-input", conv2d((5, 5)), RuntimeError, ("input", "[5, 5]")),
+    Wrong("conv2d-5-d-input", conv2d((1, 1, 3, 5, 5)), RuntimeError, ("input", "[1, 1, 3, 5, 5]")),
+    Wrong("conv2d-3-d-weight", conv2d(weight=(4, 3, 3)), RuntimeError, ("weight", "[4, 3, 3]")),
+    Wrong("conv2d-channels", conv2d((2, 4, 5, 5)), RuntimeError, ("channels", "4", "3", "groups=1")),
+    Wrong("conv2d-bias-length", conv2d(bias=(5,)), RuntimeError, ("bias", "[5]", "[4]")),
+    Wrong("conv2d-bias-2-d", conv2d(bias=(4, 1)), RuntimeError, ("bias", "[4, 1]", "[4]")),
+    Wrong("conv2d-groups-not-dividing", conv2d((2, 4, 5, 5), (3, 2, 3, 3), groups=2), RuntimeError, ("groups=2", "3")),
+    Wrong("conv2d-groups-0", conv2d(groups=0), RuntimeError, ("groups", "0")),
+    Wrong("conv2d-groups-negative", conv2d(groups=-1), RuntimeError, ("groups", "-1")),
+    Wrong("conv2d-stride-0", conv2d(stride=0), RuntimeError, ("stride", "(0, 0)")),
+    Wrong("conv2d-stride-0-one-side", conv2d(stride=(1, 0)), RuntimeError, ("stride", "(1, 0)")),
+    Wrong("conv2d-stride-3-tuple", conv2d(stride=(1, 1, 1)), RuntimeError, ("stride", "1, 1, 1")),
+    Wrong("conv2d-padding-negative", conv2d(padding=-1), RuntimeError, ("padding", "(-1, -1)")),
+    Wrong("conv2d-padding-4-tuple", conv2d(padding=(1, 1, 1, 1)), RuntimeError, ("padding", "1, 1, 1, 1")),
+    Wrong("conv2d-same-strided", conv2d(padding="same", stride=2), RuntimeError, ("padding='same'", "stride")),
+    Wrong("conv2d-padding-word", conv2d(padding="full"), RuntimeError, ("padding", "'full'", "same", "valid")),
+    Wrong("conv2d-padding-float", conv2d(padding=1.5), TypeError, ("padding", "1.5")),
+    Wrong("conv2d-stride-float", conv2d(stride=2.0), TypeError, ("stride", "2.0")),
+    Wrong("conv2d-groups-float", conv2d(groups=1.0), TypeError, ("groups", "1.0")),
+    Wrong("conv2d-dilation-0", conv2d(dilation=0), RuntimeError, ("dilation", "(0, 0)")),
+    Wrong(
+        "conv2d-weight-float64", conv2d(weight=zeros(4, 3, 3, 3, dtype=DOUBLE)), RuntimeError, ("float32", "float64")
+    ),
+    Wrong(
+        "conv2d-weight-bfloat16", conv2d(weight=zeros(4, 3, 3, 3, dtype=BFLOAT)), RuntimeError, ("float32", "bfloat16")
+    ),
+    Wrong("conv2d-bias-float64", conv2d(bias=zeros(4, dtype=DOUBLE)), RuntimeError, ("bias", "float32", "float64")),
+    Wrong(
+        "conv2d-bool",
+        conv2d(zeros(2, 3, 5, 5, dtype=torch.bool), zeros(4, 3, 3, 3, dtype=torch.bool)),
+        NotImplementedError,
+        (),
+    ),
+    Wrong(
+        "conv2d-float8",
+        conv2d(zeros(2, 3, 5, 5, dtype=torch.float8_e4m3fn), zeros(4, 3, 3, 3, dtype=torch.float8_e4m3fn)),
+        NotImplementedError,
+        (),
+    ),
+    Wrong("conv2d-numpy", conv2d(np.zeros((2, 3, 5, 5), np.float32)), TypeError, ("input", "ndarray")),
+    Wrong("conv2d-weight-none", conv2d(weight=None), TypeError, ("weight", "None")),
+    Wrong("conv2d-input-none", conv2d(x=None), TypeError, ("input", "None")),
+    Wrong("max-no-channels", max_pool2d((2, 0, 5, 5)), RuntimeError, ("input", "[2, 0, 5, 5]")),
+    Wrong("max-no-channels-unbatched", max_pool2d((0, 5, 5)), RuntimeError, ("input", "0, 5, 5]")),
+    Wrong("max-no-rows", max_pool2d((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
+    Wrong("max-kernel-exceeds-input", max_pool2d((2, 3, 2, 2), 3), RuntimeError, ("3 x 3", "2 x 2")),
+    Wrong("max-padding-over-half", max_pool2d(kernel_size=2, padding=2), RuntimeError, ("padding", "(2, 2)")),
+    Wrong("max-padding-negative", max_pool2d(kernel_size=2, padding=-1), RuntimeError, ("padding", "(-1, -1)")),
+    Wrong(
+        "max-padding-over-half-dilated",
+        max_pool2d((2, 3, 9, 9), 3, padding=2, dilation=2),
+        RuntimeError,
+        ("padding", "(2, 2)"),
+    ),
+    Wrong("max-kernel-0", max_pool2d(kernel_size=0), RuntimeError, ("kernel_size", "(0, 0)")),
+    Wrong("max-stride-0", max_pool2d(stride=0), RuntimeError, ("stride", "(0, 0)")),
+    Wrong("max-dilation-0", max_pool2d(dilation=0), RuntimeError, ("dilation", "(0, 0)")),
+    Wrong("max-bool", max_pool2d(zeros(1, 1, 4, 4, dtype=torch.bool)), NotImplementedError, ()),
+    Wrong("max-complex", max_pool2d(zeros(1, 1, 4, 4, dtype=torch.complex64)), NotImplementedError, ()),
+    Wrong("max-2-d", max_pool2d((5, 5)), RuntimeError, ("input", "[5, 5]")),
+    Wrong("max-5-d", max_pool2d((1, 1, 3, 5, 5)), RuntimeError, ("input", "[1, 1, 3, 5, 5]")),
+    Wrong("max-kernel-3-tuple", max_pool2d(kernel_size=(2, 2, 2)), RuntimeError, ("kernel_size", "2, 2, 2")),
+    Wrong("avg-no-channels", avg_pool2d((2, 0, 5, 5)), RuntimeError, ("input", "[2, 0, 5, 5]")),
+    Wrong("avg-kernel-exceeds-input", avg_pool2d((2, 3, 2, 2), 3), RuntimeError, ("3 x 3", "2 x 2")),
+    Wrong("avg-padding-over-half", avg_pool2d(kernel_size=2, padding=2), RuntimeError, ("padding", "(2, 2)")),
+    Wrong("avg-divisor-0", avg_pool2d(divisor_override=0), RuntimeError, ("divisor", "0")),
+    Wrong("avg-int32", avg_pool2d(zeros(1, 1, 4, 4, dtype=torch.int32)), NotImplementedError, ()),
+    Wrong("adaptive-no-rows", adaptive((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
+    Wrong("adaptive-negative", adaptive(output_size=-1), RuntimeError, ("output_size", "-1")),
+    Wrong("adaptive-int", adaptive(zeros(1, 1, 4, 4, dtype=torch.int64)), NotImplementedError, ()),
+    Wrong("bn-one-value", batch_norm((1, 3, 1, 1), training=True), ValueError, ("1 value per channel", "[1, 3, 1, 1]")),
+    Wrong("bn-eval-without-statistics", batch_norm(mean=None, var=None), RuntimeError, ("running_mean", "None")),
+    Wrong("bn-statistics-length", batch_norm(mean=4, var=4), RuntimeError, ("running_mean", "[3]", "[4]")),
+    Wrong("bn-weight-length", batch_norm(weight=4, bias=3), RuntimeError, ("weight", "[3]", "[4]")),
+    Wrong("bn-bias-length", batch_norm(weight=3, bias=4), RuntimeError, ("bias", "[3]", "[4]")),
+    Wrong(
+        "bn-bfloat16-statistics",
+        batch_norm(mean=torch.zeros(3, dtype=BFLOAT), var=torch.ones(3, dtype=BFLOAT)),
+        RuntimeError,
+        ("running_mean", "float32", "bfloat16"),
+    ),
+    Wrong("bn-eps-0", batch_norm(training=True, eps=0), ValueError, ("eps", "0")),
+    Wrong("bn-eps-negative", batch_norm(training=True, eps=-1), ValueError, ("eps", "-1")),
+    Wrong("bn-momentum-none", batch_norm(momentum=None), TypeError, ("momentum", "None")),
+    Wrong("Conv2d-channels", lambda library: library.nn.Conv2d(3, 4, 3, groups=2), ValueError, ("in_channels",)),
+    Wrong("Conv2d-groups", lambda library: library.nn.Conv2d(4, 4, 3, groups=0), ValueError, ("groups",)),
+    Wrong(
+        "Conv2d-same-strided", lambda library: library.nn.Conv2d(3, 4, 3, 2, "same"), ValueError, ("padding='same'",)
+    ),
+    Wrong(
+        "Conv2d-padding-mode",
+        lambda library: library.nn.Conv2d(3, 4, 3, padding_mode="wrap"),
+        ValueError,
+        ("padding_mode", "wrap"),
+    ),
+    Wrong("BatchNorm2d-3-d", lambda library: library.nn.BatchNorm2d(3)(zeros(2, 3, 4)), ValueError, ("4D", "3D")),
+    Wrong("MaxPool2d-stride", lambda library: library.nn.MaxPool2d(2, 0)(zeros(1, 1, 4, 4)), RuntimeError, ("stride",)),
+)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.id)
+def test_wrong_call(wrong: Wrong) -> None:
+    with pytest.raises(wrong.raises) as theirs:
+        wrong.call(TORCHS)
+    with pytest.raises(wrong.raises) as ours:
+        wrong.call(OURS)
+    assert type(ours.value) is type(theirs.value)
+    for word in wrong.words:
+        assert word in str(ours.value), f"{word!r} is not in: {ours.value}"
+
+
+RIGHT: dict[str, Callable[[Any], Any]] = {
+    "conv2d-no-batch": conv2d((0, 3, 5, 5)),
+    "conv2d-no-channels": conv2d((2, 0, 5, 5), (4, 0, 3, 3)),
+    "conv2d-kernel-is-padded-input": conv2d((2, 3, 1, 1), padding=1),
+    "conv2d-unbatched": conv2d((3, 5, 5)),
+    "conv2d-stride-1-tuple": conv2d(stride=(2,)),
+    "conv2d-int64": conv2d(zeros(2, 3, 5, 5, dtype=torch.int64), zeros(4, 3, 3, 3, dtype=torch.int64)),
+    "conv2d-int32": conv2d(zeros(2, 3, 5, 5, dtype=torch.int32), zeros(4, 3, 3, 3, dtype=torch.int32)),
+    "conv2d-uint8": conv2d(zeros(2, 3, 5, 5, dtype=torch.uint8), zeros(4, 3, 3, 3, dtype=torch.uint8)),
+    "conv2d-complex64": conv2d(zeros(2, 3, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
+    "max-no-batch": max_pool2d((0, 3, 5, 5)),
+    "max-kernel-exceeds-input-ceil": max_pool2d((2, 3, 2, 2), 3, ceil_mode=True),
+    "max-int8": max_pool2d(zeros(1, 1, 4, 4, dtype=torch.int8)),
+    "avg-no-batch": avg_pool2d((0, 3, 5, 5)),
+    "avg-divisor-negative": avg_pool2d(divisor_override=-2),
+    "avg-int64": avg_pool2d(zeros(1, 1, 4, 4, dtype=torch.int64)),
+    "adaptive-no-batch": adaptive((0, 3, 5, 5)),
+    "adaptive-no-channels": adaptive((2, 0, 5, 5)),
+    "adaptive-output-0": adaptive(output_size=0),
+    "adaptive-output-exceeds-input": adaptive((2, 3, 2, 2), 5),
+    "adaptive-2-d": adaptive((5, 5), 1),
+    "adaptive-none": adaptive(output_size=(None, 2)),
+    "bn-no-batch-train": batch_norm((0, 3, 2, 2), training=True),
+    "bn-no-batch-eval": batch_norm((0, 3, 2, 2)),
+    "bn-no-channels": batch_norm((2, 0, 2, 2), mean=None, var=None, training=True),
+    "bn-bfloat16-with-float32": batch_norm(zeros(2, 3, 2, 2, dtype=BFLOAT), weight=3, bias=3),
+    "bn-eps-0-eval": batch_norm(eps=0),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("id", RIGHT)
+def test_call_at_the_edge(id: str) -> None:
+    """Calls that look wrong and are not: same shape, dtype and values as torch's, whoever computes them."""
+    ours, theirs = RIGHT[id](OURS), RIGHT[id](TORCHS)
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("id", ["residual-shape", "residual-dtype", "activation"])
+@pytest.mark.parametrize("op", ["conv2d_act", "batch_norm_act"])
+def test_wrong_fused_call(op: str, id: str) -> None:
+    x, residual, activation = zeros(2, 4, 5, 5), zeros(2, 4, 5, 5), "relu"
+    expected: tuple[type[Exception], tuple[str, ...]] = (RuntimeError, ("residual",))
+    if id == "residual-shape":
+        residual = zeros(2, 4, 5, 4)
+        expected = RuntimeError, ("residual", "[2, 4, 5, 4]", "[2, 4, 5, 5]")
+    elif id == "residual-dtype":
+        residual = residual.double()
+        expected = RuntimeError, ("residual", "float64", "float32")
+    else:
+        activation = "gelu"
+        expected = ValueError, ("activation", "gelu", "relu", "silu")
+    with pytest.raises(expected[0]) as raised:
+        if op == "conv2d_act":
+            CF.conv2d_act(x, zeros(4, 4, 1, 1), residual=residual, activation=activation)
+        else:
+            ones = torch.ones(4)
+            CF.batch_norm_act(x, ones, ones, ones, ones, False, 0.1, 1e-5, residual, activation)
+    for word in expected[1]:
+        assert word in str(raised.value)
+
+
+def test_nothing_runs_before_the_check() -> None:
+    """A refused call in training leaves the running statistics alone."""
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(RuntimeError, match="weight"):
+        CF.batch_norm(torch.randn(2, 3, 4, 4), mean, var, torch.ones(4), torch.ones(3), training=True)
+    assert torch.equal(mean, torch.zeros(3))
+    assert torch.equal(var, torch.ones(3))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="cpu.*'cdna'"):
+        cnnops.use_backend("cdna")
+
+
+def test_misspelt_setting() -> None:
+    with pytest.raises(AttributeError, match="strickt"):
+        cnnops.settings.strickt = True
+
+
+def test_setting_of_the_wrong_type() -> None:
+    with pytest.raises(TypeError, match="strict"):
+        cnnops.settings.strict = "yes"
+    assert cnnops.settings.strict is False

@@ -1,0 +1,207 @@
+"""The pools against torch: values, indices, gradients, ties, NaN, layouts, on every backend that claims them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise
+from helpers import DTYPES, Backend, on, over
+from tolerance import assert_close, assert_exact, assert_same_layout
+
+import cnnops.functional as CF
+
+OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+CORNERS = of_suite(POOL2D, "corner")
+NONEMPTY = [case for case in CORNERS if case.N and case.C and case.output_size != (0, 0)]
+SMALL = pairwise(NONEMPTY, lambda case: case.features())
+KINDS = tuple(next(case for case in SMALL if case.op == op) for op in OPS)
+
+
+def cases_of(op: str, cases: Any = CORNERS) -> list[Pool2dCase]:
+    return [case for case in cases if case.op == op]
+
+
+def pool(library: Any, case: Pool2dCase) -> helpers.Function:
+    return lambda x: getattr(library, case.op)(x, **case.arguments())
+
+
+def input_of(case: Pool2dCase, dtype: torch.dtype, layout: str, device: str) -> torch.Tensor:
+    return helpers.laid_out(helpers.randn(case.x_shape, dtype, device, helpers.generator(case.id)), layout)
+
+
+def check_average(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
+    dy = helpers.gradient_for(pool(F, case), [x]) if dy is None else dy
+    helpers.check_multilinear(pool(CF, case), pool(F, case), ["y", "dx"], [x], dy, length=case.window)
+
+
+def check_max(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
+    """A maximum is one of the inputs, so it and its index are torch's very own; its gradient is a sum."""
+    y, indices = CF.max_pool2d(x, **case.arguments(), return_indices=True)
+    their_y, their_indices = F.max_pool2d(x, **case.arguments(), return_indices=True)
+    assert_exact(y.cpu(), their_y.cpu().double(), "y", signed_zeros=True)
+    assert_same_layout(y, their_y, "y")
+    assert indices.dtype == torch.int64
+    assert torch.equal(indices, their_indices)
+    assert_same_layout(indices, their_indices, "indices")
+    dy = helpers.gradient_for(pool(F, case), [x]) if dy is None else dy
+    got, same_dtype = (helpers.evaluate(pool(library, case), [x], dy) for library in (CF, F))
+    exact_x, exact_dy = helpers.mapped(lambda t: t, (x, dy))
+    reference = helpers.evaluate(pool(F, case), [exact_x], exact_dy)[1]
+    magnitude = helpers.evaluate(pool(F, case), [exact_x], exact_dy.abs())[1]
+    length = helpers.evaluate(pool(F, case), [exact_x], torch.ones_like(exact_dy))[1]
+    assert_exact(got[0].cpu(), their_y.cpu().double(), "y without indices", signed_zeros=True)
+    assert_close(got[1], same_dtype[1], reference, magnitude, length, "dx")
+
+
+def check(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
+    (check_max if case.op == "max_pool2d" else check_average)(case, x, dy)
+
+
+@over("max_pool2d_forward", cases_of("max_pool2d"))
+def test_max_pool2d(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
+    check_max(case, input_of(case, dtype, layout, backend.device))
+
+
+@over("avg_pool2d_forward", cases_of("avg_pool2d"))
+def test_avg_pool2d(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
+    check_average(case, input_of(case, dtype, layout, backend.device))
+
+
+@over("adaptive_avg_pool2d_forward", cases_of("adaptive_avg_pool2d"))
+def test_adaptive_avg_pool2d(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
+    x = input_of(case, dtype, layout, backend.device)
+    if case.id.endswith(("empty-output", "empty-channels")):  # torch has no gradient here
+        assert CF.adaptive_avg_pool2d(x, case.output_size).shape == F.adaptive_avg_pool2d(x, case.output_size).shape
+    else:
+        check_average(case, x)
+
+
+@on(*[op + "_forward" for op in OPS])
+@pytest.mark.parametrize("case", [case.with_batch(2) for case in networks(POOL2D)], ids=lambda case: case.id)
+def test_layers_of_networks(backend: Backend, case: Pool2dCase) -> None:
+    for layout in LAYOUTS:
+        check(case, input_of(case, torch.float32, layout, backend.device))
+
+
+@on(*[op + "_forward" for op in OPS])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *VIEWS])
+def test_views_of_x_and_dy(backend: Backend, case: Pool2dCase, layout: str) -> None:
+    x = input_of(case, torch.float32, "channels_last", backend.device)
+    dy = helpers.gradient_for(pool(F, case), [x])
+    check(case, x, helpers.laid_out(dy, layout))
+    check(case, helpers.laid_out(x, layout))
+
+
+@on(*[op + "_forward" for op in OPS])
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
+def test_dy_of_one_number(backend: Backend, case: Pool2dCase) -> None:
+    x = input_of(case, torch.float32, "channels_last", backend.device)
+    check(case, x, torch.full((1,), 0.75).expand(pool(F, case)(x).shape))
+
+
+@on(*[op + "_forward" for op in OPS])
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
+def test_unbatched(backend: Backend, case: Pool2dCase) -> None:
+    check(case, input_of(case.with_batch(1), torch.float32, "nchw", backend.device)[0])
+
+
+@on("avg_pool2d_forward", "adaptive_avg_pool2d_forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layout: str) -> None:
+    """Windows of 2 x 4: dividing by 8 is exact, so the whole average is."""
+    random = helpers.generator("integers")
+    x = helpers.laid_out(helpers.integers((2, 19, 8, 12), dtype, backend.device, random), layout)
+    for name, arguments in (("avg_pool2d", {"kernel_size": (2, 4)}), ("adaptive_avg_pool2d", {"output_size": (4, 3)})):
+        y = getattr(CF, name)(x, **arguments)
+        assert_exact(y.cpu(), getattr(F, name)(x.cpu().double(), **arguments), name)
+
+
+@on("max_pool2d_forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", cases_of("max_pool2d", SMALL), ids=lambda case: case.id)
+def test_ties_zeros_and_non_finite(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
+    """The first maximum wins, -0.0 and 0.0 tie, the last NaN wins, and -inf is a value like any other."""
+    values = torch.tensor([0.0, -0.0, 1.0, 1.0, torch.inf, -torch.inf, -torch.inf, -1.0, torch.nan])
+    for count in (2, 4, 7, 9):  # few values, so that every window has ties; the NaN comes last
+        random = helpers.generator(f"ties of {count}")
+        x = values[torch.randint(0, count, case.x_shape, generator=random)].to(backend.device, dtype)
+        check_max(case, helpers.laid_out(x, layout))
+    check_max(case, helpers.laid_out(torch.full(case.x_shape, -torch.inf, dtype=dtype, device=backend.device), layout))
+
+
+@on("avg_pool2d_forward", "adaptive_avg_pool2d_forward")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [case for case in SMALL if case.op != "max_pool2d"], ids=lambda case: case.id)
+def test_non_finite_averages(backend: Backend, case: Pool2dCase, layout: str) -> None:
+    x = input_of(case, torch.float32, layout, backend.device)
+    x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, -1, -1, 0] = torch.inf, torch.nan, -torch.inf
+    check_average(case, x)
+
+
+@on("max_pool2d_forward")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_window_without_a_tap_inside(backend: Backend, layout: str) -> None:
+    """Such windows give -inf, an index that exists, and no gradient. torch itself writes out of bounds here."""
+    x = helpers.laid_out(helpers.randn((2, 3, 5, 1), torch.float32, backend.device, helpers.generator("x")), layout)
+    x.requires_grad_()
+    window = {"kernel_size": (1, 2), "stride": 1, "padding": (0, 1), "dilation": 2}  # taps in columns -1 and 1 of one
+    y, indices = CF.max_pool2d(x, **window, return_indices=True)
+    assert y.shape == (2, 3, 5, 1)
+    assert (y == -torch.inf).all()
+    assert ((indices >= 0) & (indices < 5)).all()
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert_exact(dx.cpu(), torch.zeros(2, 3, 5, 1, dtype=torch.float64), "dx")
+
+
+@on(*[op + "_forward" for op in OPS], dtype=torch.float64)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_gradcheck(backend: Backend, case: Pool2dCase) -> None:
+    x = input_of(case, torch.float64, "channels_last", backend.device)
+    if case.op == "max_pool2d":  # distinct values, further apart than gradcheck's steps
+        x = helpers.laid_out(x.flatten().argsort().argsort().double().view(x.shape) / x.numel(), "channels_last")
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(pool(CF, case), [x], fast_mode=True)
+    assert torch.autograd.gradgradcheck(pool(CF, case), [x], fast_mode=True)
+
+
+@on(*[op + "_forward" for op in OPS])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
+def test_double_backward(backend: Backend, case: Pool2dCase) -> None:
+    x = input_of(case, torch.float32, "channels_last", backend.device)
+    dy = helpers.gradient_for(pool(F, case), [x])
+    direction = helpers.like(x, helpers.generator("direction"))
+
+    def twice(function: helpers.Function, x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+        return helpers.evaluate_twice(function, [x], *rest)[:1]
+
+    if case.op == "max_pool2d":  # the windows' choices are x's own, whatever the direction's sign
+        got, same_dtype = (twice(pool(library, case), x, dy, [direction]) for library in (CF, F))
+        exact = helpers.mapped(lambda t: t, (x, dy, [direction]))
+        assert_exact(got[0].cpu(), twice(pool(F, case), *exact)[0], "ddy")
+        assert_same_layout(got[0], same_dtype[0], "ddy")
+    else:
+        helpers.check_multilinear(
+            pool(CF, case), pool(F, case), ["ddy"], x, dy, [direction], compute=twice, length=case.window
+        )
+
+
+@on("max_pool2d_forward")
+def test_indices_carry_no_gradient_and_serve_unpooling(backend: Backend) -> None:
+    x = helpers.randn((2, 5, 8, 6), torch.float32, backend.device, helpers.generator("x")).requires_grad_()
+    y, indices = CF.max_pool2d(x, 2, return_indices=True)
+    assert y.requires_grad
+    assert not indices.requires_grad
+    assert torch.equal(F.max_unpool2d(y, indices, 2), F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8], ids=str)
+def test_integer_maximum_falls_back(dtype: torch.dtype) -> None:
+    x = torch.arange(36, dtype=dtype).view(1, 1, 6, 6)
+    assert torch.equal(CF.max_pool2d(x, 2), F.max_pool2d(x, 2))
