@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -71,7 +72,8 @@ def assert_equal(a: Any, b: Any, at: str = "state") -> None:
     """Bit for bit, through dicts, lists and tuples."""
     assert type(a) is type(b), at
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b) and a.stride() == b.stride(), at
+        assert torch.equal(a, b), at
+        assert a.stride() == b.stride(), at
     elif isinstance(a, dict):
         assert list(a) == list(b), at
         for key in a:
@@ -115,14 +117,16 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     Trainer(replace(SIMPLE, epochs=1), tmp_path).fit()
     for name in ("curves.png", "filters.png", "samples.png"):
         pixels = image.imread(tmp_path / name)
-        assert min(pixels.shape[:2]) > 50 and pixels.std() > 0.02, name
+        assert min(pixels.shape[:2]) > 50, name
+        assert pixels.std() > 0.02, name
 
 
 def test_evaluate_counts_what_predictions_say(tmp_path: Path) -> None:
     trainer = Trainer(RESNET, tmp_path)
     loss, accuracy = trainer.evaluate()
     right = (trainer.predictions() == trainer.dataset.test_labels).double().mean().item()
-    assert accuracy == pytest.approx(right) and loss > 0
+    assert accuracy == pytest.approx(right)
+    assert loss > 0
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -149,7 +153,8 @@ def test_resume_is_bit_exact(
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Stopped) as stop:
         stopped.fit()
-    assert stop.value.signum == signum and stop.value.folder == tmp_path / "stopped"
+    assert stop.value.signum == signum
+    assert stop.value.folder == tmp_path / "stopped"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     torch.randn(5), np.random.rand(5), random.random()
     resumed = Trainer.resume(tmp_path / "stopped")
@@ -193,8 +198,10 @@ def test_console_shows_one_line_an_epoch_and_a_live_line_on_a_terminal(tmp_path:
         texts.append(screen.file.getvalue())
     plain, live = texts
     assert [line.split()[0] for line in plain.splitlines() if " % " in line] == ["1", "2"]
-    assert "\x1b" not in plain and "step 6/6" not in plain
-    assert "step 6/6" in live and "images/s" in live
+    assert "\x1b" not in plain
+    assert "step 6/6" not in plain
+    assert "step 6/6" in live
+    assert "images/s" in live
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -236,7 +243,8 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, name: str, monkeypat
     trainer.reporter = At(1, 3, fill_disk)
     with pytest.raises(OSError, match="No space left on device") as error:
         trainer.fit()
-    assert error.value.errno == errno.ENOSPC and Path(error.value.filename).parent == tmp_path
+    assert error.value.errno == errno.ENOSPC
+    assert Path(error.value.filename).parent == tmp_path
     assert load_checkpoint(tmp_path / name)["epoch"] == 1
     assert not list(tmp_path.glob(".*"))
 
@@ -293,7 +301,8 @@ def test_write_atomically_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "replace", replace_fails)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
 
 
 def test_checksum_is_sha256sums_format(tmp_path: Path) -> None:
@@ -329,8 +338,6 @@ def garbage(path: Path) -> None:
 
 
 def resum(path: Path) -> None:
-    import hashlib
-
     path.with_name("last.pt.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  last.pt\n")
 
 
