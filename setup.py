@@ -88,11 +88,11 @@ def simt_target(sanitize: str) -> Target:
     import pybind11
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    flags = f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{f' -fsanitize={sanitize} -fno-omit-frame-pointer' if sanitize else ''}"
-    name = "_native_simt" + (f"_{sanitize.split(',')[0]}" if sanitize else "")
-    target = Target(
-        ROOT / f"cnnops/{name}.so", link_torch() + (f" -fsanitize={sanitize}" if sanitize else "")
+    flags = (
+        f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{f' -fsanitize={sanitize} -fno-omit-frame-pointer' if sanitize else ''}"
     )
+    name = "_native_simt" + (f"_{sanitize.split(',')[0]}" if sanitize else "")
+    target = Target(ROOT / f"cnnops/{name}.so", link_torch() + (f" -fsanitize={sanitize}" if sanitize else ""))
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
     for source in sorted(CSRC.glob("simt/*.cpp")):
         target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")

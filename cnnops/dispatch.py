@@ -81,7 +81,7 @@ def select(function: str, problem: Problem, named: str = "") -> ModuleType:
     """The first backend that supports the call; only the named one where a name is given."""
     if named and named not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {named!r}")
-    refusals = []
+    refusals: list[str] = []
     for backend, support in verdicts(function, problem, named):
         if support.ok and (backend is not aten or named or not settings.strict):
             if backend is aten and not named:

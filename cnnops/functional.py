@@ -39,14 +39,15 @@ def _pair(function: str, name: str, value: Any) -> tuple[int, int]:
     if type(value) is int:
         return value, value
     if isinstance(value, (tuple, list)):
-        if len(value) == 2 and isinstance(value[0], (int, SymInt)) and isinstance(value[1], (int, SymInt)):
-            return value[0], value[1]
-        if len(value) == 1 and isinstance(value[0], (int, SymInt)):
-            return value[0], value[0]
         if all(isinstance(v, (int, SymInt)) for v in value):
+            if len(value) == 2:
+                return value[0], value[1]
+            if len(value) == 1:
+                return value[0], value[0]
             raise RuntimeError(f"{function}: {name} must be a single int or two ints, but got {name}={value}")
-    elif isinstance(value, (int, SymInt)):
-        return value, value
+    elif isinstance(value, SymInt):
+        both: Any = value
+        return both, both
     raise TypeError(f"{function}: {name} must be an int or a pair of ints, but got {name}={value!r}")
 
 

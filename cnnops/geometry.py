@@ -94,8 +94,17 @@ class Conv2dProblem:
 
     @classmethod
     def of(
-        cls, x: Tensor, weight: Tensor, bias: Tensor | None,
-        stride_h: int, stride_w: int, pad_h: int, pad_w: int, dilation_h: int, dilation_w: int, groups: int,
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        groups: int,
     ) -> Conv2dProblem:
         """Check a call and describe it. x: [N, C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None."""
         if x.dim() != 4:
@@ -105,7 +114,9 @@ class Conv2dProblem:
                 f"conv2d: expected weight of 4 dimensions [K, C/groups, R, S], but got {_text(weight.shape)}"
             )
         for name, (a, b), least in (
-            ("stride", (stride_h, stride_w), 1), ("padding", (pad_h, pad_w), 0), ("dilation", (dilation_h, dilation_w), 1)
+            ("stride", (stride_h, stride_w), 1),
+            ("padding", (pad_h, pad_w), 0),
+            ("dilation", (dilation_h, dilation_w), 1),
         ):
             if a < least or b < least:
                 wanted = "at least 1" if least else "not negative"
@@ -114,7 +125,9 @@ class Conv2dProblem:
             raise RuntimeError(f"conv2d: groups must be at least 1, but got groups={groups}")
         K, channels, R, S = weight.shape
         if K < 1 or R < 1 or S < 1:
-            raise RuntimeError(f"conv2d: weight must have at least one filter and one tap, but got {_text(weight.shape)}")
+            raise RuntimeError(
+                f"conv2d: weight must have at least one filter and one tap, but got {_text(weight.shape)}"
+            )
         if K % groups:
             raise RuntimeError(
                 f"conv2d: weight's {K} filters cannot be divided by groups={groups} (weight of {_text(weight.shape)})"
@@ -126,12 +139,18 @@ class Conv2dProblem:
                 f"{channels * groups} channels, but got {C} (input of {_text(x.shape)})"
             )
         if x.dtype != weight.dtype:
-            raise RuntimeError(f"conv2d: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}")
+            raise RuntimeError(
+                f"conv2d: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}"
+            )
         if bias is not None:
             if bias.dim() != 1 or bias.shape[0] != K:
-                raise RuntimeError(f"conv2d: expected bias of shape [{K}] (one per filter), but got {_text(bias.shape)}")
+                raise RuntimeError(
+                    f"conv2d: expected bias of shape [{K}] (one per filter), but got {_text(bias.shape)}"
+                )
             if bias.dtype != x.dtype:
-                raise RuntimeError(f"conv2d: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}")
+                raise RuntimeError(
+                    f"conv2d: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}"
+                )
         for other, name in ((weight, "weight"), (bias, "bias")):
             if other is not None and other.device != x.device:
                 raise RuntimeError(f"conv2d: {name} is on {other.device}, but input is on {x.device}")
@@ -144,8 +163,23 @@ class Conv2dProblem:
         if N and C and (H < 1 or W < 1):
             raise RuntimeError(f"conv2d: expected input with at least one row and column, but got {_text(x.shape)}")
         return cls(
-            N, C, H, W, K, R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups,
-            x.dtype, x.device.type, is_channels_last(x) or is_channels_last(weight),
+            N,
+            C,
+            H,
+            W,
+            K,
+            R,
+            S,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w,
+            dilation_h,
+            dilation_w,
+            groups,
+            x.dtype,
+            x.device.type,
+            is_channels_last(x) or is_channels_last(weight),
         )
 
 
@@ -173,9 +207,18 @@ class Pool2dProblem:
 
     @classmethod
     def of(
-        cls, name: str, x: Tensor,
-        kernel_h: int, kernel_w: int, stride_h: int, stride_w: int, pad_h: int, pad_w: int,
-        dilation_h: int = 1, dilation_w: int = 1, ceil_mode: bool = False,
+        cls,
+        name: str,
+        x: Tensor,
+        kernel_h: int,
+        kernel_w: int,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        dilation_h: int = 1,
+        dilation_w: int = 1,
+        ceil_mode: bool = False,
     ) -> Pool2dProblem:
         """Check a call of the pool `name` and describe it. x: [N, C, H, W]."""
         if x.dim() != 4:
@@ -184,7 +227,9 @@ class Pool2dProblem:
         if C < 1 or H < 1 or W < 1:
             raise RuntimeError(f"{name}: only the batch may be empty, but got input of {_text(x.shape)}")
         for argument, (a, b) in (
-            ("kernel_size", (kernel_h, kernel_w)), ("stride", (stride_h, stride_w)), ("dilation", (dilation_h, dilation_w))
+            ("kernel_size", (kernel_h, kernel_w)),
+            ("stride", (stride_h, stride_w)),
+            ("dilation", (dilation_h, dilation_w)),
         ):
             if a < 1 or b < 1:
                 raise RuntimeError(f"{name}: {argument} must be at least 1, but got {argument}={(a, b)}")
@@ -201,8 +246,23 @@ class Pool2dProblem:
                 f"of input {H} x {W} with padding={(pad_h, pad_w)}"
             )
         return cls(
-            N, C, H, W, kernel_h, kernel_w, P, Q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-            x.dtype, x.device.type, is_channels_last(x),
+            N,
+            C,
+            H,
+            W,
+            kernel_h,
+            kernel_w,
+            P,
+            Q,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w,
+            dilation_h,
+            dilation_w,
+            x.dtype,
+            x.device.type,
+            is_channels_last(x),
         )
 
     @classmethod
@@ -234,12 +294,22 @@ class NormProblem:
 
     @classmethod
     def of(
-        cls, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float, activation: str,
+        cls,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        eps: float,
+        activation: str,
     ) -> NormProblem:
         """Check a call of batch_norm_act and describe it. x: [N, C, ...]; the rest: [C] or None; residual like x."""
         if x.dim() < 2:
-            raise RuntimeError(f"batch_norm: expected input of at least 2 dimensions [N, C, ...], but got {_text(x.shape)}")
+            raise RuntimeError(
+                f"batch_norm: expected input of at least 2 dimensions [N, C, ...], but got {_text(x.shape)}"
+            )
         N, C = x.shape[:2]
         L = 1
         for extent in x.shape[2:]:
@@ -254,11 +324,15 @@ class NormProblem:
         param_dtype = next((t.dtype for t in given.values()), x.dtype)
         for name, t in given.items():
             if t.dim() != 1 or t.shape[0] != C:
-                raise RuntimeError(f"batch_norm: expected {name} of shape [{C}] (one per channel), but got {_text(t.shape)}")
+                raise RuntimeError(
+                    f"batch_norm: expected {name} of shape [{C}] (one per channel), but got {_text(t.shape)}"
+                )
             if t.device != x.device:
                 raise RuntimeError(f"batch_norm: {name} is on {t.device}, but input is on {x.device}")
             if t.dtype != param_dtype or (t.dtype != x.dtype and t.dtype != torch.float32):
-                raise RuntimeError(f"batch_norm: expected {name} of dtype {x.dtype} or torch.float32, but got {t.dtype}")
+                raise RuntimeError(
+                    f"batch_norm: expected {name} of dtype {x.dtype} or torch.float32, but got {t.dtype}"
+                )
         if training and eps <= 0:
             raise ValueError(f"batch_norm: eps must be positive during training, but got eps={eps}")
         if training and N * L == 1:
@@ -274,7 +348,9 @@ class NormProblem:
 def check_activation(name: str, activation: str) -> None:
     """Raise ValueError unless the fused ops know `activation`."""
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, but got activation={activation!r}")
+        raise ValueError(
+            f"{name}: activation must be one of {', '.join(ACTIVATIONS)}, but got activation={activation!r}"
+        )
 
 
 def check_residual(name: str, residual: Tensor, shape: Sequence[int], x: Tensor) -> None:

@@ -39,7 +39,7 @@ def supports(function: str, problem: Problem) -> Support:
 
 def function(name: str) -> Callable[..., Any]:
     """The function of this name in this module."""
-    return globals()[name]  # type: ignore[no-any-return]
+    return globals()[name]
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -188,9 +188,7 @@ def max_pool2d_backward(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     indices = _taps_to_plane(offsets, W, H, kernel_w, *window)
-    return aten.max_pool2d_with_indices_backward(  # type: ignore[no-any-return]
-        dy, x, (kernel_h, kernel_w), stride, pad, dilation, False, indices
-    )
+    return aten.max_pool2d_with_indices_backward(dy, x, (kernel_h, kernel_w), stride, pad, dilation, False, indices)
 
 
 def max_pool2d_indices(offsets: Tensor, H: int, W: int, kernel_h: int, kernel_w: int, *window: int) -> Tensor:
@@ -241,7 +239,7 @@ def avg_pool2d_backward(
         device=dy.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-    return aten.avg_pool2d_backward(  # type: ignore[no-any-return]
+    return aten.avg_pool2d_backward(
         dy,
         x,
         (kernel_h, kernel_w),
@@ -254,7 +252,7 @@ def avg_pool2d_backward(
 
 
 def adaptive_avg_pool2d_forward(x: Tensor, P: int, Q: int) -> Tensor:
-    return aten._adaptive_avg_pool2d(x, (P, Q))  # type: ignore[no-any-return]
+    return aten._adaptive_avg_pool2d(x, (P, Q))
 
 
 def adaptive_avg_pool2d_backward(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
@@ -264,7 +262,7 @@ def adaptive_avg_pool2d_backward(dy: Tensor, H: int, W: int, channels_last: bool
         device=dy.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
-    return aten._adaptive_avg_pool2d_backward(dy, x)  # type: ignore[no-any-return]
+    return aten._adaptive_avg_pool2d_backward(dy, x)
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:

@@ -105,18 +105,23 @@ def _describe_max(x: Tensor, *args: Any) -> Pool2dProblem:
 
 
 def _describe_avg(x: Tensor, *args: Any) -> Pool2dProblem:
-    return Pool2dProblem.of("avg_pool2d", x, *args[:6], ceil_mode=args[6])
+    return Pool2dProblem.of("avg_pool2d", x, *_six(args[:6]), 1, 1, args[6])
 
 
 def _describe_adaptive(x: Tensor, P: int, Q: int, *_: Any) -> Pool2dProblem:
     return Pool2dProblem.adaptive("adaptive_avg_pool2d", x, P, Q)
 
 
+def _six(v: Any) -> tuple[int, int, int, int, int, int]:
+    return tuple(v)  # type: ignore[return-value]
+
+
 def _of_gradient(name: str, dy: Tensor, H: int, W: int, channels_last: bool, window: Any) -> Pool2dProblem:
     if dy.dim() != 4:
         raise RuntimeError(f"{name}: expected dy of 4 dimensions [N, C, P, Q], but got {list(dy.shape)}")
     N, C, P, Q = dy.shape
-    return Pool2dProblem(N, C, H, W, *window[:2], P, Q, *window[2:], dy.dtype, dy.device.type, channels_last)
+    R, S, *geometry = window
+    return Pool2dProblem(N, C, H, W, R, S, P, Q, *_six(geometry), dy.dtype, dy.device.type, channels_last)
 
 
 def _describe_max_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Any:
@@ -129,10 +134,8 @@ def _describe_max_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels
 
 def _describe_max_indices(offsets: Tensor, H: int, W: int, *args: Any) -> Pool2dProblem:
     N, C, P, Q = offsets.shape
-    window = args[:8]
-    return Pool2dProblem(
-        N, C, H, W, *window[:2], P, Q, *window[2:], dtype=torch.float32, device=offsets.device.type, channels_last=True
-    )
+    R, S, *geometry = args[:8]
+    return Pool2dProblem(N, C, H, W, R, S, P, Q, *_six(geometry), torch.float32, offsets.device.type, True)
 
 
 def _describe_avg_backward(dy: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Pool2dProblem:

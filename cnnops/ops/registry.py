@@ -54,7 +54,7 @@ class Function(torch.autograd.Function):
         if transforming():
             return super().apply(*args)
         # What torch.autograd.Function.apply does beside this serves transforms alone, and costs 19 us.
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def _eager(tensors: Sequence[Tensor | None]) -> bool:
