@@ -52,19 +52,20 @@ void convolve_tile(const TapConv<T>& conv, const Epilogue& epilogue, const T* we
             int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
         for (int m_in = 0; m_in < in_stride; ++m_in) {
           const T* filter = weight + (tap * in_stride * out_stride + m_in + m_out) * conv.groups + c;
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) {
+          unroll<kVectors>([&](auto v) {
             const Vec<T> w = kDense ? load(filter + v * kLanes<T>) : load(filter, count);
-#pragma GCC unroll 4
-            for (int i = 0; i < kTilePixels; ++i)
+            unroll<kTilePixels>([&](auto i) {
               sum[i][v] += w * (kDense ? load(x[i] + v * kLanes<T>) : read_lanes(x[i] + m_in, in_stride, count));
-          }
+            });
+          });
         }
       }
+    Vec<T> result[kTilePixels][kVectors];
+    unroll<kTilePixels>([&](auto i) { unroll<kVectors>([&](auto v) { result[i][v] = sum[i][v]; }); });
     for (int i = 0; i < kTilePixels && pixels[i].out >= 0; ++i)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t channel = (c + v * kLanes<T>)*out_stride + m_out;
-        finish<T>(epilogue, sum[i][v], conv.out, pixels[i].out + channel, channel, out_stride,
+        finish<T>(epilogue, result[i][v], conv.out, pixels[i].out + channel, channel, out_stride,
                   kDense ? kLanes<T> : count);
       }
   }
