@@ -102,19 +102,13 @@ def simt_target(sanitize: str) -> Target:
 
 
 def find_cuda() -> Path | None:
-    """The CUDA toolkit: nvcc on the PATH, CUDA_HOME, or the registry's nvidia-cuda-nvcc package."""
-    candidates = [os.environ.get("CUDA_HOME", ""), shutil.which("nvcc") or ""]
-    homes = [Path(c).resolve().parents[1] if c.endswith("nvcc") else Path(c) for c in candidates if c]
-    homes += [Path(p) / "nvidia/cu13" for p in sys.path if p]
-    for home in homes:
-        if (home / "bin/nvcc").exists():
-            return home
-    if shutil.which("nvcc"):  # a wrapper script: ask it where its toolkit is
+    """The CUDA toolkit: CUDA_HOME, that of the nvcc on the PATH, or the registry's nvidia-cuda-nvcc package."""
+    homes = [Path(os.environ["CUDA_HOME"])] if "CUDA_HOME" in os.environ else []
+    if shutil.which("nvcc"):  # perhaps a wrapper script, so ask it where its toolkit is
         dryrun = subprocess.run(["nvcc", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-        for line in dryrun.splitlines():
-            if line.startswith("#$ TOP="):
-                return Path(line[len("#$ TOP=") :])
-    return None
+        homes += [Path(line.split("=", 1)[1]) for line in dryrun.splitlines() if line.startswith("#$ TOP=")]
+    homes += [Path(p) / "nvidia/cu13" for p in sys.path if p]
+    return next((home.resolve() for home in homes if (home / "bin/nvcc").exists()), None)
 
 
 def arches() -> list[str]:
@@ -126,7 +120,7 @@ def cuda_target(home: Path) -> Target:
     # A library for a CUDA torch can be linked without one: an empty stub with the right soname stands in.
     stub = BUILD / "stub/libtorch_cuda.so"
     _, lib = torch_paths()
-    cuda_lib = next(p for p in (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib") if p.exists())
+    cuda_lib = next(home / p for p in ("lib64", "lib") if (home / p / "libcudart_static.a").exists())
     libraries = f"-L{cuda_lib} -lcudart_static -lrt -lpthread -ldl"
     torch_cuda = f"-L{lib} -ltorch_cuda" if (lib / "libtorch_cuda.so").exists() else f"{stub}"
     target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
@@ -143,6 +137,7 @@ def cuda_target(home: Path) -> Target:
 def write_ninja(targets: list[Target], cuda: Path | None) -> Path:
     lines = [
         "ninja_required_version = 1.5",
+        f"builddir = {BUILD}",
         f"cxx = {os.environ.get('CXX', 'g++')}",
         "rule cxx",
         f"  command = $cxx {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",

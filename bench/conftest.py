@@ -28,7 +28,7 @@ from candidates import LAYOUTS, OURS
 
 from cnnops.bench import memory, report
 from cnnops.bench.backend import backend_that_runs, compiler
-from cnnops.bench.results import Results, Row, environment, machine_limits, save
+from cnnops.bench.results import Environment, Results, Row, environment, machine_limits, save
 from cnnops.bench.timing import Clock, compare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,7 +73,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 class Session:
     """What the run has measured so far."""
 
+    environment: Environment
+    """As it was before the first case."""
     rows: dict[str, list[Row]] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
+    """What each suite ran with."""
     failed: set[str] = field(default_factory=set)
     """Suites with a failed case, which write nothing."""
     partial: str = ""
@@ -97,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
     device = config.option.device
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch sees no GPU here")
-    session = config.stash[SESSION] = Session()
+    session = config.stash[SESSION] = Session(environment(device, config.option.threads, compiler(device)))
     options = {name: config.getoption(name) for name in ("quick", "suites", "dtypes", "batch", "keyword", "markexpr")}
     given = [f"--{name}" for name, value in options.items() if value]
     given += [argument for argument in config.args if "::" in argument]
@@ -213,6 +217,7 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Non
                 limits=measured,
             )
             session.rows.setdefault(suite, []).append(row)
+            session.threads[suite] = comparison.threads
             benchmark.extra_info[kind] = dataclasses.asdict(row)
             samples = list(comparison.seconds[OURS])
         global _replayed
@@ -242,7 +247,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         limits = (
             machine_limits(device, config.option.threads, dtypes_of(config)) if rows[0].flops or rows[0].bytes else None
         )
-        results = Results(suite, environment(device, config.option.threads, compiler(device)), limits, tuple(rows))
+        described = dataclasses.replace(state.environment, threads=state.threads[suite])
+        results = Results(suite, described, limits, tuple(rows))
         state.lines += ["", *report.render(results).splitlines()]
         if suite in state.failed:
             state.lines.append("not written: a case of this suite failed")

@@ -96,12 +96,14 @@ def test_overhead(name, pass_, entry, measure, generator):
         "running_mean": torch.zeros(8, device=generator.device), "running_var": torch.ones(8, device=generator.device),
     }  # fmt: skip
 
+    dy = normal(peer(*(values[n] for n in names)).shape, dtype, generator)
+
     def call(op):
         backward = pass_ == "forward+backward"
         leaves = [values[n].clone().requires_grad_(backward and not n.startswith("running")) for n in names]
         if not backward:
             return lambda: op(*leaves)
-        wanted, dy = [leaf for leaf in leaves if leaf.requires_grad], torch.ones_like(op(*leaves))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
         return lambda: torch.autograd.grad(op(*leaves), wanted, dy)
 
     measure(

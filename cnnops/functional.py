@@ -96,13 +96,21 @@ def conv2d(
     floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1. Raises RuntimeError where shapes, dtypes or geometry do
     not fit, TypeError where an argument is of the wrong type.
     """
-    _check_tensor("conv2d", "input", input)
-    _check_tensor("conv2d", "weight", weight)
-    stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
-    x = input.unsqueeze(0) if input.dim() == 3 else input
-    x, padding = _padding("conv2d", x, weight, stride, padding, dilation)
-    y: Tensor = _conv2d(x, weight, bias, *stride, *padding, *dilation, groups, scope.backend)
-    return y.squeeze(0) if input.dim() == 3 else y
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        _check_tensor("conv2d", "input", input)
+        _check_tensor("conv2d", "weight", weight)
+    stride_h, stride_w = (stride, stride) if type(stride) is int else _pair("conv2d", "stride", stride)
+    dilation_h, dilation_w = (dilation, dilation) if type(dilation) is int else _pair("conv2d", "dilation", dilation)
+    batched = input.dim() != 3
+    x = input if batched else input.unsqueeze(0)
+    if type(padding) is int:
+        pad_h = pad_w = padding
+    else:
+        x, (pad_h, pad_w) = _padding("conv2d", x, weight, (stride_h, stride_w), padding, (dilation_h, dilation_w))
+    y: Tensor = _conv2d(
+        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, scope.backend
+    )
+    return y if batched else y.squeeze(0)
 
 
 def conv2d_act(

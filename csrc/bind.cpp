@@ -9,8 +9,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -32,6 +34,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::array<int64_t, 4>;
+
+constexpr int64_t kMaxDims = 8;
 
 DType dtype_of(ScalarType type) {
   switch (type) {
@@ -94,12 +98,34 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
+// Tests set CNNOPS_POISON, so that an element that no kernel writes shows as a NaN.
+void poison(void* data, size_t bytes) {
+  static const bool wanted = std::getenv("CNNOPS_POISON") != nullptr;
+  if (wanted) std::memset(data, 0xFF, bytes);
+}
+
+// By aoti_torch_empty_strided: torch::stable::empty looks the op up by its name, which costs more than the allocation.
 template <class Shape>
 Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
-  Tensor t =
-      torch::stable::empty({sizes.data(), sizes.size()}, dtype, torch::headeronly::Layout::Strided, like.device(),
-                           std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const int64_t dims = static_cast<int64_t>(sizes.size());
+  STD_TORCH_CHECK(dims <= kMaxDims, "expected at most ", kMaxDims, " dimensions, but got ", dims);
+  int64_t strides[kMaxDims], next = 1;
+  constexpr int kChannelsLast[] = {1, 3, 2, 0};
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t axis = channels_last ? kChannelsLast[i] : dims - 1 - i;
+    strides[axis] = next;
+    next *= std::max<int64_t>(sizes[axis], 1);
+  }
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes.data(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+      device_index, &handle));
+  const Tensor t(handle);
   advise_huge_pages(t);
+  if (t.is_cpu()) poison(t.data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
   return t;
 }
 
@@ -109,7 +135,7 @@ class Launch {
   explicit Launch(const Tensor& t) {
 #ifdef USE_CUDA
     guard_.emplace(t.get_device_index());
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
 #else
     (void)t;
 #endif

@@ -67,6 +67,7 @@ def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device
 
 
 PLAINEST: dict[str, Any] = {
+    "activation": NormCase("plain", 2, 16, (8, 8)),
     "conv2d": Conv2dCase("plain", 1, 16, 8, 8, 16, 3, 3, padding=(1, 1)),
     "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
     "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),

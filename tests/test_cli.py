@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import cnnops
 from cnnops import cli, data
 from cnnops.train import Reporter, Trainer
 
@@ -29,13 +32,18 @@ def small_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def assert_fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], status: int = 2) -> None:
     assert cli.main(arguments) == status
     out = capsys.readouterr()
-    assert message in out.err and out.err.startswith("cnnops: error: ")
-    assert out.err.count("\n") == 1 and out.err.endswith("\n")
+    assert message in out.err
+    assert out.err.startswith("cnnops: error: ")
+    assert out.err.count("\n") == 1
+    assert out.err.endswith("\n")
 
 
 def test_python_dash_m_shows_the_commands() -> None:
-    done = subprocess.run([sys.executable, "-m", "cnnops", "--help"], capture_output=True, text=True, check=True)
-    assert "demo" in done.stdout and "train" in done.stdout
+    root = Path(cnnops.__file__).parents[1]
+    command = [sys.executable, "-m", "cnnops", "--help"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "demo" in done.stdout
+    assert "train" in done.stdout
 
 
 def test_train_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,7 +51,8 @@ def test_train_help_has_every_option_with_its_default(capsys: pytest.CaptureFixt
     text = " ".join(capsys.readouterr().out.split())
     for option in ("--model", "--batch-size", "--weight-decay", "--resume", "--out"):
         assert option in text
-    assert "(default: resnet18)" in text and "(default: 0.0005)" in text
+    assert "(default: resnet18)" in text
+    assert "(default: 0.0005)" in text
 
 
 def test_train_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +61,8 @@ def test_train_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split() for line in out.splitlines()]
     assert [row[0] for row in rows if row and row[0].isdigit()] == ["1", "2"]
     assert "\x1b" not in out
-    assert out.splitlines()[-1].startswith("test accuracy ") and out.endswith(" %\n")
+    assert out.splitlines()[-1].startswith("test accuracy ")
+    assert out.endswith(" %\n")
     assert cli.main(["train", "--resume", "run"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-1]
 
@@ -60,7 +70,8 @@ def test_train_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
 def test_default_folder_is_in_runs(tmp_path: Path) -> None:
     assert cli.main([*TRAIN, "--epochs", "1"]) == 0
     (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("simple_cnn-synthetic-") and (folder / "samples.png").is_file()
+    assert folder.name.startswith("simple_cnn-synthetic-")
+    assert (folder / "samples.png").is_file()
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -138,9 +149,6 @@ def test_missing_package(
 
 
 def test_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -152,5 +160,6 @@ def test_demo_ends_with_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["demo", "--epochs", "1", "--device", "cpu", "--out", "run"]) == 0
     out = capsys.readouterr().out
     assert "resnet18, width 0.5" in out
-    assert "training step" in out and "inference" in out
+    assert "training step" in out
+    assert "inference" in out
     assert out.splitlines()[-1].startswith("test accuracy ")

@@ -1,7 +1,4 @@
-"""conv2d_act against the composition of torch's own ops, on every backend that has conv2d.
-
-A backend without the fused kernel composes its convolution with the rest; which it does is its own affair.
-"""
+"""conv2d_act against the composition of torch's own ops, on every backend that claims it."""
 
 from __future__ import annotations
 
@@ -68,7 +65,7 @@ def check(case: Conv2dCase, inputs: helpers.Tensors, activation: str) -> None:
         assert_close(a, b, c, d, e, name, intermediate=None if name == "y" else a.dtype)
 
 
-@over("conv2d_forward", KINDS)
+@over("conv2d_act_forward", KINDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_forward_and_gradients(
@@ -77,7 +74,7 @@ def test_forward_and_gradients(
     check(case, inputs_of(case, dtype, layout, backend.device, residual), activation)
 
 
-@on("conv2d_forward")
+@on("conv2d_act_forward", "activation_backward")
 @pytest.mark.parametrize("residual_layout", [*LAYOUTS, *VIEWS])
 def test_layouts_of_residual(backend: Backend, residual_layout: str) -> None:
     for layout in LAYOUTS:
@@ -85,7 +82,7 @@ def test_layouts_of_residual(backend: Backend, residual_layout: str) -> None:
         check(KINDS[0], [*inputs, helpers.laid_out(residual, residual_layout)], "relu")
 
 
-@on("conv2d_forward")
+@on("conv2d_act_forward", "activation_backward")
 def test_activation_none_is_conv2d(backend: Backend) -> None:
     case = KINDS[0]
     inputs = inputs_of(case, torch.float32, "channels_last", backend.device, False)
@@ -95,10 +92,10 @@ def test_activation_none_is_conv2d(backend: Backend) -> None:
         assert_same_bits(a, b)
 
 
-@on("conv2d_forward")
+@on("conv2d_act_forward", "activation_backward")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
-    if not helpers.claims(backend.name, "conv2d_forward", dtype):
+    if not helpers.claims(backend.name, "conv2d_act_forward", dtype):
         return
     case, random = KINDS[0], helpers.generator("integers")
     shapes = (case.x_shape, case.weight_shape, (case.K,), case.output_shape)
@@ -108,14 +105,14 @@ def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
         assert_exact(y.cpu(), composed(case, activation)(*helpers.mapped(lambda t: t, inputs)), activation)
 
 
-@on("conv2d_forward")
+@on("conv2d_act_forward", "activation_backward")
 def test_relu_keeps_nan(backend: Backend) -> None:
     x = torch.tensor([torch.nan, -1.0, torch.inf, 2.0], device=backend.device).view(1, 1, 2, 2)
     y = CF.conv2d_act(x, torch.ones(1, 1, 1, 1, device=backend.device))
     assert_exact(y.cpu(), torch.tensor([torch.nan, 0.0, torch.inf, 2.0], dtype=torch.float64).view(1, 1, 2, 2), "y")
 
 
-@on("conv2d_forward", dtype=torch.float64)
+@on("conv2d_act_forward", "activation_backward", dtype=torch.float64)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(backend: Backend, activation: str, residual: bool) -> None:

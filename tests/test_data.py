@@ -25,8 +25,10 @@ def small() -> Dataset:
 
 
 def test_mnist_is_split_evenly(digits: Dataset) -> None:
-    assert digits.train_images.shape == (4000, 1, 32, 32) and digits.test_images.shape == (1000, 1, 32, 32)
-    assert digits.train_images.dtype == torch.uint8 and digits.train_labels.dtype == torch.int64
+    assert digits.train_images.shape == (4000, 1, 32, 32)
+    assert digits.test_images.shape == (1000, 1, 32, 32)
+    assert digits.train_images.dtype == torch.uint8
+    assert digits.train_labels.dtype == torch.int64
     assert digits.train_labels.bincount().tolist() == [400] * 10
     assert digits.test_labels.bincount().tolist() == [100] * 10
     assert digits.classes == tuple("0123456789")
@@ -59,7 +61,7 @@ def test_flipped_byte_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(content[:-1])
     with pytest.raises(DataError, match="has 1106784 bytes, expected 1106785"):
         embedded_mnist(path)
-    with pytest.raises(DataError, match="cannot read .*absent: No such file"):
+    with pytest.raises(DataError, match=r"cannot read .*absent: No such file"):
         embedded_mnist(tmp_path / "absent")
 
 
@@ -75,9 +77,11 @@ def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_synthetic_follows_the_seed(small: Dataset) -> None:
     again, other = (synthetic(train=50, test=20, channels=3, size=12, seed=s) for s in (42, 43))
-    assert torch.equal(again.train_images, small.train_images) and torch.equal(again.test_labels, small.test_labels)
+    assert torch.equal(again.train_images, small.train_images)
+    assert torch.equal(again.test_labels, small.test_labels)
     assert not torch.equal(other.train_images, small.train_images)
-    assert small.train_images.shape == (50, 3, 12, 12) and small.train_images.dtype == torch.uint8
+    assert small.train_images.shape == (50, 3, 12, 12)
+    assert small.train_images.dtype == torch.uint8
 
 
 def test_synthetic_can_be_told_apart_without_training() -> None:
@@ -138,9 +142,11 @@ def test_epoch_has_every_image_once_in_an_order_of_its_own(small: Dataset) -> No
 
     batches = Batches(small, 16, pad=0)
     first, second = order(batches, 0), order(batches, 1)
-    assert batches.steps == 4 and [len(y) for _, y in batches.train(0)] == [16, 16, 16, 2]
+    assert batches.steps == 4
+    assert [len(y) for _, y in batches.train(0)] == [16, 16, 16, 2]
     assert sorted(first) == sorted(second) == list(range(50))
-    assert first != second and order(batches, 0) == first
+    assert first != second
+    assert order(batches, 0) == first
     assert order(Batches(small, 16, pad=0, seed=1), 0) != first
     labels = torch.cat([y for _, y in batches.train(0)])
     assert torch.equal(labels, small.train_labels[first])
@@ -151,7 +157,8 @@ def test_an_epoch_goes_on_from_any_step(small: Dataset) -> None:
     whole, rest = list(batches.train(3)), list(batches.train(3, start=2))
     assert len(rest) == 2
     for (x, y), (x_rest, y_rest) in zip(whole[2:], rest, strict=True):
-        assert torch.equal(x, x_rest) and torch.equal(y, y_rest)
+        assert torch.equal(x, x_rest)
+        assert torch.equal(y, y_rest)
 
 
 def test_test_batches_are_in_order_and_whole(small: Dataset) -> None:

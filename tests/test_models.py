@@ -52,7 +52,8 @@ def test_the_seed_decides_the_weights() -> None:
         torch.manual_seed(seed)
         return nn.utils.parameters_to_vector(models.create_model("resnet18", width=0.125).parameters())
 
-    assert torch.equal(weights(1), weights(1)) and not torch.equal(weights(1), weights(2))
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
 
 
 def test_kaiming_fan_out() -> None:

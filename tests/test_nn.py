@@ -91,7 +91,8 @@ def test_batch_norm_act_adds_the_residual_before_the_activation(activation: str)
 
 def test_conv_bn_act() -> None:
     block = cnn.ConvBNAct(4, 6, 3, stride=2, padding=1, groups=2, activation="silu").double()
-    assert list(dict(block.named_children())) == ["conv", "bn"] and block.conv.bias is None
+    assert list(dict(block.named_children())) == ["conv", "bn"]
+    assert block.conv.bias is None
     plain = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=False), nn.BatchNorm2d(6)).double()
     plain.load_state_dict(dict(zip(plain.state_dict(), block.state_dict().values(), strict=True)))
     x, residual = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.randn(2, 6, 4, 4, dtype=torch.float64)
@@ -130,7 +131,7 @@ def test_repr_says_the_activation(layer: nn.Module) -> None:
 
 @pytest.mark.parametrize("build", [cnn.Conv2dAct, cnn.ConvBNAct])
 def test_unknown_activation(build: type[nn.Module]) -> None:
-    with pytest.raises(ValueError, match="activation must be one of none, relu.* but got activation='gelu'"):
+    with pytest.raises(ValueError, match=r"activation must be one of none, relu.* but got activation='gelu'"):
         build(1, 1, 1, activation="gelu")
     with pytest.raises(ValueError, match="BatchNormAct2d: activation"):
         cnn.BatchNormAct2d(1, activation="gelu")

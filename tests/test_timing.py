@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import cnnops
+import cnnops.functional as CF
 from cnnops.bench import memory, report, results
+from cnnops.bench.backend import backend_that_runs
+from cnnops.bench.models import ModelComparison, compare_models
 from cnnops.bench.results import Environment, Limits, ResultError, Results, Row
 from cnnops.bench.timing import MIN_ROUNDS, Comparison, CpuClock, Spread, compare
 from cnnops.bench.verify import Mismatch, agree
@@ -299,6 +304,82 @@ def test_the_environment_is_complete_and_its_slug_is_a_folder_name():
 def test_malloc_settings_are_checked():
     with pytest.raises(ValueError, match="kind='warm'"), memory.outputs("warm"):
         pass
+
+
+def test_malloc_maps_large_outputs_afresh_or_not():
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("counting mapped blocks needs glibc 2.33")
+    libc.mallinfo2.restype = type(
+        "mallinfo2", (ctypes.Structure,), {"_fields_": [(f, ctypes.c_size_t) for f in FIELDS]}
+    )
+
+    def mapped(kind):
+        with memory.outputs(kind):
+            before = libc.mallinfo2().hblks
+            held = torch.empty(2 * memory.MAPPED_BYTES, dtype=torch.uint8)
+            return libc.mallinfo2().hblks - before, held.nbytes
+
+    assert mapped("fresh")[0] == 1
+    assert mapped("reused")[0] == 0
+    assert mapped("fresh")[0] == 1
+
+
+FIELDS = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+
+
+def test_a_busy_machine_is_called_so():
+    busy = dataclasses.replace(measured(), environment=dataclasses.replace(ENVIRONMENT, load=7.0))
+    assert "BUSY MACHINE: 7.0" in report.render(busy)
+    assert "BUSY" not in report.render(measured())
+
+
+def test_the_backend_is_the_one_that_dispatch_chose_in_the_call():
+    x, weight = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+    with cnnops.use_backend("aten"):
+        CF.conv2d(x, weight)  # what was chosen before does not hide the choice
+        assert backend_that_runs(lambda: CF.conv2d(x, weight)) == "aten"
+    with pytest.raises(RuntimeError, match="expected a call of a cnnops op"):
+        backend_that_runs(lambda: x + 1)
+
+
+def small_network(scale=1.0):
+    class Scaled(torch.nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * scale
+
+    layers = [Scaled(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(0.5)]
+    return torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(8 * 36, 5))
+
+
+def test_models_are_compared_on_equal_weights_and_left_alone():
+    torch.manual_seed(0)
+    ours, peer = small_network(), small_network()
+    batch = torch.randn(4, 3, 6, 6), torch.randint(5, (4,))
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (ours, peer)]
+    state = torch.get_rng_state()
+    compared = compare_models(ours, peer, batch, rounds=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    for model, values in zip((ours, peer), before, strict=True):
+        assert all(torch.equal(v, values[k]) for k, v in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+    assert {len(s) for c in (compared.train, compared.inference) for s in c.seconds.values()} == {2}
+    with pytest.raises(Mismatch, match="from float64"):
+        compare_models(small_network(scale=1.001), peer, batch, rounds=2)
+
+
+def test_the_table_of_models_marks_a_loss():
+    won = Comparison({"cnnops": (0.1,) * 3, "torch": (0.2,) * 3}, {"cnnops": 1, "torch": 1}, 2, "cpu")
+    lost = Comparison({"cnnops": (0.4,) * 3, "torch": (0.2,) * 3}, {"cnnops": 1, "torch": 1}, 2, "cpu")
+    text = ModelComparison(train=won, inference=lost, images=64).table()
+    step, inference = text.splitlines()[1:3]
+    assert "640" in step
+    assert "320" in step
+    assert "2.00x" in step
+    assert "LOSS" not in step
+    assert "160" in inference
+    assert "0.50x" in inference
+    assert "LOSS" in inference
 
 
 @pytest.mark.parametrize("rich", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
 import random
@@ -70,7 +72,8 @@ def assert_equal(a: Any, b: Any, at: str = "state") -> None:
     """Bit for bit, through dicts, lists and tuples."""
     assert type(a) is type(b), at
     if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b) and a.stride() == b.stride(), at
+        assert torch.equal(a, b), at
+        assert a.stride() == b.stride(), at
     elif isinstance(a, dict):
         assert list(a) == list(b), at
         for key in a:
@@ -83,12 +86,19 @@ def assert_equal(a: Any, b: Any, at: str = "state") -> None:
         assert a == b, at
 
 
-def test_training_learns_and_fills_the_folder(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(("config", "width"), [(RESNET, 1 / 8), (SIMPLE, 1 / 4)])
+def test_training_learns(tmp_path: Path, config: TrainConfig, width: float) -> None:
+    history = Trainer(replace(config, pad=0, epochs=6, lr=0.05, width=width), tmp_path).fit()
+    assert history[-1].train_loss < 0.3 * history[0].train_loss
+    assert history[0].test_accuracy < 0.6 < 0.8 < history[-1].test_accuracy
+
+
+def test_training_fills_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     trainer = Trainer(RESNET, folder)
     history = trainer.fit()
     assert [r.epoch for r in history] == [1, 2, 3]
-    assert history[-1].train_loss < 0.7 * history[0].train_loss and history[-1].test_accuracy > 0.6
     assert [round(r.lr, 6) for r in history] == [0.05, 0.0375, 0.0125]
     assert {p.name for p in folder.iterdir()} == {
         *("config.json", "metrics.jsonl", "curves.png", "filters.png", "samples.png"),
@@ -107,14 +117,16 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
     Trainer(replace(SIMPLE, epochs=1), tmp_path).fit()
     for name in ("curves.png", "filters.png", "samples.png"):
         pixels = image.imread(tmp_path / name)
-        assert min(pixels.shape[:2]) > 50 and pixels.std() > 0.02, name
+        assert min(pixels.shape[:2]) > 50, name
+        assert pixels.std() > 0.02, name
 
 
 def test_evaluate_counts_what_predictions_say(tmp_path: Path) -> None:
     trainer = Trainer(RESNET, tmp_path)
     loss, accuracy = trainer.evaluate()
     right = (trainer.predictions() == trainer.dataset.test_labels).double().mean().item()
-    assert accuracy == pytest.approx(right) and loss > 0
+    assert accuracy == pytest.approx(right)
+    assert loss > 0
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -141,7 +153,8 @@ def test_resume_is_bit_exact(
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Stopped) as stop:
         stopped.fit()
-    assert stop.value.signum == signum and stop.value.folder == tmp_path / "stopped"
+    assert stop.value.signum == signum
+    assert stop.value.folder == tmp_path / "stopped"
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     torch.randn(5), np.random.rand(5), random.random()
     resumed = Trainer.resume(tmp_path / "stopped")
@@ -174,6 +187,24 @@ def test_second_interrupt_is_immediate(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_console_shows_one_line_an_epoch_and_a_live_line_on_a_terminal(tmp_path: Path) -> None:
+    console = pytest.importorskip("rich.console")
+    from cnnops.train.console import ConsoleReporter
+
+    texts = []
+    for terminal in (False, True):
+        screen = console.Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+        Trainer(replace(SIMPLE, epochs=2), tmp_path / str(terminal), ConsoleReporter(screen)).fit()
+        texts.append(screen.file.getvalue())
+    plain, live = texts
+    assert [line.split()[0] for line in plain.splitlines() if " % " in line] == ["1", "2"]
+    assert "\x1b" not in plain
+    assert "step 6/6" not in plain
+    assert "step 6/6" in live
+    assert "images/s" in live
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     config = replace(SIMPLE, epochs=1)
     Trainer(config, tmp_path).fit()
@@ -181,15 +212,20 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         Trainer(config, tmp_path).fit()
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("broken_after", "seen_at"), [(2, 3), (6, 6)])
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    tmp_path: Path, broken_after: int, seen_at: int
+) -> None:
+    """What breaks in an epoch's last step shows in its test only."""
     trainer = Trainer(SIMPLE, tmp_path)
 
     def break_weights() -> None:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(torch.nan)
 
-    trainer.reporter = At(1, 2, break_weights)
-    with pytest.raises(TrainingError, match=r"no longer finite \(epoch 2, step 3\): try a smaller --lr, it was 0.02"):
+    trainer.reporter = At(1, broken_after, break_weights)
+    message = rf"no longer finite \(epoch 2, step {seen_at}\): try a smaller --lr, it was 0.02"
+    with pytest.raises(TrainingError, match=message):
         trainer.fit()
     assert all(t.isfinite().all() for t in load_checkpoint(tmp_path)["model"].values())
 
@@ -207,7 +243,8 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path: Path, name: str, monkeypat
     trainer.reporter = At(1, 3, fill_disk)
     with pytest.raises(OSError, match="No space left on device") as error:
         trainer.fit()
-    assert error.value.errno == errno.ENOSPC and Path(error.value.filename).parent == tmp_path
+    assert error.value.errno == errno.ENOSPC
+    assert Path(error.value.filename).parent == tmp_path
     assert load_checkpoint(tmp_path / name)["epoch"] == 1
     assert not list(tmp_path.glob(".*"))
 
@@ -264,7 +301,8 @@ def test_write_atomically_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "replace", replace_fails)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
 
 
 def test_checksum_is_sha256sums_format(tmp_path: Path) -> None:
@@ -300,8 +338,6 @@ def garbage(path: Path) -> None:
 
 
 def resum(path: Path) -> None:
-    import hashlib
-
     path.with_name("last.pt.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "  last.pt\n")
 
 
@@ -325,10 +361,18 @@ def test_unusable_checkpoints(tmp_path: Path, harm: Callable[[Path], None], mess
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_resume_on_another_device_is_checked(tmp_path: Path) -> None:
+    Trainer(replace(SIMPLE, epochs=1), tmp_path).fit()
+    assert Trainer.resume(tmp_path, device="auto").config.device == "auto"
+    with pytest.raises(CheckpointError, match="device must be one that torch sees"):
+        Trainer.resume(tmp_path, device="cuda:99")
+
+
 def test_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     state = Trainer(SIMPLE, tmp_path).state()
     save_checkpoint({**state, "config": asdict(RESNET)}, tmp_path / "last.pt")
-    with pytest.raises(CheckpointError, match="does not fit this program") as error:
+    with pytest.raises(CheckpointError, match="cannot go on from checkpoint") as error:
         Trainer.resume(tmp_path)
     assert "\n" not in str(error.value)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from ..torch_private import unwrapped
 from . import YES, Support, no
 
 Problem = Conv2dProblem | Pool2dProblem | NormProblem
@@ -43,7 +44,7 @@ class Library:
 
     def function(self, name: str) -> Callable[..., Any]:
         """The native op of this name."""
-        return getattr(getattr(torch.ops, f"cnnops_{self.backend}"), name).default  # type: ignore[no-any-return]
+        return unwrapped(getattr(getattr(torch.ops, f"cnnops_{self.backend}"), name).default)
 
     def build_info(self) -> str:
         """What was compiled, as JSON."""

@@ -63,10 +63,12 @@ def headline(results: Results) -> str:
 
 
 def provenance(results: Results) -> str:
-    """Device, threads, versions, commit, date and the machine's limits in one line."""
+    """Device, threads, versions, commit, date and the machine's limits in one line; a busy machine is called so."""
     e = results.environment
     commit = f"commit {e.commit[:12]}{' with local changes' if e.dirty else ''}" if e.commit else "no commit"
     text = f"{e.device_name}, {e.cores} cores, {e.threads} threads, {e.isa}; torch {e.torch}; {commit}; {e.date[:10]}"
+    if e.load > e.cores / 2:
+        text += f"; BUSY MACHINE: {e.load:.1f} runnable processes at the start"
     if results.limits:
         peaks = ", ".join(f"{name} mm {value:.0f} GFLOP/s" for name, value in results.limits.mm_gflops.items())
         text += f"; copy {results.limits.copy_gbps:.1f} GB/s, {peaks}"

@@ -17,6 +17,9 @@ class Conv2d(nn.Conv2d):
     input: [N, C, H, W] or [C, H, W], of the weight's dtype. Returns [.., K, P, Q].
     """
 
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         input, padding = self._pad(input)
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)

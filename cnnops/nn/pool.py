@@ -34,5 +34,7 @@ class AvgPool2d(nn.AvgPool2d):
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """`torch.nn.AdaptiveAvgPool2d`. input: [N, C, H, W] or [C, H, W]; returns [.., C, *output_size]."""
 
+    output_size: int | tuple[int | None, int | None]
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(input, self.output_size)

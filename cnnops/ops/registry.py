@@ -16,7 +16,15 @@ from torch import Tensor
 
 from ..backends.native import Problem
 from ..dispatch import kernel_of
-from .torch_private import autocast_keys, below_autograd, dispatch_modes, exclude_keys, function_modes, transforming
+from ..torch_private import (
+    autocast_keys,
+    autocasting,
+    below_autograd,
+    dispatch_modes,
+    exclude_keys,
+    function_modes,
+    transforming,
+)
 
 library = torch.library.Library("cnnops", "DEF")
 
@@ -26,7 +34,6 @@ observers: list[Callable[[str, Problem], None]] = []
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _is_grad_enabled = torch.is_grad_enabled
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_autocast_enabled = torch.is_autocast_enabled
 
 
 class Function(torch.autograd.Function):
@@ -55,15 +62,18 @@ def _eager(tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:
         if type(t) not in _PLAIN:
             return False
+    if _is_dynamo_compiling() or dispatch_modes() or function_modes() or transforming() or autocasting():
+        return False
     first: Any = tensors[0]
-    return not (
-        _is_dynamo_compiling()
-        or dispatch_modes()
-        or function_modes()
-        or transforming()
-        or first.is_meta
-        or _is_autocast_enabled(first.device.type)
-    )
+    return not first.is_meta
+
+
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    if _is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def register(
@@ -103,19 +113,19 @@ def register(
         with below_autograd():
             return op(*args)
 
-    def differentiable(run: Callable[..., Any], *args: Any) -> Any:
-        if function is not None and _is_grad_enabled():
-            for t in args[:tensors]:
-                if t is not None and t.requires_grad:
-                    return function.apply(run, *args)
+    def autograd(*args: Any) -> Any:
+        operands = args[:tensors]
+        run = run_kernel if _eager(operands) else run_below
+        if function is not None and _needs_gradient(operands):
+            return function.apply(run, *args)
         return run(*args)
 
-    def autograd(*args: Any) -> Any:
-        return differentiable(run_kernel if _eager(args[:tensors]) else run_below, *args)
-
     def call(*args: Any) -> Any:
-        if _eager(args[:tensors]):
-            return differentiable(run_kernel, *args)
+        operands = args[:tensors]
+        if _eager(operands):
+            if function is not None and _needs_gradient(operands):
+                return function.apply(run_kernel, *args)
+            return run_kernel(*args)
         if function is not None and transforming():
             return function.apply(op, *args)
         return op(*args)

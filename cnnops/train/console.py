@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 class ConsoleReporter(Reporter):
-    """A table with one line for each epoch; on a terminal, also a live line for the epoch that runs."""
+    """A table with one line for each epoch; on a terminal, also a live line for the run."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -54,12 +54,16 @@ class ConsoleReporter(Reporter):
             self._progress = Progress(
                 TextColumn("[cyan]epoch {task.fields[epoch]}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:.0f}/{task.total:.0f}  loss {task.fields[loss]}  {task.fields[speed]}"),
+                TextColumn("step {task.fields[step]}  loss {task.fields[loss]}  {task.fields[speed]}"),
                 TimeRemainingColumn(compact=True),
+                TextColumn("[cyan]left"),
                 console=self.console,
                 transient=True,
             )
-            self._task = self._progress.add_task("", total=trainer.batches.steps, epoch="", loss="", speed="")
+            steps, done = trainer.batches.steps, trainer.epoch * trainer.batches.steps + trainer.step
+            self._task = self._progress.add_task(
+                "", total=config.epochs * steps, completed=done, epoch="", step="", loss="", speed=""
+            )
             self._progress.start()
 
     def _line(self, name: str, value: str) -> None:
@@ -73,10 +77,12 @@ class ConsoleReporter(Reporter):
         if loss is not None:
             # The mean over about the last 20 steps: single losses jump too much to read.
             self._loss = loss if self._loss != self._loss else 0.95 * self._loss + 0.05 * loss
+        epochs, steps = trainer.config.epochs, trainer.batches.steps
         self._progress.update(
             self._task,
-            completed=trainer.step,
-            epoch=f"{trainer.epoch + 1}/{trainer.config.epochs}",
+            completed=trainer.epoch * steps + trainer.step,
+            epoch=f"{trainer.epoch + 1}/{epochs}",
+            step=f"{trainer.step}/{steps}",
             loss=f"{self._loss:.3f}",
             speed=f"{trainer.images_per_s:,.0f} images/s",
         )

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -65,7 +65,7 @@ class EpochRecord:
 
 
 class _StopRequest:
-    """While entered, SIGINT and SIGTERM only set `signum`; a second SIGINT interrupts at once, as always."""
+    """While entered, SIGINT and SIGTERM only set `signum`; a SIGINT after that interrupts at once."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -129,12 +129,12 @@ class Trainer:
         """
         state = load_checkpoint(path)
         try:
-            config = TrainConfig(**state["config"])
-            trainer = cls(replace(config, device=device or config.device), _folder_of(path), reporter)
+            options = state["config"] if device is None else {**state["config"], "device": device}
+            trainer = cls(TrainConfig(**options), path if path.is_dir() else path.parent, reporter)
             trainer.load_state(state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).split("\n", 1)[0]
-            raise CheckpointError(f"checkpoint {path} does not fit this program: {reason}") from error
+            raise CheckpointError(f"cannot go on from checkpoint {path}: {reason}") from error
         return trainer
 
     def _cosine(self, step: int) -> float:
@@ -188,6 +188,7 @@ class Trainer:
                         self._stop(stop.signum)
         finally:
             self.reporter.ended()
+            self._random = random_state()
         self._draw()
         return self.history
 
@@ -222,15 +223,14 @@ class Trainer:
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
             self._sums += torch.stack((loss.double() * len(labels), right.double()))
-        seen = self.device.type == "cpu" or self.step % _LOOK_EVERY == 0
+        seen = self.device.type == "cpu" or self.step % _LOOK_EVERY == 0 or self.step == self.batches.steps
         if seen:
             self._check_finite()
         self.reporter.stepped(self, loss.item() if seen else None)
 
-    def _check_finite(self) -> None:
-        """A loss that is not finite makes the sum so for the rest of the epoch."""
-        total = self._sums[0].item()
-        if not math.isfinite(total):
+    def _check_finite(self, loss: float | None = None) -> None:
+        """Raise TrainingError unless `loss` is finite, or all training losses of the epoch, by their sum."""
+        if not math.isfinite(self._sums[0].item() if loss is None else loss):
             raise TrainingError(
                 f"the loss is no longer finite (epoch {self.epoch + 1}, step {self.step}): "
                 f"try a smaller --lr, it was {self.config.lr:g}"
@@ -238,10 +238,9 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Test, record, save."""
-        self._check_finite()
-        speed = self.images_per_s
         start = time.perf_counter()
         test_loss, test_accuracy = self.evaluate()
+        self._check_finite(test_loss)  # the last step may have broken the weights after its own loss
         count = len(self.dataset.train_labels)
         train_loss, train_accuracy = (self._sums / count).tolist()
         record = EpochRecord(
@@ -250,7 +249,7 @@ class Trainer:
             train_accuracy,
             test_loss,
             test_accuracy,
-            speed,
+            self.images_per_s,
             self.config.lr * self._cosine(self.epoch * self.batches.steps),
             self._seconds + time.perf_counter() - start,
         )
@@ -305,7 +304,3 @@ class Trainer:
             self.dataset.classes,
             self.folder / "samples.png",
         )
-
-
-def _folder_of(path: Path) -> Path:
-    return path if path.is_dir() else path.parent

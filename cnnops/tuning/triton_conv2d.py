@@ -47,32 +47,42 @@ def _always(p: Conv2dProblem) -> bool:
 
 # A pass that gathers: gemm_m counts pixels, gemm_n output channels, gemm_k (tap, input channel). A kernel walks gemm_k
 # tap by tap where a tap fills block_k, and element by element, without vector loads, where it does not.
-def _gather(inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]) -> tuple[Rule, ...]:
+def _gather(
+    inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
+) -> tuple[Rule[Conv2dProblem, ConvTile], ...]:
     return (
         Rule(
-            _interpreted(lambda p: inner(p) < 32), ConvTile(256, 32, 128, 4, 1),
+            _interpreted(lambda p: inner(p) < 32),
+            ConvTile(256, 32, 128, 4, 1),
             "the interpreter's time is per operation, whatever its size: few large steps",
         ),
         Rule(
-            _interpreted(_always), ConvTile(128, 64, 32, 4, 1),
+            _interpreted(_always),
+            ConvTile(128, 64, 32, 4, 1),
             "small enough that tests of 32 channels walk tap by tap",
         ),
         Rule(
-            _fp32(lambda p: outer(p) <= 16), ConvTile(64, 16, 32, 4, 2),
-            "16 is tl.dot's least width: grouped and depthwise waste least",
-        ),
-        Rule(_fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"),
-        Rule(
-            lambda p: outer(p) <= 16, ConvTile(128, 16, 32, 4, 3),
+            _fp32(lambda p: outer(p) <= 16),
+            ConvTile(64, 16, 32, 4, 2),
             "16 is tl.dot's least width: grouped and depthwise waste least",
         ),
         Rule(
-            lambda p: inner(p) < 64, ConvTile(128, 64, 32, 4, 3),
+            _fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"
+        ),
+        Rule(
+            lambda p: outer(p) <= 16,
+            ConvTile(64, 16, 32, 4, 3),
+            "16 is tl.dot's least width: grouped and depthwise waste least",
+        ),
+        Rule(
+            lambda p: inner(p) < 64,
+            ConvTile(128, 64, 32, 8, 3),
             "few channels: short steps pad gemm_k least (the stem's 27 to 32)",
         ),
-        Rule(lambda p: outer(p) <= 64, ConvTile(128, 64, 64, 4, 3), "64 outputs fill no wider tile"),
+        Rule(lambda p: outer(p) <= 64, ConvTile(128, 64, 64, 8, 3), "64 outputs fill no wider tile"),
         Rule(
-            _always, ConvTile(128, 128, 64, 8, 3),
+            _always,
+            ConvTile(128, 128, 64, 8, 3),
             "two warpgroups of 64x128; three stages take 96 KiB, which every architecture since sm_80 has",
         ),
     )
@@ -85,21 +95,30 @@ BACKWARD_INPUT: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_k, _g
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
 BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
     Rule(
-        _interpreted(lambda p: _group_c(p) < 32), ConvTile(32, 128, 64, 4, 1),
+        _interpreted(lambda p: _group_c(p) < 32),
+        ConvTile(32, 128, 64, 4, 1),
         "the interpreter's time is per operation, whatever its size: one tile for all taps of few channels",
     ),
     Rule(
-        _interpreted(_always), ConvTile(64, 32, 64, 4, 1),
+        _interpreted(_always),
+        ConvTile(64, 32, 64, 4, 1),
         "small enough that tests of 32 channels have a tile for each tap",
     ),
     Rule(
-        _fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 64, 32, 4, 2),
+        _fp32(lambda p: _group_k(p) <= 16),
+        ConvTile(16, 64, 32, 4, 2),
         "16 is tl.dot's least height: grouped and depthwise waste least",
     ),
     Rule(_fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"),
     Rule(
-        lambda p: _group_k(p) <= 16, ConvTile(16, 64, 64, 4, 3),
+        lambda p: _group_k(p) <= 16,
+        ConvTile(16, 32, 64, 4, 3),
         "16 is tl.dot's least height: grouped and depthwise waste least",
+    ),
+    Rule(
+        lambda p: _group_c(p) < 64,
+        ConvTile(64, 64, 32, 4, 3),
+        "columns that mix taps hold an address each: longer steps spill on sm_80",
     ),
     Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
     Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),

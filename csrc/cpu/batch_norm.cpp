@@ -27,23 +27,29 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 16384;   // elements that are summed together; the statistics read them twice, from cache
-constexpr int64_t kSlices = 64;     // that sums are cut into where the shape allows: what threads share
-constexpr int64_t kTile = 512;      // channels whose sums one index holds
-constexpr int64_t kChunk = 32768;   // elements that one index of an elementwise sweep owns
-constexpr int kAccumulators = 4;    // independent vector sums along L, to hide the latency of an addition
+constexpr int64_t kBlock = 16384;  // elements that are summed together; the statistics read them twice, from cache
+constexpr int64_t kRun = 256;      // lines in a block at most: what one float sums up
+constexpr int64_t kSlices = 64;    // that sums are cut into where the shape allows: what threads share
+constexpr int64_t kTile = 512;     // channels whose sums one index holds
+constexpr int64_t kChunk = 32768;  // elements that one index of an elementwise sweep owns
+constexpr int kAccumulators = 4;   // independent vector sums along L, to hide the latency of an addition
 
-template <class V, class T>
-V read(const T* p) {
-  if constexpr (std::is_same_v<V, Acc<T>>)
-    return to_acc(*p);
+// Numbers that are worked on at once: a vector of them, or one, in the first lane of a vector (vectors select without
+// branching, which the data would mispredict).
+struct Full {};
+struct One {};
+
+template <class W, class T>
+Vec<Acc<T>> read(const T* p) {
+  if constexpr (std::is_same_v<W, One>)
+    return splat(to_acc(*p));
   else
     return load(p);
 }
-template <class V, class T>
-void write(T* p, V v) {
-  if constexpr (std::is_same_v<V, Acc<T>>)
-    from_acc(v, *p);
+template <class W, class T>
+void write(T* p, Vec<Acc<T>> v) {
+  if constexpr (std::is_same_v<W, One>)
+    from_acc(v[0], *p);
   else
     store(p, v);
 }
@@ -67,26 +73,25 @@ struct Lines {
         count(channels_last ? problem.N * problem.L : problem.N) {}
 };
 
-// body(V{}, i, param, slot) for each vector or single number V of the part, at offset i in x: param(array) is a
+// body(W{}, i, param, slot), W being Full or One, for all numbers of the part, at offset i in x: param(array) is a
 // per-channel array's value there, slot the place below kTile where its sums belong (see fold).
 template <class T, class Body>
 void for_part(const Lines& lines, const Part& part, const Body& body) {
   using A = Acc<T>;
-  using V = Vec<A>;
   constexpr int kWidth = kLanes<T>;
   for (int64_t line = part.begin; line < part.end; ++line) {
     if (lines.channels_last) {
       const int64_t at = line * lines.C + part.c;
       int64_t k = 0;
       for (; k + kWidth <= part.width; k += kWidth)
-        body(V{}, at + k, [&](const A* array) { return load(array + part.c + k); }, k);
-      for (; k < part.width; ++k) body(A{}, at + k, [&](const A* array) { return array[part.c + k]; }, k);
+        body(Full{}, at + k, [&](const A* array) { return load(array + part.c + k); }, k);
+      for (; k < part.width; ++k) body(One{}, at + k, [&](const A* array) { return splat(array[part.c + k]); }, k);
     } else {
       const int64_t at = (line * lines.C + part.c) * lines.L;
       int64_t l = part.l_begin;
       for (int64_t slot = 0; l + kWidth <= part.l_end; l += kWidth, slot = (slot + kWidth) % (kAccumulators * kWidth))
-        body(V{}, at + l, [&](const A* array) { return splat(array[part.c]); }, slot);
-      for (; l < part.l_end; ++l) body(A{}, at + l, [&](const A* array) { return array[part.c]; }, 0);
+        body(Full{}, at + l, [&](const A* array) { return splat(array[part.c]); }, slot);
+      for (; l < part.l_end; ++l) body(One{}, at + l, [&](const A* array) { return splat(array[part.c]); }, 0);
     }
   }
 }
@@ -96,12 +101,20 @@ template <class T>
 struct Sums {
   using A = Acc<T>;
   static constexpr int64_t kSpread = kAccumulators * kLanes<T>;
-  A first[kTile] = {}, second[kTile] = {};
+  A first[kTile], second[kTile];
 
-  template <class V>
-  void add(int64_t slot, V a, V b) {
-    write(first + slot, read<V>(first + slot) + a);
-    write(second + slot, read<V>(second + slot) + b);
+  Sums(const Lines& lines, const Part& part) { clear(lines, part); }
+
+  void clear(const Lines& lines, const Part& part) {
+    const int64_t width = lines.channels_last ? part.width : kSpread;
+    std::fill_n(first, width, A{});
+    std::fill_n(second, width, A{});
+  }
+
+  template <class W>
+  void add(int64_t slot, Vec<A> a, Vec<A> b) {
+    write<W>(first + slot, read<W>(first + slot) + a);
+    write<W>(second + slot, read<W>(second + slot) + b);
   }
 
   // Gathers a channel's slots into its first one.
@@ -125,7 +138,7 @@ template <class Block, class Merge>
 void reduce(const Lines& lines, const Block& block, const Merge& merge, double* first, double* second) {
   const int64_t C = lines.C, tile = lines.channels_last ? std::min(C, kTile) : 1, tiles = (C + tile - 1) / tile;
   const int64_t line_size = lines.channels_last ? tile : lines.L;
-  const int64_t block_lines = std::max<int64_t>(1, kBlock / line_size);
+  const int64_t block_lines = std::clamp<int64_t>(kBlock / line_size, 1, kRun);
   const int64_t blocks = (lines.count + block_lines - 1) / block_lines;
   const int64_t wanted = std::min(blocks, std::max<int64_t>(1, kSlices / tiles));
   const int64_t slice_lines = (blocks + wanted - 1) / wanted * block_lines;
@@ -152,8 +165,8 @@ void reduce(const Lines& lines, const Block& block, const Merge& merge, double* 
   std::copy_n(slab.get() + C, C, second);
   for (int64_t slice = 1; slice < slices; ++slice) {
     const int64_t before = slice * slice_lines, more = std::min(lines.count - before, slice_lines);
-    merge(before * lines.L, first, second, more * lines.L, slab.get() + 2 * slice * C,
-          slab.get() + (2 * slice + 1) * C, C);
+    merge(before * lines.L, first, second, more * lines.L, slab.get() + 2 * slice * C, slab.get() + (2 * slice + 1) * C,
+          C);
   }
 }
 
@@ -163,17 +176,18 @@ void statistics(const Lines& lines, const T* x, double* mean, double* squares) {
   using A = Acc<T>;
   const auto block = [&](const Part& part, Pair& out) {
     const A scale = 1 / static_cast<A>(part.positions());
-    Sums<T> sums;
-    for_part<T>(lines, part, [&]<class V>(V, int64_t i, auto, int64_t k) { sums.add(k, read<V>(x + i), V{}); });
+    Sums<T> sums(lines, part);
+    for_part<T>(lines, part,
+                [&]<class W>(W, int64_t i, auto, int64_t k) { sums.template add<W>(k, read<W>(x + i), Vec<A>{}); });
     sums.fold(lines);
     A about[kTile];
     for (int64_t k = 0; k < std::max(part.width, lines.channels_last ? 0 : Sums<T>::kSpread); ++k)
       about[k] = sums.first[lines.channels_last ? k : 0] * scale;
 
-    sums = {};
-    for_part<T>(lines, part, [&]<class V>(V, int64_t i, auto, int64_t k) {
-      const V d = read<V>(x + i) - read<V>(about + k);
-      sums.add(k, d, d * d);
+    sums.clear(lines, part);
+    for_part<T>(lines, part, [&]<class W>(W, int64_t i, auto, int64_t k) {
+      const Vec<A> d = read<W>(x + i) - read<W>(about + k);
+      sums.template add<W>(k, d, d * d);
     });
     sums.fold(lines);
     const double count = static_cast<double>(part.positions());
@@ -232,10 +246,10 @@ struct Affine {
   }
 
   // (x - mean) * scale + bias + residual: the same bits forward and backward.
-  template <class V, class T, class Param>
-  V operator()(const T* x, const T* residual, int64_t i, const Param& param) const {
-    const V z = (read<V>(x + i) - param(mean)) * param(scale) + param(bias);
-    return residual ? z + read<V>(residual + i) : z;
+  template <class W, class T, class Param>
+  Vec<A> z_at(const T* x, const T* residual, int64_t i, const Param& param) const {
+    const Vec<A> z = (read<W>(x + i) - param(mean)) * param(scale) + param(bias);
+    return residual ? z + read<W>(residual + i) : z;
   }
 };
 
@@ -276,8 +290,8 @@ void forward(const NormProblem& problem, const BatchNormForward& args) {
   const Affine<A> affine(C, mean, rstd, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias));
   for_activation(problem.activation, [&](auto activation) {
     for_chunks(lines, [&](const Part& part) {
-      for_part<T>(lines, part, [&]<class V>(V, int64_t i, const auto& param, int64_t) {
-        write(y + i, activate<activation.value>(affine.template operator()<V>(x, residual, i, param)));
+      for_part<T>(lines, part, [&]<class W>(W, int64_t i, const auto& param, int64_t) {
+        write<W>(y + i, activate<activation.value>(affine.template z_at<W>(x, residual, i, param)));
       });
     });
   });
@@ -295,12 +309,12 @@ void backward(const NormProblem& problem, const BatchNormBackward& args) {
   const A *mean = static_cast<const A*>(args.mean), *rstd = static_cast<const A*>(args.rstd);
   const Affine<A> affine(C, mean, rstd, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias));
 
-  const auto gradient_at = [&]<class V>(V, int64_t i, const auto& param) {
-    const V g = read<V>(dy + i);
+  const auto gradient_at = [&]<class W>(W, int64_t i, const auto& param) {
+    const Vec<A> g = read<W>(dy + i);
     if constexpr (kActivation == Activation::kNone) return g;
     if constexpr (!gradient_reads_input(kActivation))
-      if (y) return activation_gradient<kActivation>(g, read<V>(y + i));
-    const V z = affine.template operator()<V>(x, residual, i, param);
+      if (y) return activation_gradient<kActivation>(g, read<W>(y + i));
+    const Vec<A> z = affine.template z_at<W>(x, residual, i, param);
     if constexpr (gradient_reads_input(kActivation))
       return activation_gradient<kActivation>(g, z);
     else
@@ -314,10 +328,10 @@ void backward(const NormProblem& problem, const BatchNormBackward& args) {
     const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(2 * C)]);
     double *dz_sum = sums.get(), *product_sum = dz_sum + C;
     const auto block = [&](const Part& part, Pair& out) {
-      Sums<T> sums;
-      for_part<T>(lines, part, [&]<class V>(V v, int64_t i, const auto& param, int64_t k) {
-        const V dz = gradient_at(v, i, param);
-        sums.add(k, dz, dz * (read<V>(x + i) - param(affine.mean)));
+      Sums<T> sums(lines, part);
+      for_part<T>(lines, part, [&]<class W>(W width, int64_t i, const auto& param, int64_t k) {
+        const Vec<A> dz = gradient_at(width, i, param);
+        sums.template add<W>(k, dz, dz * (read<W>(x + i) - param(affine.mean)));
       });
       sums.fold(lines);
       std::copy_n(sums.first, part.width, out.first);
@@ -341,14 +355,13 @@ void backward(const NormProblem& problem, const BatchNormBackward& args) {
   if (!dx && !dresidual) return;
 
   for_chunks(lines, [&](const Part& part) {
-    for_part<T>(lines, part, [&]<class V>(V v, int64_t i, const auto& param, int64_t) {
-      const V dz = gradient_at(v, i, param);
-      if (dresidual) write(dresidual + i, dz);
+    for_part<T>(lines, part, [&]<class W>(W width, int64_t i, const auto& param, int64_t) {
+      const Vec<A> dz = gradient_at(width, i, param);
+      if (dresidual) write<W>(dresidual + i, dz);
       if (!dx) return;
-      const V rest = problem.training
-                         ? dz - param(dz_share) - (read<V>(x + i) - param(affine.mean)) * param(x_share)
-                         : dz;
-      write(dx + i, V(rest * param(affine.scale)));
+      Vec<A> rest = dz;
+      if (problem.training) rest -= param(dz_share) + (read<W>(x + i) - param(affine.mean)) * param(x_share);
+      write<W>(dx + i, rest * param(affine.scale));
     });
   });
 }
@@ -361,8 +374,7 @@ void batch_norm_act_forward(const NormProblem& problem, const BatchNormForward& 
 
 void batch_norm_act_backward(const NormProblem& problem, const BatchNormBackward& args, Stream) {
   for_dtype(problem.dtype, [&]<class T>(T) {
-    for_activation(problem.activation,
-                   [&](auto activation) { backward<T, activation.value>(problem, args); });
+    for_activation(problem.activation, [&](auto activation) { backward<T, activation.value>(problem, args); });
   });
 }
 

@@ -95,16 +95,16 @@ template <class T, int kPixels, int kVectors>
                                               const T* filters, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c, filters += kVectors * kLanes<T>) {
     Vec<T> filter[kVectors];
-    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { filter[v] = load(filters + v * kLanes<T>); });
-    unroll<kPixels>([&](auto i) __attribute__((always_inline)) {
+    unroll<kVectors>([&](auto v) { filter[v] = load(filters + v * kLanes<T>); });
+    unroll<kPixels>([&](auto i) {
       const Vec<T> input = splat(x[i][c]);
-      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += input * filter[v]; });
+      unroll<kVectors>([&](auto v) { sum[i][v] += input * filter[v]; });
     });
   }
 }
 
-// With few channels the sum for each tap is short. But where neighbouring taps are neighbours in memory, a row of taps is
-// one run of S * C inputs, which the packed filters lie along too.
+// With few channels the sum for each tap is short. But where neighbouring taps are neighbours in memory, a row of taps
+// is one run of S * C inputs, which the packed filters lie along too.
 constexpr int kRunChannels = 8, kRunLength = 128;
 
 template <class T>
@@ -130,7 +130,8 @@ inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
       x[i] = run;
       continue;
     }
-    const int64_t begin = std::clamp<int64_t>(-pixel.w, 0, taps), end = std::clamp(conv.w.extent - pixel.w, begin, taps);
+    const int64_t begin = std::clamp<int64_t>(-pixel.w, 0, taps),
+                  end = std::clamp(conv.w.extent - pixel.w, begin, taps);
     std::fill(cut[i], cut[i] + taps * pitch, T{});
     std::copy(run + begin * pitch, run + end * pitch, cut[i] + begin * pitch);
     x[i] = cut[i];
@@ -154,10 +155,7 @@ void convolve_tile(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int64
           int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
       accumulate<T, kPixels, kVectors>(sum, x, filters + tap * conv.in_channels * kVectors * kLanes<T>, length);
     }
-  unroll<kPixels>([&](auto i)
-                      __attribute__((always_inline)) {
-                        unroll<kVectors>([&](auto v) __attribute__((always_inline)) { result[i][v] = sum[i][v]; });
-                      });
+  unroll<kPixels>([&](auto i) { unroll<kVectors>([&](auto v) { result[i][v] = sum[i][v]; }); });
 }
 
 // The pixels [begin, end) of one block of kVectors vectors of filters.
@@ -302,15 +300,15 @@ void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, T* d
   for (int j = 0; j < reads.count; ++j) {
     const T *x = reads.x[j], *row = dy + int64_t{reads.place[j]} * kTileRows;
     Vec<T> input[kVectors];
-    unroll<kVectors>([&](auto v) __attribute__((always_inline)) { input[v] = load(x + v * kLanes<T>); });
-    unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
+    unroll<kVectors>([&](auto v) { input[v] = load(x + v * kLanes<T>); });
+    unroll<kTileRows>([&](auto i) {
       const Vec<T> gradient = splat(row[i]);
-      unroll<kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += gradient * input[v]; });
+      unroll<kVectors>([&](auto v) { sum[i][v] += gradient * input[v]; });
     });
   }
-  unroll<kTileRows>([&](auto i) __attribute__((always_inline)) {
+  unroll<kTileRows>([&](auto i) {
     if (i < rows)
-      unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+      unroll<kVectors>([&](auto v) {
         T* to = dweight + i * pitch + v * kLanes<T>;
         store(to, fresh ? sum[i][v] : sum[i][v] + load(to));
       });
@@ -319,8 +317,8 @@ void add_products(const Reads<T>& reads, const T* dy, bool fresh, int rows, T* d
 
 template <class T, int kTileRows>
 void add_products(bool half, const Reads<T>& reads, const T* dy, bool fresh, int rows, T* dweight, int64_t pitch) {
-  (half ? add_products<T, kTileRows, kColumnVectors / 2> : add_products<T, kTileRows, kColumnVectors>)(
-      reads, dy, fresh, rows, dweight, pitch);
+  (half ? add_products<T, kTileRows, kColumnVectors / 2>
+        : add_products<T, kTileRows, kColumnVectors>)(reads, dy, fresh, rows, dweight, pitch);
 }
 
 // One item: a range of panels and filters of one group over one slice of the pixels.
@@ -328,7 +326,11 @@ template <class T>
 class WeightItem {
  public:
   WeightItem(const WeightPlan<T>& plan, int64_t item, const T* dy, const T* x, T* slabs)
-      : plan_(plan), p_(plan.p), dy_(dy), conv_(forward_conv<T>(plan.p, x, nullptr, nullptr)) {
+      : plan_(plan),
+        p_(plan.p),
+        dy_(dy),
+        conv_(forward_conv<T>(plan.p, x, nullptr, nullptr)),
+        x_size_(int64_t{p_.N} * p_.H * p_.W * p_.C) {
     panel_begin_ = item % plan.panel_items * plan.item_panels;
     panel_end_ = std::min(panel_begin_ + plan.item_panels, plan.panels);
     item /= plan.panel_items;
@@ -387,16 +389,15 @@ class WeightItem {
     }
   }
 
-  // Copies the item's columns of every pixel, zeros where a tap is outside, so that they fill the lanes.
+  // Copies the item's columns of every pixel, so that they fill the lanes. What lies beyond the last column is
+  // arbitrary, and so are the padded columns of the slab.
   void gather_panels() {
     const int64_t width = (panel_end_ - panel_begin_) * kPanel<T>, first = panel_begin_ * kPanel<T>;
     const int64_t end = std::min(first + width, plan_.columns()), run = int64_t{p_.S} * plan_.channels;
-    for (int at = 0; at < pixels_; ++at) {
-      T* row = gathered_ + at * width;
-      std::fill(row, row + width, T{});
+    for (int at = 0; at < pixels_; ++at)
       for (int64_t column = first, r = first / run; column < end; column = ++r * run)
-        gather_run(pixel_[at], r, column - r * run, std::min((r + 1) * run, end) - r * run, row + (column - first));
-    }
+        gather_run(pixel_[at], r, column - r * run, std::min((r + 1) * run, end) - r * run,
+                   gathered_ + at * width + (column - first));
     for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
       Reads<T>& reads = reads_[panel - panel_begin_];
       reads.count = pixels_;
@@ -407,19 +408,23 @@ class WeightItem {
     }
   }
 
-  // Columns (s,c) in [begin, end) of row r of a pixel's taps.
+  // Columns (s,c) in [begin, end) of row r of a pixel's taps, zeros where they are outside. May write up to a vector
+  // more.
   void gather_run(const Pixel& pixel, int64_t r, int64_t begin, int64_t end, T* to) const {
-    const int64_t dh = conv_.h.offset_step * r, channels = plan_.channels, step = conv_.w.offset_step;
-    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent)) return;
-    const T* x = conv_.in + (pixel.in + dh * conv_.w.extent * conv_.in_pitch() + group_ * channels);
-    if (step == 1 && p_.groups == 1 && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
-      for (int64_t column = begin; column < end; ++column) *to++ = x[column];
+    const int64_t h = pixel.h + conv_.h.offset_step * r, channels = plan_.channels, pitch = conv_.in_pitch();
+    const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(conv_.h.extent);
+    const int64_t at = pixel.in + conv_.h.offset_step * r * conv_.w.extent * pitch + group_ * channels;
+    const bool dense = conv_.w.offset_step == 1 && p_.groups == 1 && at + end + kLanes<T> <= x_size_;
+    if (inside && dense && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
+      for (int64_t i = 0; i < end - begin; i += kLanes<T>) store(to + i, load(conv_.in + at + begin + i));
       return;
     }
+    std::fill(to, to + (end - begin), T{});
+    if (!inside) return;
     for (int64_t s = begin / channels, c = begin % channels; s * channels + c < end; ++s, c = 0) {
-      const int64_t stop = std::min(channels, end - s * channels), w = pixel.w + step * s;
-      if (static_cast<uint64_t>(w) < static_cast<uint64_t>(conv_.w.extent))
-        std::copy(x + step * s * conv_.in_pitch() + c, x + step * s * conv_.in_pitch() + stop, to);
+      const int64_t stop = std::min(channels, end - s * channels), step = conv_.w.offset_step * s;
+      if (static_cast<uint64_t>(pixel.w + step) < static_cast<uint64_t>(conv_.w.extent))
+        std::copy(conv_.in + at + step * pitch + c, conv_.in + at + step * pitch + stop, to);
       to += stop - c;
     }
   }
@@ -460,13 +465,14 @@ class WeightItem {
   const Conv2dProblem& p_;
   const T* dy_;
   const TapConv<T> conv_;
+  const int64_t x_size_;
   T* dweight_;
   int64_t panel_begin_, panel_end_, filter_begin_, filter_end_, group_, slice_, first_pixel_;
   int pixels_;
   Pixel pixel_[kBlockPixels];
   Reads<T> reads_[kItemPanels];
   alignas(64) T dy_tile_[kBlockPixels * kRows];
-  alignas(64) T gathered_[kBlockPixels * kItemPanels * kPanel<T>];
+  alignas(64) T gathered_[kBlockPixels * kItemPanels * kPanel<T> + kLanes<T>];
 };
 
 template <class T>

@@ -18,7 +18,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 // unroller, g++ 12 keeps some of the arrays of sums in memory.)
 template <int kCount, class F>
 [[gnu::always_inline]] inline void unroll(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
     (f(std::integral_constant<int, i>{}), ...);
   }(std::make_integer_sequence<int, kCount>{});
 }
@@ -214,8 +214,8 @@ inline void finish(const Epilogue& epilogue, Vec<T> sum, T* y, int64_t at, int64
   write_lanes(y + at, activate<T>(epilogue.activation, sum), stride, count);
 }
 
-// sum[row][i] = slabs[0][row][i] + slabs[1][row][i] + ..., in that order. A slab has `size` elements, its rows lie `pitch`
-// apart; the rows of sum are dense.
+// sum[row][i] = slabs[0][row][i] + slabs[1][row][i] + ..., in that order. A slab has `size` elements, its rows lie
+// `pitch` apart; the rows of sum are dense.
 template <class T>
 void sum_slabs(const T* slabs, int64_t count, int64_t size, int64_t rows, int64_t columns, int64_t pitch, T* sum) {
   constexpr int64_t kPiece = 4096;

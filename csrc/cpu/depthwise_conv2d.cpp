@@ -70,26 +70,32 @@ void convolve_tile(const TapConv<T>& conv, const Epilogue& epilogue, const T* we
   }
 }
 
+// f(vectors, c, lanes) over the channels [begin, end): blocks of kVectors whole vectors, then smaller ones; a vector
+// that is not whole, or all of them where lanes are not neighbours in memory, come with vectors = 0.
+template <class T, int kVectors = kBlockVectors, class F>
+void for_channels(bool dense, int64_t begin, int64_t end, const F& f) {
+  constexpr int kWidth = kVectors * kLanes<T>;
+  if (dense)
+    for (; begin + kWidth <= end; begin += kWidth) f(std::integral_constant<int, kVectors>{}, begin, kLanes<T>);
+  if constexpr (kVectors > 1)
+    return for_channels<T, kVectors / 2>(dense, begin, end, f);
+  else
+    for (; begin < end; begin += kLanes<T>)
+      f(std::integral_constant<int, 0>{}, begin, static_cast<int>(std::min<int64_t>(kLanes<T>, end - begin)));
+}
+
 template <class T>
 void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* weight) {
-  const int64_t channels = conv.groups;
   const bool dense = conv.in_channels == 1 && conv.out_channels == 1;
-  parallel_for(ceil_div(conv.pixels(), kChunkPixels), [&, channels, dense](int64_t chunk) {
+  parallel_for(ceil_div(conv.pixels(), kChunkPixels), [&, dense](int64_t chunk) {
     const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
     PixelWalk<T> walk(conv, begin);
     for (int64_t at = begin; at < end; at += kTilePixels) {
       Pixel pixels[kTilePixels];
       for (int i = 0; i < kTilePixels; ++i) pixels[i] = at + i < end ? walk.next() : kNoPixel;
-      int64_t c = 0;
-      if (dense) {
-        for (; c + kBlock<T> <= channels; c += kBlock<T>)
-          convolve_tile<T, kBlockVectors, true>(conv, epilogue, weight, pixels, c, kLanes<T>);
-        for (; c + kLanes<T> <= channels; c += kLanes<T>)
-          convolve_tile<T, 1, true>(conv, epilogue, weight, pixels, c, kLanes<T>);
-      }
-      for (; c < channels; c += kLanes<T>)
-        convolve_tile<T, 1, false>(conv, epilogue, weight, pixels, c,
-                                   static_cast<int>(std::min<int64_t>(kLanes<T>, channels - c)));
+      for_channels<T>(dense, 0, conv.groups, [&](auto vectors, int64_t c, int lanes) {
+        convolve_tile<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, epilogue, weight, pixels, c, lanes);
+      });
     }
   });
 }
@@ -198,15 +204,10 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
     const int64_t last = std::min(first + kBlock<T>, C);
     T* slab = slabs + slice * plan.size;
     for (int64_t row = 0; row < taps * multiplier; ++row) std::fill(slab + row * C + first, slab + row * C + last, T{});
-    for (int64_t row = slice * plan.slice_rows; row < std::min((slice + 1) * plan.slice_rows, plan.rows); ++row) {
-      if (multiplier == 1 && last - first == kBlock<T>) {
-        add_output_row<T, kBlockVectors, true>(conv, dy, row / P, row % P, first, kLanes<T>, slab);
-        continue;
-      }
-      for (int64_t c = first; c < last; c += kLanes<T>)
-        add_output_row<T, 1, false>(conv, dy, row / P, row % P, c,
-                                    static_cast<int>(std::min<int64_t>(kLanes<T>, last - c)), slab);
-    }
+    for (int64_t row = slice * plan.slice_rows; row < std::min((slice + 1) * plan.slice_rows, plan.rows); ++row)
+      for_channels<T>(multiplier == 1, first, last, [&](auto vectors, int64_t c, int lanes) {
+        add_output_row<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, dy, row / P, row % P, c, lanes, slab);
+      });
   });
   parallel_for(C, [=](int64_t c) {
     for (int64_t m = 0; m < multiplier; ++m)

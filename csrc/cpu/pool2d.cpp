@@ -1,14 +1,16 @@
 // Pooling over windows of R x S taps, NHWC.
 //
-//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w, c]
+//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w +
+//   s*dilation_w, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c]
 //   average   y[n,p,q,c]  = 1/divisor(p,q) * sum over (r,s) of x[n, p*stride_h - pad_h + r, q*stride_w - pad_w + s, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) that cover (h,w) of dy[n,p,q,c] / divisor(p,q)
 //   adaptive  the average over rows floor(p*H/P) .. ceil((p+1)*H/P) - 1, and columns likewise
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C].
-// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward. Backward gathers
-//            instead of scattering, so every schedule gives the same bits and dx needs no clearing.
+// Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such
+// rows.
+//            Nothing is written outside of it, so every schedule gives the same bits.
 // Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
 #include <algorithm>
 #include <limits>
@@ -20,25 +22,39 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-// The channels that a kernel works on at once: kUnroll vectors of them, or one number where C fills no vector.
+// Lane by lane, in steps of twice or half the width: each is one instruction, where one leap is a shuffle of pieces.
+template <class To, class From>
+inline To convert_lanes(From v) {
+  constexpr int kCount = sizeof(From) / sizeof(v[0]), kFrom = sizeof(v[0]), kTo = sizeof(To{}[0]);
+  if constexpr (kTo > 2 * kFrom || kFrom > 2 * kTo) {
+    using Step = std::conditional_t<(kTo > kFrom ? 2 * kFrom : kFrom / 2) == 2, uint16_t, uint32_t>;
+    typedef Step Steps __attribute__((vector_size(kCount * (kTo > kFrom ? 2 * kFrom : kFrom / 2))));
+    return convert_lanes<To>(__builtin_convertvector(v, Steps));
+  } else {
+    return __builtin_convertvector(v, To);
+  }
+}
+
+// The channels that a kernel works on at once: kUnroll vectors of them, or one number in a vector's first lane (vectors
+// select without branching, which the data would mispredict).
 template <class T, bool kVector, int kUnroll_>
 struct Pack {
-  using V = std::conditional_t<kVector, Vec<Acc<T>>, Acc<T>>;
+  using V = Vec<Acc<T>>;
   using Lane = std::conditional_t<sizeof(Acc<T>) == 8, int64_t, int32_t>;
-  using Offset = std::conditional_t<kVector, Vec<Lane>, Lane>;
+  using Offset = Vec<Lane>;
   static constexpr int kWidth = kVector ? kLanes<T> : 1, kUnroll = kUnroll_;
 
   static V read(const T* p) {
     if constexpr (kVector)
       return load(p);
     else
-      return to_acc(*p);
+      return splat(to_acc(*p));
   }
   static void write(T* p, V v) {
     if constexpr (kVector)
       store(p, v);
     else
-      from_acc(v, *p);
+      from_acc(v[0], *p);
   }
   template <class O>
   static Offset read_offset(const O* p) {
@@ -46,32 +62,38 @@ struct Pack {
       typedef O Narrow __attribute__((vector_size(kLanes<T> * sizeof(O))));
       Narrow narrow;
       std::memcpy(&narrow, p, sizeof narrow);
-      return __builtin_convertvector(narrow, Offset);
+      return convert_lanes<Offset>(narrow);
     } else {
-      return *p;
+      return Offset{} + static_cast<Lane>(*p);
     }
   }
   template <class O>
   static void write_offset(O* p, Offset v) {
     if constexpr (kVector) {
       typedef O Narrow __attribute__((vector_size(kLanes<T> * sizeof(O))));
-      const Narrow narrow = __builtin_convertvector(v, Narrow);
+      const Narrow narrow = convert_lanes<Narrow>(v);
       std::memcpy(p, &narrow, sizeof narrow);
     } else {
-      *p = static_cast<O>(v);
+      *p = static_cast<O>(v[0]);
     }
   }
 };
 
-// f(Pack, c) until all channels are done. The last vector may overlap the one before: both write the same numbers.
+// f(Pack, c) until all channels of a position are done. The last vector may overlap the one before: both write the same
+// numbers. Where C fills no vector but `room` elements follow wherever f reads or writes, one vector goes beyond the
+// channels into the next positions of the row: what it writes there is wrong until those are computed in their turn.
 template <class T, class F>
-void for_channels(int64_t C, const F& f) {
+void for_channels(int64_t C, int64_t room, const F& f) {
   constexpr int kUnroll = 4, kWidth = kLanes<T>;
+  if (C < kWidth) {
+    if (room >= kWidth) return f(Pack<T, true, 1>{}, 0);
+    for (int64_t c = 0; c < C; ++c) f(Pack<T, false, 1>{}, c);
+    return;
+  }
   int64_t c = 0;
   for (; c + kUnroll * kWidth <= C; c += kUnroll * kWidth) f(Pack<T, true, kUnroll>{}, c);
   for (; c + kWidth <= C; c += kWidth) f(Pack<T, true, 1>{}, c);
-  if (c < C && C >= kWidth) return f(Pack<T, true, 1>{}, C - kWidth);
-  for (; c < C; ++c) f(Pack<T, false, 1>{}, c);
+  if (c < C) f(Pack<T, true, 1>{}, C - kWidth);
 }
 
 // A half-open range along one axis; empty where end <= begin.
@@ -106,6 +128,12 @@ struct Sliding {
     return {reach < extent ? 0 : (reach - extent) / stride + 1, std::min(reach / stride + 1, out)};
   }
 
+  // Makes windows_over(h) of windows_over(h - 1), without a division.
+  void advance(Span& over, int64_t h) const {
+    while (over.begin * stride - pad + (kernel - 1) * dilation < h) ++over.begin;
+    while (over.end < out && over.end * stride - pad <= h) ++over.end;
+  }
+
   // The tap by which output `p`, one of windows_over(h), sees input `h`; -1 where it skips it.
   int64_t tap_of(int64_t p, int64_t h) const {
     const int64_t distance = h - first(p);
@@ -125,6 +153,7 @@ struct Adaptive {
 
   // floor(p*in/out) <= h < ceil((p+1)*in/out), solved for p: the same rule with in and out exchanged.
   Span windows_over(int64_t h) const { return Adaptive{out, in}.window_of(h); }
+  void advance(Span& over, int64_t h) const { over = windows_over(h); }
 };
 
 // f(O{}) for the type of the window offsets.
@@ -141,7 +170,8 @@ void for_offset(const Pool2dProblem& problem, F&& f) {
 template <class T, class O, bool kKeepOffsets>
 void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   const int64_t C = problem.C, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
-  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w;
+  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w,
+                inputs = int64_t{problem.N} * problem.H * W * C;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   parallel_for(problem.N * P, [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
@@ -152,7 +182,9 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
       const int64_t first_tap = any ? taps_h.begin * S + taps_w.begin : 0;
       const int64_t h = rows.first(p) + taps_h.begin * dilation_h, w = cols.first(q) + taps_w.begin * dilation_w;
       const int64_t window = ((n * problem.H + h) * W + w) * C, out = (np * Q + q) * C;
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = window + ((taps_h.size() - 1) * dilation_h * W + (taps_w.size() - 1) * dilation_w) * C;
+      const int64_t room = any ? std::min((Q - q) * C, inputs - last) : 0;
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V best[K::kUnroll];
         typename K::Offset kept[K::kUnroll];
         for (int u = 0; u < K::kUnroll; ++u) {
@@ -180,35 +212,73 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   });
 }
 
+// One row (n,h) of dx. By value, so that the compiler knows that no store to dx changes the problem.
 template <class T, class O>
-void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
-  const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q, S = problem.S;
+void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets, T* dx, int64_t nh) {
+  const int64_t C = problem.C, W = problem.W, Q = problem.Q, n = nh / problem.H, h = nh % problem.H;
+  const int64_t after = (problem.N - n) * problem.P * Q * C;  // elements of dy from image n on
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
-  parallel_for(problem.N * H, [&](int64_t nh) {
-    const int64_t n = nh / H, h = nh % H;
-    const Span over_h = rows.windows_over(h);
-    for (int64_t w = 0; w < W; ++w) {
-      const Span over_w = cols.windows_over(w);
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
-        typename K::V sum[K::kUnroll] = {};
-        for (int64_t p = over_h.begin; p < over_h.end; ++p) {
-          const int64_t r = rows.tap_of(p, h);
-          if (r < 0) continue;
-          for (int64_t q = over_w.begin; q < over_w.end; ++q) {
-            const int64_t s = cols.tap_of(q, w);
-            if (s < 0) continue;
-            const int64_t out = ((n * problem.P + p) * Q + q) * C + c;
-            const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * S + s);
-            for (int u = 0; u < K::kUnroll; ++u) {
-              const auto v = K::read(dy + out + u * K::kWidth);
-              const auto kept = K::read_offset(offsets + out + u * K::kWidth);
-              sum[u] += kept == tap ? v : typename K::V{};
-            }
+  const Span over_h = rows.windows_over(h);
+  dy += n * problem.P * Q * C;
+  offsets += n * problem.P * Q * C;
+  Span over_w = cols.windows_over(0);
+  for (int64_t w = 0; w < W; ++w) {
+    cols.advance(over_w, w);
+    const int64_t room = std::min((W - w) * C, after - ((over_h.end - 1) * Q + over_w.end - 1) * C);
+    for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
+      typename K::V sum[K::kUnroll] = {};
+      for (int64_t p = over_h.begin; p < over_h.end; ++p) {
+        const int64_t r = rows.tap_of(p, h);
+        if (r < 0) continue;
+        for (int64_t q = over_w.begin; q < over_w.end; ++q) {
+          const int64_t s = cols.tap_of(q, w);
+          if (s < 0) continue;
+          const int64_t out = (p * Q + q) * C + c;
+          const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * cols.kernel + s);
+          for (int u = 0; u < K::kUnroll; ++u) {
+            const auto v = K::read(dy + out + u * K::kWidth);
+            const auto kept = K::read_offset(offsets + out + u * K::kWidth);
+            sum[u] += kept == tap ? v : typename K::V{};
           }
         }
-        for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
-      });
-    }
+      }
+      for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
+    });
+  }
+}
+
+template <class T, class O>
+void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
+  parallel_for(int64_t{problem.N} * problem.H, [&](int64_t nh) { max_backward_row(problem, dy, offsets, dx, nh); });
+}
+
+// The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
+// each band of rows is cleared, and the windows over it add to it in turn.
+template <class T>
+void max_backward_banded(const Pool2dProblem& problem, const T* dy, const uint8_t* offsets, T* dx) {
+  constexpr int64_t kBand = 4096;  // elements, to stay in the first-level cache
+  const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q;
+  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
+  const int64_t band = std::max<int64_t>(1, kBand / (W * C)), bands = (H + band - 1) / band;
+  int64_t below[256] = {}, right[256] = {};  // where each tap lies in its window
+  for (int64_t tap = 0; tap < rows.kernel * cols.kernel; ++tap) {
+    below[tap] = tap / cols.kernel * rows.dilation;
+    right[tap] = tap % cols.kernel * cols.dilation;
+  }
+  parallel_for(problem.N * bands, [&](int64_t i) {
+    const int64_t n = i / bands, begin = i % bands * band, end = std::min(H, begin + band);
+    T* plane = dx + n * H * W * C;
+    std::fill(plane + begin * W * C, plane + end * W * C, T{});
+    const int64_t p_end = rows.windows_over(end - 1).end;
+    for (int64_t p = rows.windows_over(begin).begin; p < p_end; ++p)
+      for (int64_t q = 0; q < Q; ++q) {
+        const int64_t out = ((n * problem.P + p) * Q + q) * C;
+        for (int64_t c = 0; c < C; ++c) {
+          const uint8_t tap = offsets[out + c];
+          const int64_t h = rows.first(p) + below[tap], w = cols.first(q) + right[tap];
+          if (h >= begin && h < end && w >= 0 && w < W) plane[(h * W + w) * C + c] += dy[out + c];
+        }
+      }
   });
 }
 
@@ -223,12 +293,13 @@ void average_forward(const Pool2dProblem& problem, const Axis& rows, const Axis&
     for (int64_t q = 0; q < Q; ++q) {
       const Span window_w = cols.window_of(q);
       const Acc<T> count = static_cast<Acc<T>>(divisor(p, q));
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      const int64_t last = ((n * H + window_h.end - 1) * W + window_w.end - 1) * C;
+      const int64_t room = std::min((Q - q) * C, problem.N * H * W * C - last);
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t h = window_h.begin; h < window_h.end; ++h)
           for (int64_t w = window_w.begin; w < window_w.end; ++w)
-            for (int u = 0; u < K::kUnroll; ++u)
-              sum[u] += K::read(x + ((n * H + h) * W + w) * C + c + u * K::kWidth);
+            for (int u = 0; u < K::kUnroll; ++u) sum[u] += K::read(x + ((n * H + h) * W + w) * C + c + u * K::kWidth);
         for (int u = 0; u < K::kUnroll; ++u) K::write(y + (np * Q + q) * C + c + u * K::kWidth, sum[u] / count);
       });
     }
@@ -239,18 +310,26 @@ template <class T, class Axis, class Divisor>
 void average_backward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const Divisor& divisor,
                       const T* dy, T* dx) {
   const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q;
+  const int64_t outputs = problem.N * P * Q * C;
   parallel_for(problem.N * H, [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
+    Span over_w = cols.windows_over(0);
     for (int64_t w = 0; w < W; ++w) {
-      const Span over_w = cols.windows_over(w);
-      for_channels<T>(C, [&]<class K>(K, int64_t c) {
+      cols.advance(over_w, w);
+      const int64_t last = ((n * problem.P + over_h.end - 1) * Q + over_w.end - 1) * C;
+      const int64_t room = std::min((W - w) * C, outputs - last);
+      for_channels<T>(C, room, [&]<class K>(K, int64_t c) {
         typename K::V sum[K::kUnroll] = {};
         for (int64_t p = over_h.begin; p < over_h.end; ++p)
           for (int64_t q = over_w.begin; q < over_w.end; ++q) {
-            const Acc<T> count = static_cast<Acc<T>>(divisor(p, q));
-            for (int u = 0; u < K::kUnroll; ++u)
-              sum[u] += K::read(dy + ((n * P + p) * Q + q) * C + c + u * K::kWidth) / count;
+            const int64_t count = divisor(p, q), out = ((n * P + p) * Q + q) * C + c;
+            const Acc<T> divide_by = static_cast<Acc<T>>(count), multiply_by = 1 / divide_by;
+            const bool exact = count > 0 && (count & (count - 1)) == 0;  // a power of 2: the product is the quotient
+            for (int u = 0; u < K::kUnroll; ++u) {
+              const auto v = K::read(dy + out + u * K::kWidth);
+              sum[u] += exact ? v * multiply_by : v / divide_by;
+            }
           }
         for (int u = 0; u < K::kUnroll; ++u) K::write(dx + (nh * W + w) * C + c + u * K::kWidth, sum[u]);
       });
@@ -288,8 +367,13 @@ void max_pool2d_forward(const Pool2dProblem& problem, const void* x, void* y, vo
 
 void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const void* offsets, void* dx, Stream) {
   for_dtype(problem.dtype, [&]<class T>(T) {
+    const T* from = static_cast<const T*>(dy);
+    T* to = static_cast<T*>(dx);
     for_offset(problem, [&]<class O>(O) {
-      max_backward(problem, static_cast<const T*>(dy), static_cast<const O*>(offsets), static_cast<T*>(dx));
+      const O* kept = static_cast<const O*>(offsets);
+      if constexpr (std::is_same_v<T, Acc<T>> && std::is_same_v<O, uint8_t>)
+        if (problem.C < kLanes<T>) return max_backward_banded(problem, from, kept, to);
+      max_backward(problem, from, kept, to);
     });
   });
 }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from cnnops.backends import YES, Support, no
+from cnnops.backends.triton import plan
 from cnnops.geometry import Conv2dProblem
 
 NAME = "triton"
@@ -77,9 +78,7 @@ def _within_limits(p: Conv2dProblem) -> Support:
     ):
         if extent >= _LIMIT:
             return no(f"kernels count {name} in 32 bits, but there are {extent}")
-    from cnnops.backends.triton import conv2d
-
-    programs = conv2d.most_programs(p)
+    programs = plan.most_programs(p)
     if programs >= _LIMIT:
         return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
     return YES
@@ -87,4 +86,5 @@ def _within_limits(p: Conv2dProblem) -> Support:
 
 def function(name: str) -> Callable[..., Any]:
     """The Python function `name`, its arguments as in DESIGN's table of backends."""
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    kernel: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return kernel

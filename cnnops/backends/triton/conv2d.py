@@ -67,8 +67,15 @@ def _inside(h, w, H, W):
 
 
 @triton.jit
-def _first_tap(residue, PAD: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAPS: tl.constexpr,
-               COMMON: tl.constexpr, INVERSE: tl.constexpr):
+def _first_tap(
+    residue,
+    PAD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    TAPS: tl.constexpr,
+    COMMON: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
     """Which taps reach the inputs i * STRIDE + residue: the first, how many, and the output that it joins to i = 0.
 
     Tap r does where STRIDE divides residue + PAD - r * DILATION. Such taps are STRIDE / COMMON apart, COMMON being the
@@ -153,7 +160,9 @@ def backward_input_kernel(
     m = program // (N_TILES * GROUPS * STRIDE_H * STRIDE_W) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = program % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    first_r, taps_high, p_of_first = _first_tap(residue // STRIDE_W, PAD_H, STRIDE_H, DILATION_H, R, COMMON_H, INVERSE_H)
+    first_r, taps_high, p_of_first = _first_tap(
+        residue // STRIDE_W, PAD_H, STRIDE_H, DILATION_H, R, COMMON_H, INVERSE_H
+    )
     first_s, taps_wide, q_of_first = _first_tap(residue % STRIDE_W, PAD_W, STRIDE_W, DILATION_W, S, COMMON_W, INVERSE_W)
     n, row, column = _pixel(m, (H + STRIDE_H - 1) // STRIDE_H, (W + STRIDE_W - 1) // STRIDE_W)
     h = row * STRIDE_H + residue // STRIDE_W
@@ -271,10 +280,11 @@ def slab_sum_kernel(slabs, total, count, SPLITS: tl.constexpr, BLOCK: tl.constex
 
 def _launch(kernel, launch: plan.Launch, *pointers) -> None:
     scalars = interpreter.loop_counts(launch.scalars) if INTERPRETING else launch.scalars
-    kernel[(launch.programs,)](
-        *pointers, **scalars, **launch.constants,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(pointers[0]):
+        kernel[(launch.programs,)](
+            *pointers, **scalars, **launch.constants,
+            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def _launch_split(kernel, launch: plan.SplitLaunch, *pointers) -> None:
@@ -300,8 +310,8 @@ def _nhwc(t: torch.Tensor) -> torch.Tensor:
 
 def _empty_nhwc(shape, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """A tensor whose memory is NHWC; where that is NCHW too, with the strides that the caller will want."""
-    _, C, H, W = shape
-    nchw = not channels_last and (C == 1 or H * W == 1)
+    N, C, H, W = shape
+    nchw = not channels_last and (N == 0 or C == 1 or H * W == 1)
     layout = torch.contiguous_format if nchw else torch.channels_last
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
@@ -310,16 +320,12 @@ def _result(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return t if channels_last else t.contiguous()
 
 
-def conv2d_forward(
-    x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
-) -> torch.Tensor:
+def conv2d_forward(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups) -> torch.Tensor:
     """y [N, K, P, Q] of x [N, C, H, W], weight [K, C/groups, R, S], bias [K] or None; fp32, fp16 or bf16.
 
     channels_last if x or the weight is.
     """
-    problem = Conv2dProblem.of(
-        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
-    )
+    problem = Conv2dProblem.of(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups)
     shape = (problem.N, problem.K, problem.P, problem.Q)
     y = _empty_nhwc(shape, x, problem.channels_last)
     if y.numel():
@@ -336,29 +342,29 @@ def conv2d_backward(
 
     dx is channels_last if x or the weight is; dweight if the weight is.
     """
-    problem = Conv2dProblem.of(
-        x, weight, None, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
-    )
+    problem = Conv2dProblem.of(x, weight, None, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups)
     precision = plan.input_precision(problem.dtype, problem.device)
+    empty = problem.N == 0
     dx = dweight = dbias = None
-    if problem.N == 0:
-        dx = torch.empty_like(x) if need_dx else None
-        dweight = torch.zeros_like(weight) if need_dweight else None
-        dbias = weight.new_zeros(problem.K) if need_dbias else None
-        return dx, dweight, dbias
-
     dy = _nhwc(dy)
     if need_dx:
         dx = _empty_nhwc(x.shape, x, problem.channels_last)
-        _launch(backward_input_kernel, plan.backward_input(problem, precision), dy, _nhwc(weight), dx)
+        if not empty:
+            _launch(backward_input_kernel, plan.backward_input(problem, precision), dy, _nhwc(weight), dx)
         dx = _result(dx, problem.channels_last)
     if need_dweight:
         weight_channels_last = is_channels_last(weight)
         dweight = _empty_nhwc(weight.shape, weight, weight_channels_last)
-        launch = plan.backward_weight(problem, precision, _processors(x.device))
-        _launch_split(backward_weight_kernel, launch, dy, _nhwc(x), dweight)
+        if empty:
+            dweight.zero_()
+        else:
+            launch = plan.backward_weight(problem, precision, _processors(x.device))
+            _launch_split(backward_weight_kernel, launch, dy, _nhwc(x), dweight)
         dweight = _result(dweight, weight_channels_last)
     if need_dbias:
         dbias = torch.empty(problem.K, dtype=dy.dtype, device=dy.device)
-        _launch_split(backward_bias_kernel, plan.backward_bias(problem, _processors(x.device)), dy, dbias)
+        if empty:
+            dbias.zero_()
+        else:
+            _launch_split(backward_bias_kernel, plan.backward_bias(problem, _processors(x.device)), dy, dbias)
     return dx, dweight, dbias

@@ -50,7 +50,7 @@ class SplitLaunch:
 
 def input_precision(dtype: torch.dtype, device: str) -> str:
     """How ``tl.dot`` multiplies: exactly, or fp32 as TF32 where torch's own convolution would on CUDA."""
-    if dtype == torch.float32 and device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32":
+    if dtype == torch.float32 and device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
         return "tf32"
     return "ieee"
 
@@ -172,3 +172,9 @@ def backward_bias(p: Conv2dProblem, processors: int) -> SplitLaunch:
         1,
     )
     return SplitLaunch(splits, partial, _total(p.K, splits))
+
+
+def most_programs(p: Conv2dProblem) -> int:
+    """The largest grid of `p`, splits aside: they only fill what few programs leave idle."""
+    launches = (forward(p, "ieee"), backward_input(p, "ieee"), backward_weight(p, "ieee", 1).partial)
+    return max(launch.programs for launch in launches)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import _C
+from torch._ops import OpOverload
 
 below_autograd = _C._AutoDispatchBelowAutograd
 """Context: dispatch to the kernels below the autograd keys."""
@@ -18,6 +22,15 @@ function_modes = _C._len_torch_function_stack
 
 transforming = _C._are_functorch_transforms_active
 """Whether a torch.func transform (vmap, grad, jvp, ...) is active."""
+
+
+autocasting = _C._is_any_autocast_enabled
+"""Whether autocast is on for any device."""
+
+
+def unwrapped(op: OpOverload) -> Callable[..., Any]:
+    """What calling `op` calls, without the Python frame in between."""
+    return op._op
 
 
 def autocast_keys(device: str) -> _C.DispatchKeySet:

@@ -1,0 +1,260 @@
+"""Which backend runs what, why, and who says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
+from helpers import DTYPES
+
+import cnnops
+import cnnops.functional as CF
+from cnnops import dispatch, settings
+
+TESTS = Path(__file__).parent
+X, WEIGHT = torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3)
+
+
+def python(program: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, with a package path of its own."""
+    root = path or Path(cnnops.__file__).parents[1]
+    env = {**os.environ, "PYTHONPATH": str(root), **environment}
+    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    settings.strict = True
+    yield
+    settings.strict = False
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", helpers.BACKENDS)
+def test_expected_backends_are_usable(name: str) -> None:
+    usable = helpers.row(name).usable()
+    assert usable.ok, usable.reason
+
+
+def test_the_table_is_covered() -> None:
+    """Here every backend but ATen and, without a device, CUDA."""
+    names = {row.NAME for row in dispatch.BACKENDS}
+    assert names >= {"cuda", "triton", "cpu", "simt", "aten"}
+    assert set(helpers.BACKENDS) == names - {"aten"} - (set() if torch.cuda.is_available() else {"cuda"})
+
+
+FUNCTIONS = {
+    "conv2d": ("conv2d_forward", "conv2d_backward", "conv2d_act_forward"),
+    "max_pool2d": ("max_pool2d_forward", "max_pool2d_backward", "max_pool2d_indices"),
+    "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_backward"),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d_forward", "adaptive_avg_pool2d_backward"),
+    "norm": ("batch_norm_act_forward", "batch_norm_act_backward", "activation_backward"),
+}
+
+
+def test_the_cpu_backend_refuses_nothing() -> None:
+    cases = [("conv2d", case) for case in CONV2D if case.C]
+    cases += [(case.op, case) for case in POOL2D] + [("norm", case) for case in NORM]
+    for stem, case in cases:
+        for dtype in DTYPES:
+            for function in FUNCTIONS[stem]:
+                assert helpers.supports("cpu", function, case, dtype), f"{function} of {case} in {dtype}"
+
+
+@pytest.mark.parametrize("name, dtypes", [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
+def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    for case in of_suite(CONV2D, "corner"):
+        for dtype in dtypes if case.C else ():
+            for layout in LAYOUTS:
+                for function in ("conv2d_forward", "conv2d_backward"):
+                    assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"
+
+
+def test_named_only_backends_are_never_chosen() -> None:
+    for case in of_suite(CONV2D, "corner"):
+        for dtype in DTYPES:
+            problem = helpers.problem_of("conv2d_forward", case, dtype, "nchw", "cpu")
+            chosen = dispatch.select("conv2d_forward", problem)
+            assert chosen.NAME == ("cpu" if case.C else "aten")
+            assert not chosen.named_only
+
+
+def test_a_named_backend_refuses_rather_than_falls_back() -> None:
+    with cnnops.use_backend("simt"), pytest.raises(dispatch.UnsupportedError, match="max_pool2d.*simt: .+"):
+        CF.max_pool2d(X, 2)
+    with cnnops.use_backend("cpu"), pytest.raises(dispatch.UnsupportedError, match="int64"):
+        CF.conv2d(X.long(), WEIGHT.long())
+    with cnnops.use_backend("cuda"), pytest.raises(dispatch.UnsupportedError, match="cuda: .*cpu"):
+        CF.conv2d(X, WEIGHT)
+
+
+def test_strict_names_every_backends_reason(strict: None) -> None:
+    with pytest.raises(dispatch.UnsupportedError) as raised:
+        CF.conv2d(X.long(), WEIGHT.long())
+    assert issubclass(dispatch.UnsupportedError, RuntimeError)
+    for row in dispatch.BACKENDS:
+        reason = str(raised.value).split(f"{row.NAME}: ", 1)
+        assert len(reason) == 2, f"{row.NAME} is not in {raised.value}"
+        assert not reason[1].startswith(";"), f"{row.NAME} has no reason in {raised.value}"
+
+
+def test_strict_leaves_ours_alone(strict: None) -> None:
+    assert CF.conv2d(X, WEIGHT).shape == (1, 3, 4, 3)
+
+
+def test_changing_a_setting_forgets_what_was_chosen() -> None:
+    x, weight = torch.ones(1, 1, 4, 4, dtype=torch.int32), torch.ones(1, 1, 2, 2, dtype=torch.int32)
+    assert CF.conv2d(x, weight).shape == (1, 1, 3, 3)
+    settings.strict = True
+    try:
+        with pytest.raises(dispatch.UnsupportedError):
+            CF.conv2d(x, weight)
+    finally:
+        settings.strict = False
+    assert CF.conv2d(x, weight).shape == (1, 1, 3, 3)
+
+
+def test_falling_back_is_logged_and_explained(caplog: pytest.LogCaptureFixture) -> None:
+    x, weight = torch.ones(1, 1, 5, 4, dtype=torch.int64), torch.ones(1, 1, 2, 2, dtype=torch.int64)
+    with caplog.at_level(logging.DEBUG, logger="cnnops"):
+        CF.conv2d(x, weight)
+    assert any("falls back" in message and "cpu: " in message for message in caplog.messages)
+    explanation = cnnops.explain(CF.conv2d, x, weight)
+    assert explanation.backends == {"conv2d_forward": "aten"}
+    assert "int64" in str(explanation)
+
+
+def test_ours_is_not_logged_as_a_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="cnnops"):
+        CF.conv2d(torch.ones(1, 1, 9, 17), torch.ones(1, 1, 2, 2))
+    assert not caplog.messages
+
+
+def test_explain_decides_as_a_call_does() -> None:
+    explanation = cnnops.explain(CF.conv2d, X, WEIGHT)
+    assert explanation.backends == {"conv2d_forward": "cpu", "conv2d_backward": "cpu"}
+    for decision in explanation.decisions:
+        assert [name for name, _ in decision.verdicts] == [row.NAME for row in dispatch.BACKENDS]
+        assert all(support.ok or support.reason for _, support in decision.verdicts)
+    with cnnops.use_backend("aten"):
+        assert set(cnnops.explain(CF.conv2d, X, WEIGHT).backends.values()) == {"aten"}
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = dispatch.scope.backend
+    with cnnops.use_backend("cpu"):
+        with cnnops.use_backend("aten"):
+            assert dispatch.scope.backend == "aten"
+        assert dispatch.scope.backend == "cpu"
+        with pytest.raises(KeyError), cnnops.use_backend("aten"):
+            raise KeyError
+        assert dispatch.scope.backend == "cpu"
+    assert dispatch.scope.backend == before
+
+
+def test_use_backend_is_the_threads_own() -> None:
+    seen = []
+    with cnnops.use_backend("aten"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.scope.backend))
+        thread.start()
+        thread.join()
+    assert seen == [os.environ.get("CNNOPS_BACKEND", "")]
+
+
+def test_one_is_not_one_point_nought() -> None:
+    """Keys of the cache compare equal where their types differ; a wrong type must not hit a right call's entry."""
+    x, weight = torch.ones(1, 2, 13, 11), torch.ones(2, 2, 3, 3)
+    CF.conv2d(x, weight, groups=1)
+    with pytest.raises(TypeError):
+        CF.conv2d(x, weight, groups=1.0)
+
+
+CHOSEN = """
+import torch, cnnops, cnnops.functional as CF
+print(sorted(set(cnnops.explain(CF.conv2d, torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3)).backends.values())))
+print(CF.conv2d(torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3)).sum().item())
+CF.conv2d(torch.ones(1, 1, 4, 4, dtype=torch.int64), torch.ones(1, 1, 2, 2, dtype=torch.int64))
+"""
+
+
+def test_environment_names_the_backend() -> None:
+    aten = python(CHOSEN, CNNOPS_BACKEND="aten")
+    assert aten.returncode == 0, aten.stderr
+    assert aten.stdout.splitlines() == ["['aten']", str(3 * 4 * 3 * 36.0)]
+    cpu = python(CHOSEN, CNNOPS_BACKEND="cpu")
+    assert cpu.stdout.splitlines() == ["['cpu']", str(3 * 4 * 3 * 36.0)]
+    assert "UnsupportedError" in cpu.stderr, "named by the environment, a backend is as strict"
+
+
+def test_environment_names_no_backend() -> None:
+    result = python(CHOSEN, CNNOPS_BACKEND="cdna")
+    assert result.returncode
+    assert "ValueError" in result.stderr
+    assert "'cdna'" in result.stderr
+
+
+def test_works_with_nothing_native_built(tmp_path: Path) -> None:
+    """Triton and ATen remain, and what is missing is said with how to get it."""
+    shutil.copytree(
+        Path(cnnops.__file__).parent, tmp_path / "cnnops", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    program = (
+        "import torch, json, cnnops, cnnops.functional as CF\n"
+        "print(cnnops.explain(CF.conv2d, torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3)).backends['conv2d_forward'])\n"
+        "print(json.dumps(cnnops.info()['backends']['cpu']))"
+    )
+    result = python(program, tmp_path)
+    assert result.returncode == 0, result.stderr
+    chosen, cpu = result.stdout.splitlines()
+    assert chosen == "aten"
+    assert json.loads(cpu)["usable"] is False
+    assert "make build" in json.loads(cpu)["why_not"]
+
+
+def levels() -> list[str]:
+    """The ISA levels that this processor has."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return ["baseline"] + ["avx2"] * (capability in ("AVX2", "AVX512")) + ["avx512"] * (capability == "AVX512")
+
+
+def test_best_isa_level_is_chosen() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CNNOPS_CPU_ISA"}
+    program = "import cnnops; print(cnnops.info()['backends']['cpu']['built']['isa'])"
+    env = {**environment, "PYTHONPATH": str(Path(cnnops.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    assert result.stdout.strip() == levels()[-1]
+
+
+@pytest.mark.parametrize("level", levels()[:-1])
+def test_lower_isa_levels(level: str) -> None:
+    """Every level's kernels against torch, over the quick tests; the best level runs all the others."""
+    program = f"import cnnops; assert cnnops.info()['backends']['cpu']['built']['isa'] == {level!r}"
+    assert python(program, CNNOPS_CPU_ISA=level).returncode == 0
+    files = [str(TESTS / f"test_{stem}.py") for stem in ("conv2d", "conv2d_act", "pool2d", "batch_norm")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "quick", "-k", "cpu", *files]
+    env = {**os.environ, "PYTHONPATH": str(Path(cnnops.__file__).parents[1]), "CNNOPS_CPU_ISA": level}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_unknown_isa_level_is_said() -> None:
+    result = python("import cnnops; print(cnnops.info()['backends']['cpu']['built']['isa'])", CNNOPS_CPU_ISA="sse9")
+    assert result.stdout.strip() == levels()[-1]
+    assert "sse9" in result.stderr
+
+
+def test_cases_name_no_case_twice() -> None:
+    for cases in (CONV2D, POOL2D, NORM):
+        assert len({case.id for case in cases}) == len(cases)
+        assert find(cases, cases[-1].id) is cases[-1]

@@ -1,0 +1,527 @@
+"""The ops as torch sees them: schemas, fakes, tracing, autocast, checkpointing, in-place neighbours, torch.func."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CONV2D, LAYOUTS, NORM, POOL2D, of_suite
+from helpers import Backend, on
+from tolerance import assert_same_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import cnnops
+import cnnops.functional as CF
+from cnnops.geometry import ACTIVATIONS
+from cnnops.ops import torch_private
+
+GEOMETRY = (2, 1, 1, 0, 1, 2, 2)  # stride, padding, dilation, groups
+WINDOW = (3, 2, 2, 1, 1, 0)  # kernel, stride, padding
+X, WEIGHT, Y = (2, 6, 7, 9), (4, 3, 3, 2), (2, 4, 4, 7)
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "channels_last") -> torch.Tensor:
+    return helpers.laid_out(helpers.randn(shape, dtype, "cpu", helpers.generator(str(shape))), layout)
+
+
+def op_arguments(name: str, layout: str = "channels_last") -> Any:
+    """(op, its arguments) for each registered op; floating tensors want gradients where the op has them."""
+
+    def t(*shape: int) -> torch.Tensor:
+        return tensor(*shape, layout=layout).requires_grad_()
+
+    ops = torch.ops.cnnops
+    pooled = (2, 6, 4, 8)  # X through WINDOW
+    last = layout == "channels_last"
+    if name == "conv2d":
+        return ops.conv2d.default, (t(*X), t(*WEIGHT), t(4), *GEOMETRY, "")
+    if name == "conv2d_backward":
+        return ops.conv2d_backward.default, (t(*Y), t(*X), t(*WEIGHT), *GEOMETRY, True, True, True, "")
+    if name == "conv2d_act":
+        return ops.conv2d_act.default, (t(*X), t(*WEIGHT), t(4), t(*Y), *GEOMETRY, "relu", False, "")
+    if name == "activation_backward":
+        return ops.activation_backward.default, (t(*Y), t(*Y), "silu", "")
+    if name.startswith("max_pool2d"):
+        x = t(*X)
+        forward = (x, *WINDOW, 1, 1, False, True, "")
+        if name == "max_pool2d":
+            return ops.max_pool2d.default, forward
+        offsets = ops.max_pool2d(*forward)[1]
+        if name == "max_pool2d_indices":
+            return ops.max_pool2d_indices.default, (offsets, *X[2:], *WINDOW, 1, 1, "")
+        return ops.max_pool2d_backward.default, (t(*pooled), offsets, *X[2:], last, *WINDOW, 1, 1, "")
+    if name == "avg_pool2d":
+        return ops.avg_pool2d.default, (t(*X), *WINDOW, False, False, 0, "")
+    if name == "avg_pool2d_backward":
+        return ops.avg_pool2d_backward.default, (t(*pooled), *X[2:], last, *WINDOW, False, False, 0, "")
+    if name == "adaptive_avg_pool2d":
+        return ops.adaptive_avg_pool2d.default, (t(*X), 3, 4, "")
+    if name == "adaptive_avg_pool2d_backward":
+        return ops.adaptive_avg_pool2d_backward.default, (t(2, 6, 3, 4), *X[2:], last, "")
+    vectors = [t(6), t(6)]
+    if name == "batch_norm_act":
+        state = [torch.zeros(6), torch.ones(6)]
+        return ops.batch_norm_act.default, (t(*X), *vectors, t(*X), *state, True, 0.1, 1e-5, "relu", "")
+    assert name == "batch_norm_act_backward", name
+    x = t(*X)
+    mean, var = x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3), unbiased=False)
+    statistics = (mean, (var + 1e-5).rsqrt())
+    needs = (True, True, True, False)
+    return ops.batch_norm_act_backward.default, (
+        t(*X), x, *vectors, None, None, *statistics, True, 1e-5, "silu", *needs, ""
+    )  # fmt: skip
+
+
+OPS = (
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_act",
+    "activation_backward",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "max_pool2d_indices",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool2d_backward",
+    "batch_norm_act",
+    "batch_norm_act_backward",
+)
+
+
+def registered() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix("cnnops::").split(".")[0] for name in names if name.startswith("cnnops::")}
+
+
+def test_every_registered_op_is_checked_here() -> None:
+    assert registered() == set(OPS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, layout: str) -> None:
+    with cnnops.use_backend("cpu"):
+        op, args = op_arguments(name, layout)
+        torch.library.opcheck(op, args)
+
+
+# ---- functional calls that the tests below trace, transform and record
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of ours on tensors, and its arguments."""
+
+    id: str
+    function: Callable[..., torch.Tensor]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def tensors(self, layout: str = "channels_last") -> list[torch.Tensor]:
+        return [tensor(*shape, layout=layout).requires_grad_() for shape in self.shapes]
+
+
+def _batch_norm(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+    return CF.batch_norm(x, None, None, weight, bias, True)
+
+
+def _conv2d_act(activation: str) -> Callable[..., torch.Tensor]:
+    def function(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
+        return CF.conv2d_act(x, weight, bias, (2, 1), (1, 0), (1, 2), 2, residual, activation)
+
+    return function
+
+
+def _batch_norm_act(activation: str) -> Callable[..., torch.Tensor]:
+    def function(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
+        return CF.batch_norm_act(x, None, None, weight, bias, True, 0.1, 1e-5, residual, activation)
+
+    return function
+
+
+CALLS = (
+    Call("conv2d", lambda x, w, b: CF.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2), (X, WEIGHT, (4,))),
+    Call("conv2d-same-even", lambda x, w: CF.conv2d(x, w, padding="same"), (X, (4, 6, 2, 4))),
+    Call("max_pool2d", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), (1, 0)), (X,)),
+    Call("max_pool2d-indices", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), return_indices=True)[0], (X,)),
+    Call("avg_pool2d", lambda x: CF.avg_pool2d(x, (3, 2), (2, 1), (1, 0), True, False), (X,)),
+    Call("adaptive_avg_pool2d", lambda x: CF.adaptive_avg_pool2d(x, (3, None)), (X,)),
+    Call("batch_norm", _batch_norm, (X, (6,), (6,))),
+    *(Call(f"conv2d_act-{name}", _conv2d_act(name), (X, WEIGHT, (4,), Y)) for name in ACTIVATIONS),
+    *(Call(f"batch_norm_act-{name}", _batch_norm_act(name), (X, (6,), (6,), X)) for name in ACTIVATIONS),
+)
+each_call = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.id)
+
+
+def results(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    y = function(*tensors)
+    return [y, *torch.autograd.grad(y, tensors, helpers.like(y.detach(), helpers.generator("dy")))]
+
+
+def assert_all_same_bits(got: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_same_bits(a, b, f"result {i}")
+
+
+@each_call
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_without_graph_breaks(call: Call, layout: str, dynamic: bool) -> None:
+    """Compiled or not, the same kernels run, so the same bits come out."""
+    torch._dynamo.reset()
+    compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with cnnops.use_backend("cpu"):
+        assert_all_same_bits(results(compiled, call.tensors(layout)), results(call.function, call.tensors(layout)))
+
+
+def test_dynamic_shapes_do_not_recompile() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def block(x: Any, weight: Any) -> torch.Tensor:
+        y = CF.conv2d_act(x, weight, padding=1)
+        return CF.adaptive_avg_pool2d(CF.max_pool2d(y, 2), 1)
+
+    compiled = torch.compile(block, fullgraph=True, backend=count, dynamic=True)
+    weight = tensor(5, 6, 3, 3)
+    with cnnops.use_backend("cpu"):
+        for N, H, W in ((2, 8, 9), (3, 11, 7), (5, 6, 14)):
+            x = tensor(N, 6, H, W)
+            assert_same_bits(compiled(x, weight), block(x, weight))
+    assert len(graphs) == 1
+
+
+def test_running_statistics_are_updated_by_a_compiled_call() -> None:
+    torch._dynamo.reset()
+
+    def function(x: Any, mean: Any, var: Any) -> torch.Tensor:
+        return CF.batch_norm(x, mean, var, training=True)
+
+    x, states = tensor(*X), [[torch.zeros(6), torch.ones(6)] for _ in range(2)]
+    with cnnops.use_backend("cpu"):
+        y = function(x, *states[0])
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(x, *states[1])
+    assert_all_same_bits([y, *states[0]], [compiled, *states[1]])
+    assert not torch.equal(states[0][0], torch.zeros(6))
+
+
+def test_export() -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(tensor(5, 6, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return CF.max_pool2d(CF.conv2d_act(x, self.weight, padding=1), 2)
+
+    block, x = Block(), tensor(*X)
+    exported = torch.export.export(block, (x,)).module()
+    assert_same_bits(exported(x), block(x))
+
+
+@each_call
+def test_backward_outside_use_backend(call: Call) -> None:
+    """The forward's backend runs the backward, wherever that is called."""
+    tensors = call.tensors()
+    with cnnops.use_backend("cpu"):
+        expected = results(call.function, tensors)
+        y = call.function(*tensors)
+    with cnnops.use_backend("aten"):
+        got = torch.autograd.grad(y, tensors, helpers.like(y.detach(), helpers.generator("dy")))
+    assert_all_same_bits(list(got), expected[1:])
+
+
+@each_call
+def test_functional_and_torch_ops_agree(call: Call) -> None:
+    """`functional` skips torch's dispatcher where nobody looks on; under a dispatch mode it cannot."""
+    with cnnops.use_backend("cpu"):
+        expected = results(call.function, call.tensors())
+        with Recorder() as seen:
+            got = results(call.function, call.tensors())
+    assert_all_same_bits(got, expected)
+    assert any(name.startswith("cnnops::") for name, _ in seen.calls)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every op below autograd: (name, arguments by name)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        names = [argument.name for argument in func._schema.arguments]
+        self.calls.append((func._schema.name, dict(zip(names, args, strict=False)) | (kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return [arguments for called, arguments in self.calls if called == name]
+
+
+class NativeCalls:
+    """Notes what dispatch asks of a backend's module: (function, arguments). Only calls of new shapes are seen."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        module = helpers.row(backend)
+        original = module.function
+
+        def function(name: str) -> Callable[..., Any]:
+            found = original(name)
+
+            def run(*args: Any) -> Any:
+                self.calls.append((name, args))
+                return found(*args)
+
+            return run
+
+        monkeypatch.setattr(module, "function", function)
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3))[1:], ids=str)
+def test_only_wanted_gradients_are_computed(wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen weight costs no weight gradient, a first layer no input gradient, and so on."""
+    native = NativeCalls(monkeypatch, "cpu")
+    shapes = ((2, 3, 29 + wanted.count(True), 31 + sum(2**i * w for i, w in enumerate(wanted))), (5, 3, 3, 3), (5,))
+    leaves = [tensor(*shape).requires_grad_(need) for shape, need in zip(shapes, wanted, strict=True)]
+    with cnnops.use_backend("cpu"):
+        CF.conv2d(*leaves).sum().backward()
+    backward = [args for name, args in native.calls if name == "conv2d_backward"]
+    assert [args[10:13] for args in backward] == [wanted]
+    for leaf, need in zip(leaves, wanted, strict=True):
+        assert (leaf.grad is not None) == need
+
+
+def test_no_gradient_wanted_none_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = NativeCalls(monkeypatch, "cpu")
+    x, weight = tensor(2, 3, 23, 37).requires_grad_(), tensor(5, 3, 3, 3)
+    with cnnops.use_backend("cpu"), torch.no_grad():
+        y = CF.max_pool2d(CF.conv2d(x, weight), 2)
+    assert not y.requires_grad
+    assert [name for name, _ in native.calls] == ["conv2d_forward", "max_pool2d_forward"]
+    assert native.calls[1][1][-1] is False, "window offsets are for the gradient and for indices alone"
+
+
+def test_batch_norm_computes_only_wanted_gradients() -> None:
+    x, weight, bias = tensor(*X).requires_grad_(), tensor(6), tensor(6)
+    with cnnops.use_backend("cpu"), Recorder() as seen:
+        CF.batch_norm(x, None, None, weight, bias, True).sum().backward()
+    (arguments,) = seen.of("cnnops::batch_norm_act_backward")
+    needs = {name: value for name, value in arguments.items() if name.startswith("need_")}
+    assert needs == {"need_dx": True, "need_dweight": False, "need_dbias": False, "need_dresidual": False}
+
+
+@each_call
+def test_no_aten_kernel_computes(call: Call) -> None:
+    """Under a named backend, torch's own convolutions, pools and norms never run."""
+    theirs = ("conv", "pool", "norm", "thnn", "mkldnn")
+    with cnnops.use_backend("cpu"), Recorder() as seen:
+        results(call.function, call.tensors())
+    assert not [name for name, _ in seen.calls if name.startswith("aten::") and any(word in name for word in theirs)]
+
+
+# ---- autocast
+
+
+def test_autocast_lowers_convolutions() -> None:
+    x, weight, bias = tensor(*X), tensor(*WEIGHT), tensor(4)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    with cnnops.use_backend("cpu"):
+        for function in (
+            lambda x, w, b: CF.conv2d(x, w, b, groups=2),
+            lambda x, w, b: CF.conv2d_act(x, w, b, groups=2),
+        ):
+            expected = function(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+            with torch.autocast("cpu", torch.bfloat16):
+                y = function(*leaves)
+            assert_same_bits(y, expected)
+            for gradient in torch.autograd.grad(y.float().sum(), leaves):
+                assert gradient.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_follows_its_dtype(dtype: torch.dtype) -> None:
+    with cnnops.use_backend("cpu"), torch.autocast("cpu", dtype):
+        assert CF.conv2d(tensor(*X), tensor(*WEIGHT), groups=2).dtype == dtype
+        assert CF.conv2d(tensor(*X).double(), tensor(*WEIGHT).double(), groups=2).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_norms_and_pools(dtype: torch.dtype) -> None:
+    x, weight, bias = tensor(*X).to(dtype), tensor(6), tensor(6)
+    with cnnops.use_backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        assert CF.batch_norm(x, None, None, weight, bias, True).dtype == dtype
+        assert CF.batch_norm_act(x, None, None, weight, bias, True, 0.1, 1e-5).dtype == dtype
+        assert CF.max_pool2d(x, 2).dtype == dtype
+        assert CF.avg_pool2d(x, 2).dtype == dtype
+        assert CF.adaptive_avg_pool2d(x, 2).dtype == dtype
+
+
+# ---- fake tensors: the real shapes, dtypes and strides, without computing
+
+
+def _all_calls() -> list[Any]:
+    def conv(case: Any) -> Any:
+        return lambda x, weight: CF.conv2d(x, weight, **case.arguments())
+
+    calls = [(case.id, conv(case), case.x_shape, case.weight_shape) for case in of_suite(CONV2D, "corner") if case.C]
+    for case in of_suite(POOL2D, "corner"):
+        calls.append((case.id, lambda x, case=case: getattr(CF, case.op)(x, **case.arguments()), case.x_shape, None))
+    for case in of_suite(NORM, "corner"):
+        if case.training:
+            calls.append((case.id, lambda x: CF.batch_norm(x, None, None, training=True), case.x_shape, None))
+    return [pytest.param(*call[1:], id=call[0]) for call in calls]
+
+
+@pytest.mark.parametrize("function, x_shape, weight_shape", _all_calls())
+def test_fake_outputs_have_the_real_strides(function: Any, x_shape: Any, weight_shape: Any) -> None:
+    with cnnops.use_backend("cpu"):
+        for x_layout, weight_layout in itertools.product((*LAYOUTS, "transposed"), LAYOUTS if weight_shape else [""]):
+            tensors = [helpers.laid_out(torch.zeros(x_shape), x_layout)]
+            if weight_shape:
+                tensors.append(helpers.laid_out(torch.zeros(weight_shape), weight_layout))
+            real = function(*tensors)
+            with FakeTensorMode() as mode:
+                fake = function(*[mode.from_tensor(t) for t in tensors])
+            meta = function(*[t.to("meta") for t in tensors])
+            for found in (fake, meta):
+                assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
+
+
+# ---- the neighbours
+
+
+@on("conv2d_forward")
+def test_in_place_after_ours(backend: Backend) -> None:
+    """`out += shortcut; F.relu_(out)`, as residual networks have it."""
+    x, weight, shortcut = (t.to(backend.device) for t in (tensor(2, 8, 5, 6), tensor(8, 8, 3, 3), tensor(2, 8, 5, 6)))
+    gradients = []
+    for in_place in (True, False):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, shortcut)]
+        out = CF.conv2d(leaves[0], leaves[1], padding=1)
+        if in_place:
+            out += leaves[2]
+            F.relu_(out)
+        else:
+            out = F.relu(out + leaves[2])
+        gradients.append(torch.autograd.grad(out.sum(), leaves))
+    assert_all_same_bits(list(gradients[0]), list(gradients[1]))
+
+
+def test_in_place_after_batch_norm() -> None:
+    with cnnops.use_backend("cpu"):
+        found = []
+        for in_place in (True, False):
+            x, weight, bias = (tensor(*shape).requires_grad_() for shape in (X, (6,), (6,)))
+            out = CF.batch_norm(x, None, None, weight, bias, True)
+            out = F.relu_(out) if in_place else F.relu(out)
+            found.append(torch.autograd.grad(out.square().sum(), (x, weight, bias)))
+    assert_all_same_bits(list(found[0]), list(found[1]))
+
+
+def test_in_place_on_a_saved_output_is_refused() -> None:
+    """relu's derivative is read off y, so changing y must raise and not give a wrong gradient."""
+    with cnnops.use_backend("cpu"):
+        y = CF.conv2d_act(tensor(2, 8, 5, 6), tensor(8, 8, 3, 3).requires_grad_())
+        y.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_running_statistics_count_as_written() -> None:
+    """Batch norm writes them in place, and autograd must know."""
+    mean, var = torch.zeros(6), torch.ones(6)
+    before = mean._version, var._version
+    with cnnops.use_backend("cpu"):
+        CF.batch_norm(tensor(*X), mean, var, training=True)
+        assert mean._version > before[0]
+        assert var._version > before[1]
+        before = mean._version, var._version
+        CF.batch_norm(tensor(*X), mean, var, training=False)
+        assert (mean._version, var._version) == before
+
+
+@each_call
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(call: Call, reentrant: bool) -> None:
+    with cnnops.use_backend("cpu"):
+        expected = results(call.function, call.tensors())
+        got = results_of_backward(lambda *t: checkpoint(call.function, *t, use_reentrant=reentrant), call.tensors())
+    assert_all_same_bits(got, expected)
+
+
+def results_of_backward(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """As `results`, by .backward(): reentrant checkpoints know no other way."""
+    y = function(*tensors)
+    y.backward(helpers.like(y.detach(), helpers.generator("dy")))
+    return [y, *[t.grad for t in tensors]]
+
+
+@each_call
+def test_parameters_and_subclasses(call: Call) -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    with cnnops.use_backend("cpu"):
+        expected = call.function(*call.tensors()).detach()
+        assert_same_bits(call.function(*map(torch.nn.Parameter, call.tensors())).detach(), expected)
+        y = call.function(*[t.detach().as_subclass(Subclass) for t in call.tensors()])
+        assert isinstance(y, Subclass)
+        assert_same_bits(y.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if call.id in ("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")],
+    ids=lambda call: call.id,
+)  # fmt: skip
+def test_func_grad(call: Call) -> None:
+    """torch.func.grad goes through `functional`; its result is .backward()'s."""
+    with cnnops.use_backend("cpu"):
+        tensors = call.tensors()
+        expected = torch.autograd.grad(call.function(*tensors).sum(), tensors[0])[0]
+        got = torch.func.grad(lambda *t: call.function(*t).sum())(*[t.detach() for t in tensors])
+    assert_same_bits(got.contiguous(), expected.contiguous())
+
+
+def test_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight = tensor(2, 6, 8, 9).requires_grad_(), tensor(4, 6, 3, 3).requires_grad_()
+    totals = []
+    for library in (CF, F):
+        with FlopCounterMode(display=False) as counter:
+            library.conv2d(x, weight, padding=1).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+
+
+def test_private_names_of_torch() -> None:
+    """Each does what the registration relies on."""
+    assert not torch_private.dispatch_modes()
+    with Recorder():
+        assert torch_private.dispatch_modes()
+    assert not torch_private.function_modes()
+    with torch.overrides.TorchFunctionMode():
+        assert torch_private.function_modes()
+    transforming = []
+    torch.func.grad(lambda x: (transforming.append(torch_private.transforming()), x.sum())[1])(torch.ones(2))
+    assert [bool(t) for t in transforming] == [True]
+    assert not torch_private.transforming()
+    x = torch.ones(2, requires_grad=True)
+    with torch_private.below_autograd():
+        assert not (x * 2).requires_grad
+    with torch.autocast("cpu", torch.bfloat16), torch_private.exclude_keys(torch_private.autocast_keys("CPU")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
