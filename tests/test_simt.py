@@ -123,5 +123,6 @@ def test_every_conv2d_kernel_runs_and_is_counted(emulator: ModuleType) -> None:
     built = {name for name in json.loads(simt.library.build_info())["kernels"] if not name.startswith("copy_kernel")}
     ran = {name for name in counters["kernels"] if not name.startswith("copy_kernel")}
     assert ran == built
+    assert {"conv2d_forward_kernel<float>", "conv2d_backward_weight_kernel<BFloat16>"} <= built
     assert counters["launches"] == sum(counters["kernels"].values())
     assert all(counters[each] > 0 for each in ("blocks", "switches", "block_barriers", "warp_collectives"))

@@ -58,13 +58,16 @@ inline std::vector<KernelEntry>& launched_kernels() {
   return all;
 }
 
-// "conv2d_forward<float>", cut out of the compiler's own name for a function that has the kernel as template argument.
+// "conv2d_forward_kernel<float>", cut out of the compiler's own name for a function that has the kernel as template
+// argument. Namespaces are left out: nvcc gives the unnamed one a name of its own.
 inline std::string kernel_name(std::string signature) {
   const size_t begin = signature.find("kernel = ") + 9, end = signature.find_first_of(";]", begin);
   std::string name = signature.substr(begin, end - begin);
-  for (const char* scope :
-       {"cnnops::cuda::", "cnnops::simt::", "{anonymous}::", "(anonymous namespace)::", "<unnamed>::"})
-    for (size_t at; (at = name.find(scope)) != std::string::npos;) name.erase(at, std::string(scope).size());
+  for (size_t scope; (scope = name.find("::")) != std::string::npos;) {
+    const size_t before = name.find_last_of("<, ", scope);
+    const size_t first = before == std::string::npos ? 0 : before + 1;
+    name.erase(first, scope + 2 - first);
+  }
   return name;
 }
 
