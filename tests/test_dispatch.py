@@ -86,7 +86,8 @@ def test_named_only_backends_are_never_chosen() -> None:
         for dtype in DTYPES:
             problem = helpers.problem_of("conv2d_forward", case, dtype, "nchw", "cpu")
             chosen = dispatch.select("conv2d_forward", problem)
-            assert chosen.NAME == ("cpu" if case.C else "aten")
+            expected = "cpu" if case.C else "aten"
+            assert chosen.NAME == expected
             assert not chosen.named_only
 
 
@@ -242,7 +243,20 @@ def test_lower_isa_levels(level: str) -> None:
     program = f"import cnnops; assert cnnops.info()['backends']['cpu']['built']['isa'] == {level!r}"
     assert python(program, CNNOPS_CPU_ISA=level).returncode == 0
     files = [str(TESTS / f"test_{stem}.py") for stem in ("conv2d", "conv2d_act", "pool2d", "batch_norm")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "quick", "-k", "cpu", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "quick",
+        "-k",
+        "cpu",
+        *files,
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(cnnops.__file__).parents[1]), "CNNOPS_CPU_ISA": level}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:]
