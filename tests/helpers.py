@@ -44,7 +44,7 @@ def device_of(row: Any) -> str:
 BACKENDS = tuple(
     row.NAME for row in dispatch.BACKENDS if row.NAME != "aten" and (row.NAME != "cuda" or torch.cuda.is_available())
 )
-"""The rows that the tests cover: all but ATen, which is what they compare with. A row that is missing its build fails."""
+"""The rows that the tests cover: all but ATen, which is what they compare with. A row without its build fails."""
 
 
 def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
@@ -115,6 +115,10 @@ def _item_features(item: Item) -> dict[str, Hashable]:
     return {**case.features(), "dtype": str(dtype), "layout": layout}
 
 
+def _case_features(item: Item) -> dict[str, Hashable]:
+    return _item_features(item) | {"case": item[0].id}
+
+
 def _emulated_flops(case: Any) -> int:
     return case.flops + FLOPS_OF_A_GROUP * case.groups if isinstance(case, Conv2dCase) else 0
 
@@ -125,9 +129,9 @@ def cross(
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> list[Any]:
-    """Parameters (backend, case, dtype, layout): the whole product on a native backend, a pairwise subset elsewhere.
+    """Parameters (backend, case, dtype, layout): the whole product on a native backend, pairwise subsets elsewhere.
 
-    What a backend refuses is left out (test_dispatch.py holds what it may not refuse). The rest of an emulated backend's
+    What a backend refuses is left out; test_dispatch.py holds what it may not refuse. The rest of an emulated backend's
     product is marked slow; a pairwise subset of the CPU's is marked quick.
     """
     parameters = []
@@ -139,8 +143,7 @@ def cross(
             items = [item for item in items if _emulated_flops(item[0]) <= 20 * EMULATED_FLOPS[name]]
             small = [item for item in items if _emulated_flops(item[0]) <= EMULATED_FLOPS[name]]
             # The emulator is quick enough for each case in each dtype and in each layout; the interpreter is not.
-            each = name == "simt"
-            usual = pairwise(small, lambda item: _item_features(item) | ({"case": item[0].id} if each else {}))
+            usual = pairwise(small, _case_features if name == "simt" else _item_features)
             quick = usual[:: max(1, len(usual) // 4)]
         else:
             usual, quick = items, pairwise(items, _item_features)
@@ -155,7 +158,7 @@ def cross(
 def over(function: str, cases: Sequence[Any], layouts: Sequence[str] = LAYOUTS, dtypes: Sequence[Any] = DTYPES) -> Any:
     """The decorator that runs a test over `cross`; "backend" goes through the fixture of that name."""
     parameters = cross(function, cases, layouts, dtypes)
-    return pytest.mark.parametrize("backend, case, dtype, layout", parameters, indirect=["backend"])
+    return pytest.mark.parametrize(("backend", "case", "dtype", "layout"), parameters, indirect=["backend"])
 
 
 # ---- inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find, networks, of_suite, pairwise
 from helpers import Backend, emulated, on, over, torch_conv2d
 from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
-
-import cnnops.functional as CF
 
 NAMES = ("x", "weight", "bias")
 CORNERS = of_suite(CONV2D, "corner")
@@ -216,7 +215,7 @@ def test_double_backward(backend: Backend, case: Conv2dCase, dtype: torch.dtype,
     dy = helpers.gradient_for(torch_conv2d(case), inputs)
     random = helpers.generator("directions of " + case.id)
     directions = [None if t is None else helpers.like(t, random) for t in inputs]
-    names = ["ddy"] + helpers.result_names(NAMES, inputs)[1:]
+    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
     helpers.check_multilinear(
         our_conv2d(case), torch_conv2d(case), names, inputs, dy, directions, compute=helpers.evaluate_twice
     )

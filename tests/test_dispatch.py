@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -19,7 +20,6 @@ from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
-import cnnops.functional as CF
 from cnnops import dispatch, settings
 
 TESTS = Path(__file__).parent
@@ -72,7 +72,7 @@ def test_the_cpu_backend_refuses_nothing() -> None:
                 assert helpers.supports("cpu", function, case, dtype), f"{function} of {case} in {dtype}"
 
 
-@pytest.mark.parametrize("name, dtypes", [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
+@pytest.mark.parametrize(("name", "dtypes"), [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
 def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     for case in of_suite(CONV2D, "corner"):
         for dtype in dtypes if case.C else ():
@@ -87,7 +87,7 @@ def test_named_only_backends_are_never_chosen() -> None:
             problem = helpers.problem_of("conv2d_forward", case, dtype, "nchw", "cpu")
             chosen = dispatch.select("conv2d_forward", problem)
             expected = "cpu" if case.C else "aten"
-            assert chosen.NAME == expected
+            assert expected == chosen.NAME
             assert not chosen.named_only
 
 
