@@ -465,10 +465,14 @@ _CNN_POOLS = (
     _avg("avg3x3-192@28-s1", (32, 192, 28, 28), (3, 3), (1, 1), padding=(1, 1)),
 )
 
-POOL2D: tuple[Pool2dCase, ...] = tuple(
-    replace(case, id=f"{case.op.removesuffix('_pool2d')}/{case.id}")
-    for case in (*_MAX_CORNERS, *_AVG_CORNERS, *_ADAPTIVE_CORNERS)
-) + (*_suite("resnet", _RESNET_POOLS), *_suite("pools", _CNN_POOLS))
+POOL2D: tuple[Pool2dCase, ...] = (
+    *tuple(
+        replace(case, id=f"{case.op.removesuffix('_pool2d')}/{case.id}")
+        for case in (*_MAX_CORNERS, *_AVG_CORNERS, *_ADAPTIVE_CORNERS)
+    ),
+    *_suite("resnet", _RESNET_POOLS),
+    *_suite("pools", _CNN_POOLS),
+)
 
 NORM: tuple[NormCase, ...] = (
     NormCase("train", 4, 6, (5, 7)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -20,9 +20,10 @@ from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# How large a problem the backends that run on a CPU in place of their device take in `make test`; both do some hundred
-# MFLOP/s at best, and pay for whole tiles.
+# What a problem may cost, in FLOPs, for the backends that run on a CPU in place of their device. Both do some hundred
+# MFLOP/s at best; a group costs at least one tile, however little of it is used.
 EMULATED_FLOPS = {"simt": 1_500_000, "triton": 300_000}
+FLOPS_OF_A_GROUP = 20_000
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,18 @@ def device_of(row: Any) -> str:
 BACKENDS = tuple(
     row.NAME for row in dispatch.BACKENDS if row.NAME != "aten" and (row.NAME != "cuda" or torch.cuda.is_available())
 )
-"""The rows that the tests cover: all but ATen, which is what they compare with. A row that is missing its build fails."""
+"""The rows that the tests cover: all but ATen, which is what they compare with. A row without its build fails."""
 
 
 def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
     """The problem that a case is to a backend; what `functional` does to the arguments first is of no concern here."""
-    x = laid_out(torch.empty(case.x_shape, dtype=dtype, device=device), layout)
+    return replace(
+        _problem_of(function, case, laid_out(torch.empty(case.x_shape, dtype=dtype, device="meta"), layout), layout),
+        device=device,
+    )
+
+
+def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
     if isinstance(case, Conv2dCase):
         weight = laid_out(x.new_empty(case.weight_shape), layout)
         bias = x.new_empty(case.K) if case.bias else None
@@ -108,15 +115,23 @@ def _item_features(item: Item) -> dict[str, Hashable]:
     return {**case.features(), "dtype": str(dtype), "layout": layout}
 
 
+def _case_features(item: Item) -> dict[str, Hashable]:
+    return _item_features(item) | {"case": item[0].id}
+
+
+def _emulated_flops(case: Any) -> int:
+    return case.flops + FLOPS_OF_A_GROUP * case.groups if isinstance(case, Conv2dCase) else 0
+
+
 def cross(
     function: str,
     cases: Sequence[Conv2dCase] | Sequence[Pool2dCase] | Sequence[NormCase],
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> list[Any]:
-    """Parameters (backend, case, dtype, layout): the whole product on a native backend, a pairwise subset elsewhere.
+    """Parameters (backend, case, dtype, layout): the whole product on a native backend, pairwise subsets elsewhere.
 
-    What a backend refuses is left out (test_dispatch.py holds what it may not refuse). The rest of an emulated backend's
+    What a backend refuses is left out; test_dispatch.py holds what it may not refuse. The rest of an emulated backend's
     product is marked slow; a pairwise subset of the CPU's is marked quick.
     """
     parameters = []
@@ -125,9 +140,10 @@ def cross(
             item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
         ]
         if emulated(name):
-            items = [item for item in items if item[0].flops <= 20 * EMULATED_FLOPS[name]]
-            small = [item for item in items if item[0].flops <= EMULATED_FLOPS[name]]
-            usual = pairwise(small, _item_features)
+            items = [item for item in items if _emulated_flops(item[0]) <= 20 * EMULATED_FLOPS[name]]
+            small = [item for item in items if _emulated_flops(item[0]) <= EMULATED_FLOPS[name]]
+            # The emulator is quick enough for each case in each dtype and in each layout; the interpreter is not.
+            usual = pairwise(small, _case_features if name == "simt" else _item_features)
             quick = usual[:: max(1, len(usual) // 4)]
         else:
             usual, quick = items, pairwise(items, _item_features)
@@ -142,7 +158,7 @@ def cross(
 def over(function: str, cases: Sequence[Any], layouts: Sequence[str] = LAYOUTS, dtypes: Sequence[Any] = DTYPES) -> Any:
     """The decorator that runs a test over `cross`; "backend" goes through the fixture of that name."""
     parameters = cross(function, cases, layouts, dtypes)
-    return pytest.mark.parametrize("backend, case, dtype, layout", parameters, indirect=["backend"])
+    return pytest.mark.parametrize(("backend", "case", "dtype", "layout"), parameters, indirect=["backend"])
 
 
 # ---- inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -12,8 +13,6 @@ from activations import ACTIVATIONS, away_from_kinks
 from cases import LAYOUTS, NORM, VIEWS, NormCase, find, networks, of_suite
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
-
-import cnnops.functional as CF
 
 CORNERS = of_suite(NORM, "corner")
 KINDS = tuple(find(NORM, id) for id in ("train", "train-ragged", "eval", "train-bare"))
@@ -283,6 +282,6 @@ def test_double_backward_is_float64s(backend: Backend) -> None:
         )
         magnitude = magnitudes(case, inputs, state, dy)
         most = max(magnitude["y"].max().item(), magnitude["dx"].max().item()) ** 2
-        names = ["ddy"] + helpers.result_names(NAMES, inputs)[1:]
+        names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
         for name, a, b, c in zip(names, got, same_dtype, reference, strict=True):
             assert_close(a, b, c, c.abs() + most, case.count, name)

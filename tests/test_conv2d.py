@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find, networks, of_suite, pairwise
 from helpers import Backend, emulated, on, over, torch_conv2d
 from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
-
-import cnnops.functional as CF
 
 NAMES = ("x", "weight", "bias")
 CORNERS = of_suite(CONV2D, "corner")
@@ -153,7 +152,7 @@ def broken_terms(
 
 @on("conv2d_forward")
 def test_unbatched(backend: Backend) -> None:
-    for case in KINDS:
+    for case in KINDS[:1] if emulated(backend.name) else KINDS:
         x, weight, bias = helpers.conv2d_inputs(case.with_batch(1), torch.float32, "nchw", backend.device)
         check(case, (x[0], weight, bias))
 
@@ -179,7 +178,7 @@ def test_each_gradient_alone(backend: Backend, case: Conv2dCase, dtype: torch.dt
     dy = helpers.gradient_for(lambda *t: torch_conv2d(case)(*t, *[None] * (3 - len(t))), inputs)
     together = helpers.evaluate(lambda *t: our_conv2d(case)(*t, *[None] * (3 - len(t))), inputs, dy)[1:]
     for wanted in itertools.product([False, True], repeat=len(inputs)):
-        if any(wanted):
+        if any(wanted) and (sum(wanted) == 1 or not emulated(backend.name)):
             leaves = [t.detach().requires_grad_(need) for t, need in zip(inputs, wanted, strict=True)]
             y = our_conv2d(case)(*leaves, *[None] * (3 - len(leaves)))
             alone = torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy)
@@ -210,13 +209,13 @@ def test_gradcheck(backend: Backend, case: Conv2dCase) -> None:
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-@over("conv2d_backward", SMALL, ["channels_last"], [torch.float32])
+@over("conv2d_backward", SMALL[::3], ["channels_last"], [torch.float32])
 def test_double_backward(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     dy = helpers.gradient_for(torch_conv2d(case), inputs)
     random = helpers.generator("directions of " + case.id)
     directions = [None if t is None else helpers.like(t, random) for t in inputs]
-    names = ["ddy"] + helpers.result_names(NAMES, inputs)[1:]
+    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
     helpers.check_multilinear(
         our_conv2d(case), torch_conv2d(case), names, inputs, dy, directions, compute=helpers.evaluate_twice
     )

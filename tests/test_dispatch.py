@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -19,7 +20,6 @@ from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
-import cnnops.functional as CF
 from cnnops import dispatch, settings
 
 TESTS = Path(__file__).parent
@@ -72,7 +72,7 @@ def test_the_cpu_backend_refuses_nothing() -> None:
                 assert helpers.supports("cpu", function, case, dtype), f"{function} of {case} in {dtype}"
 
 
-@pytest.mark.parametrize("name, dtypes", [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
+@pytest.mark.parametrize(("name", "dtypes"), [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
 def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
     for case in of_suite(CONV2D, "corner"):
         for dtype in dtypes if case.C else ():
@@ -86,16 +86,17 @@ def test_named_only_backends_are_never_chosen() -> None:
         for dtype in DTYPES:
             problem = helpers.problem_of("conv2d_forward", case, dtype, "nchw", "cpu")
             chosen = dispatch.select("conv2d_forward", problem)
-            assert chosen.NAME == ("cpu" if case.C else "aten")
+            expected = "cpu" if case.C else "aten"
+            assert expected == chosen.NAME
             assert not chosen.named_only
 
 
 def test_a_named_backend_refuses_rather_than_falls_back() -> None:
-    with cnnops.use_backend("simt"), pytest.raises(dispatch.UnsupportedError, match="max_pool2d.*simt: .+"):
+    with cnnops.use_backend("simt"), pytest.raises(dispatch.UnsupportedError, match=r"max_pool2d.*simt: .+"):
         CF.max_pool2d(X, 2)
     with cnnops.use_backend("cpu"), pytest.raises(dispatch.UnsupportedError, match="int64"):
         CF.conv2d(X.long(), WEIGHT.long())
-    with cnnops.use_backend("cuda"), pytest.raises(dispatch.UnsupportedError, match="cuda: .*cpu"):
+    with cnnops.use_backend("cuda"), pytest.raises(dispatch.UnsupportedError, match=r"cuda: .*cpu"):
         CF.conv2d(X, WEIGHT)
 
 
@@ -242,7 +243,20 @@ def test_lower_isa_levels(level: str) -> None:
     program = f"import cnnops; assert cnnops.info()['backends']['cpu']['built']['isa'] == {level!r}"
     assert python(program, CNNOPS_CPU_ISA=level).returncode == 0
     files = [str(TESTS / f"test_{stem}.py") for stem in ("conv2d", "conv2d_act", "pool2d", "batch_norm")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "quick", "-k", "cpu", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "quick",
+        "-k",
+        "cpu",
+        *files,
+    ]
     env = {**os.environ, "PYTHONPATH": str(Path(cnnops.__file__).parents[1]), "CNNOPS_CPU_ISA": level}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-4000:]

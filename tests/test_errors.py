@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import cnnops.functional as CF
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnops
-import cnnops.functional as CF
 from cnnops import nn as cnn
 
 OURS, TORCHS = SimpleNamespace(F=CF, nn=cnn), SimpleNamespace(F=F, nn=nn)
@@ -239,12 +239,12 @@ def test_wrong_fused_call(op: str, id: str) -> None:
     else:
         activation = "gelu"
         expected = ValueError, ("activation", "gelu", "relu", "silu")
+    calls = {
+        "conv2d_act": lambda: CF.conv2d_act(x, zeros(4, 4, 1, 1), residual=residual, activation=activation),
+        "batch_norm_act": lambda: CF.batch_norm_act(x, *[torch.ones(4)] * 4, False, 0.1, 1e-5, residual, activation),
+    }
     with pytest.raises(expected[0]) as raised:
-        if op == "conv2d_act":
-            CF.conv2d_act(x, zeros(4, 4, 1, 1), residual=residual, activation=activation)
-        else:
-            ones = torch.ones(4)
-            CF.batch_norm_act(x, ones, ones, ones, ones, False, 0.1, 1e-5, residual, activation)
+        calls[op]()
     for word in expected[1]:
         assert word in str(raised.value)
 
@@ -259,7 +259,7 @@ def test_nothing_runs_before_the_check() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="cpu.*'cdna'"):
+    with pytest.raises(ValueError, match=r"cpu.*'cdna'"):
         cnnops.use_backend("cdna")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_layout
-
-import cnnops.functional as CF
 
 OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
 CORNERS = of_suite(POOL2D, "corner")
@@ -122,6 +121,7 @@ def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layo
         assert_exact(y.cpu(), getattr(F, name)(x.cpu().double(), **arguments), name)
 
 
+@pytest.mark.quick
 @on("max_pool2d_forward")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,4 +1,4 @@
-"""Whole configurations drawn at random, every pass compared with float64 torch. The CPU backend: the others are slow."""
+"""Whole configurations drawn at random, every pass compared with float64 torch, on the CPU backend: others are slow."""
 
 from __future__ import annotations
 

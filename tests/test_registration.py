@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import cnnops.functional as CF
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, NORM, POOL2D, of_suite
+from cnnops.ops import torch_private
 from helpers import Backend, on
 from tolerance import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,9 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cnnops
-import cnnops.functional as CF
 from cnnops.geometry import ACTIVATIONS
-from cnnops.ops import torch_private
 
 GEOMETRY = (2, 1, 1, 0, 1, 2, 2)  # stride, padding, dilation, groups
 WINDOW = (3, 2, 2, 1, 1, 0)  # kernel, stride, padding
@@ -386,7 +386,7 @@ def _all_calls() -> list[Any]:
     return [pytest.param(*call[1:], id=call[0]) for call in calls]
 
 
-@pytest.mark.parametrize("function, x_shape, weight_shape", _all_calls())
+@pytest.mark.parametrize(("function", "x_shape", "weight_shape"), _all_calls())
 def test_fake_outputs_have_the_real_strides(function: Any, x_shape: Any, weight_shape: Any) -> None:
     with cnnops.use_backend("cpu"):
         for x_layout, weight_layout in itertools.product((*LAYOUTS, "transposed"), LAYOUTS if weight_shape else [""]):

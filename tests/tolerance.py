@@ -9,8 +9,8 @@ can do. The other terms are the floor below which no demand makes sense: the rou
 unit in the last place (u), and the rounding of a sum of `length` products made in the accumulation type (u_acc), whose
 worst case for a pairwise sum is log2(length) times the sum of the products' magnitudes.
 
-Fused ops store an intermediate in the activations' dtype, and may store another one than torch does. Its roundings, half a unit
-each and independent, add 4 u magnitude / sqrt(length): four standard deviations of their sum.
+Fused ops store an intermediate in the activations' dtype, and may store another one than torch does. Its roundings,
+half a unit each and independent, add 4 u magnitude / sqrt(length): four standard deviations of their sum.
 """
 
 from __future__ import annotations
