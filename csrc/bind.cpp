@@ -182,6 +182,10 @@ OptionalTensor vector(const OptionalTensor& t, ScalarType dtype, Stream stream) 
 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
+void zero_elements(const Tensor& t) {
+  if (t.numel()) torch::stable::zero_(const_cast<Tensor&>(t));
+}
+
 // A result that kernels write as dense NHWC of one dtype and the caller sees in the layout and dtype it expects.
 class Output {
  public:
@@ -192,6 +196,7 @@ class Output {
 
   void* data() const { return dense_.data_ptr(); }
   int64_t numel() const { return result_.numel(); }
+  void zero() const { zero_elements(dense_); }
   Tensor finish(Stream stream) const {
     if (dense_.data_ptr() != result_.data_ptr()) copy(dense_, result_, stream);
     return result_;
@@ -200,10 +205,6 @@ class Output {
  private:
   Tensor result_, dense_;
 };
-
-void zero(const Tensor& t) {
-  if (t.numel()) torch::stable::zero_(const_cast<Tensor&>(t));
-}
 
 // Scratch memory for one call. On CUDA a tensor, so that the stream and graph capture know it; on the CPU a block that
 // each thread keeps for its next call, unless it is larger than the cap.
@@ -321,8 +322,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
     dense_dbias = x.scalar_type() == compute ? dbias : empty(dbias->sizes(), compute, x, false);
   }
   if (dy.numel() == 0) {
-    if (dweight) zero(dweight->finish(launch));
-    if (dbias) zero(*dbias);
+    if (dweight) dweight->zero();
+    if (dbias) zero_elements(*dbias);
   } else if (need_dx || need_dweight || need_dbias) {
     const Tensor dense_dy = nhwc(dy, compute, launch);
     const OptionalTensor dense_x = need_dweight ? OptionalTensor(nhwc(x, compute, launch)) : std::nullopt;
@@ -472,7 +473,7 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool
   const Launch launch(dy);
   const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
   if (dy.numel() == 0) {
-    zero(dx.finish(launch));
+    dx.zero();
   } else {
     kernels().adaptive_avg_pool2d_backward(pool2d_problem(dy, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
                                            nhwc(dy, dy.scalar_type(), launch).data_ptr(), dx.data(), launch);
@@ -514,8 +515,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, Optio
   const Tensor y = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
   const Tensor mean = empty(channels, acc, x, false), rstd = empty(channels, acc, x, false);
   if (y.numel() == 0) {
-    zero(mean);
-    zero(rstd);
+    zero_elements(mean);
+    zero_elements(rstd);
     return {y, mean, rstd};
   }
   const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
@@ -546,8 +547,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
   if (need_dweight) dweight = empty(channels, acc, x, false);
   if (need_dbias) dbias = empty(channels, acc, x, false);
   if (x.numel() == 0) {
-    if (dweight) zero(*dweight);
-    if (dbias) zero(*dbias);
+    if (dweight) zero_elements(*dweight);
+    if (dbias) zero_elements(*dbias);
   } else {
     const bool channels_last = problem.channels_last;
     const Tensor dense_dy = norm_layout(dy, channels_last, launch), dense_x = norm_layout(x, channels_last, launch);

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, NORM, POOL2D, of_suite
-from cnnops.ops import torch_private
+from cnnops import torch_private
 from helpers import Backend, on
 from tolerance import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -9,7 +9,7 @@ import torch
 
 from ..geometry import Conv2dProblem
 from . import Support, no
-from .native import Library, Problem, within_limits
+from .native import INT_MAX, Library, Problem, within_limits
 
 NAME = "cuda"
 devices = ("cuda",)
@@ -45,4 +45,6 @@ def supports(function: str, problem: Problem) -> Support:
         return no(f"{problem.dtype} is not one of float32, bfloat16, float16")
     if problem.C == 0:
         return no("a convolution without input channels has nothing to sum")
+    if problem.R * problem.S * max(problem.C, problem.K) // problem.groups > INT_MAX - 2**16:
+        return no(f"a sum of {problem.R * problem.S * max(problem.C, problem.K) // problem.groups} terms")
     return within_limits(problem)
