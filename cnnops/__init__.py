@@ -3,6 +3,6 @@
 from . import functional, nn, settings
 from .dispatch import UnsupportedError, use_backend
 from .explain import explain, info
+from .version import __version__
 
-__version__ = "0.1.0"
-__all__ = ["UnsupportedError", "explain", "functional", "info", "nn", "settings", "use_backend"]
+__all__ = ["UnsupportedError", "__version__", "explain", "functional", "info", "nn", "settings", "use_backend"]

@@ -70,6 +70,8 @@ def consider(backend: ModuleType, function: str, problem: Problem) -> Support:
 
 def verdicts(function: str, problem: Problem, named: str = "") -> Iterator[tuple[ModuleType, Support]]:
     """Every backend that may be asked, in order, and what it says."""
+    if named and named not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {named!r}")
     for backend in (NAMES[named],) if named else BACKENDS:
         if backend.named_only and not named:
             yield backend, no("is used only by name")
@@ -79,8 +81,6 @@ def verdicts(function: str, problem: Problem, named: str = "") -> Iterator[tuple
 
 def select(function: str, problem: Problem, named: str = "") -> ModuleType:
     """The first backend that supports the call; only the named one where a name is given."""
-    if named and named not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {named!r}")
     refusals: list[str] = []
     for backend, support in verdicts(function, problem, named):
         if support.ok and (backend is not aten or named or not settings.strict):

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import dispatch, settings
 from .backends import Support, aten
 from .backends.native import Library, Problem
 from .ops.registry import observers
+from .torch_private import FakeTensorMode
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,6 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 def info() -> dict[str, Any]:
     """What is built, what is usable here, and what is missing and how to get it; `cnnops info` prints it."""
-    from . import __version__
-
     backends = {}
     for backend in dispatch.BACKENDS:
         usable: Support = backend.usable()

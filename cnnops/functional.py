@@ -56,6 +56,11 @@ def _check_tensor(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} must be a Tensor, but got {type(value).__name__}")
 
 
+def _check_groups(function: str, groups: Any) -> None:
+    if not isinstance(groups, (int, SymInt)):
+        raise TypeError(f"{function}: groups must be an int, but got groups={groups!r}")
+
+
 def _padding(
     function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -100,6 +105,8 @@ def conv2d(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _check_tensor("conv2d", "input", input)
         _check_tensor("conv2d", "weight", weight)
+    if type(groups) is not int:
+        _check_groups("conv2d", groups)
     stride_h, stride_w = (stride, stride) if type(stride) is int else _pair("conv2d", "stride", stride)
     dilation_h, dilation_w = (dilation, dilation) if type(dilation) is int else _pair("conv2d", "dilation", dilation)
     batched = input.dim() != 3
@@ -132,6 +139,7 @@ def conv2d_act(
     """
     _check_tensor("conv2d_act", "x", x)
     _check_tensor("conv2d_act", "weight", weight)
+    _check_groups("conv2d_act", groups)
     stride, dilation = _pair("conv2d_act", "stride", stride), _pair("conv2d_act", "dilation", dilation)
     batch = x.unsqueeze(0) if x.dim() == 3 else x
     if residual is not None and x.dim() == 3:
@@ -218,9 +226,11 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int 
     if input.dim() in (3, 4) and len(sizes) == 2:
         sizes = tuple(extent if size is None else size for size, extent in zip(sizes, input.shape[-2:], strict=True))
     P, Q = _pair("adaptive_avg_pool2d", "output_size", sizes)
-    x = input.unsqueeze(0) if input.dim() == 3 else input
+    x = input
+    if input.dim() == 3 or (input.dim() == 2 and P == Q == 1):  # to a single value torch takes a bare plane as well
+        x = input[(None,) * (4 - input.dim())]
     y: Tensor = _adaptive_avg_pool2d(x, P, Q, scope.backend)
-    return y.squeeze(0) if input.dim() == 3 else y
+    return y.reshape(*input.shape[:-2], *y.shape[2:]) if x is not input else y
 
 
 def batch_norm(

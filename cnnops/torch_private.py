@@ -7,6 +7,19 @@ from typing import Any
 
 from torch import _C
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+__all__ = [
+    "FakeTensorMode",
+    "autocast_keys",
+    "autocasting",
+    "below_autograd",
+    "dispatch_modes",
+    "exclude_keys",
+    "function_modes",
+    "transforming",
+    "unwrapped",
+]
 
 below_autograd = _C._AutoDispatchBelowAutograd
 """Context: dispatch to the kernels below the autograd keys."""

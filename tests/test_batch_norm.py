@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -13,6 +12,8 @@ from activations import ACTIVATIONS, away_from_kinks
 from cases import LAYOUTS, NORM, VIEWS, NormCase, find, networks, of_suite
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
+
+import cnnops.functional as CF
 
 CORNERS = of_suite(NORM, "corner")
 KINDS = tuple(find(NORM, id) for id in ("train", "train-ragged", "eval", "train-bare"))

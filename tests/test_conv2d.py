@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find, networks, of_suite, pairwise
 from helpers import Backend, emulated, on, over, torch_conv2d
 from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
+
+import cnnops.functional as CF
 
 NAMES = ("x", "weight", "bias")
 CORNERS = of_suite(CONV2D, "corner")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -13,6 +12,8 @@ from activations import ACTIVATIONS, away_from_kinks
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
+
+import cnnops.functional as CF
 
 NAMES = ("x", "weight", "bias", "residual")
 KINDS = tuple(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -14,6 +13,7 @@ from helpers import DTYPES, Backend, on
 from tolerance import assert_same_bits
 
 import cnnops
+import cnnops.functional as CF
 from cnnops.geometry import ACTIVATIONS
 
 # Large enough that the work is shared among threads, ragged enough that it does not divide evenly.

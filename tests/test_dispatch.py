@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -20,6 +19,7 @@ from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
+import cnnops.functional as CF
 from cnnops import dispatch, settings
 
 TESTS = Path(__file__).parent

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import cnnops.functional as CF
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnops
+import cnnops.functional as CF
 from cnnops import nn as cnn
 
 OURS, TORCHS = SimpleNamespace(F=CF, nn=cnn), SimpleNamespace(F=F, nn=nn)

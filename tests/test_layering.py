@@ -16,7 +16,7 @@ PACKAGE = Path(cnnops.__file__).parent
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 LAYERS = (
-    {"geometry", "settings", "tuning", "torch_private"},
+    {"geometry", "settings", "tuning", "torch_private", "version"},
     {"backends"},
     {"dispatch"},
     {"ops"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_layout
+
+import cnnops.functional as CF
 
 OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
 CORNERS = of_suite(POOL2D, "corner")

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import cnnops.functional as CF
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, NORM, POOL2D, of_suite
-from cnnops import torch_private
 from helpers import Backend, on
 from tolerance import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cnnops
+import cnnops.functional as CF
+from cnnops import torch_private
 from cnnops.geometry import ACTIVATIONS
 
 GEOMETRY = (2, 1, 1, 0, 1, 2, 2)  # stride, padding, dilation, groups

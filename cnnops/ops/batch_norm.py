@@ -172,6 +172,11 @@ def _fake_backward(
     )
 
 
+def _written(*args: Any) -> list[Tensor]:
+    running, training = args[4:6], args[6]
+    return [t for t in running if t is not None] if training else []
+
+
 batch_norm_act = register(
     "batch_norm_act",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -181,7 +186,7 @@ batch_norm_act = register(
     describe=_describe,
     fake=_fake,
     function=BatchNormAct,
-    mutates=(4, 5),
+    written=_written,
 )
 batch_norm_act_backward = register(
     "batch_norm_act_backward",

@@ -113,7 +113,7 @@ def _describe_adaptive(x: Tensor, P: int, Q: int, *_: Any) -> Pool2dProblem:
 
 
 def _six(v: Any) -> tuple[int, int, int, int, int, int]:
-    return tuple(v)  # type: ignore[return-value]
+    return tuple(v)
 
 
 def _of_gradient(name: str, dy: Tensor, H: int, W: int, channels_last: bool, window: Any) -> Pool2dProblem:

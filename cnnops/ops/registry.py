@@ -76,6 +76,17 @@ def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _marking(kernel: Callable[..., Any], written: Callable[..., list[Tensor]]) -> Callable[..., Any]:
+    """`kernel`, telling autograd which tensors each call has written to."""
+
+    def run(*args: Any) -> Any:
+        result = kernel(*args)
+        torch.autograd.graph.increment_version(written(*args))
+        return result
+
+    return run
+
+
 def register(
     name: str,
     schema: str,
@@ -86,28 +97,22 @@ def register(
     fake: Callable[..., Any],
     function: type[Function] | None = None,
     autocast: bool = False,
-    mutates: Sequence[int] = (),
+    written: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., Any]:
     """Register ``cnnops::<name>`` and return it as a Python callable that enters the same code faster.
 
     schema: "(arguments) -> results"; the first `tensors` arguments are the tensors, the last is ``str backend``.
     kernel: the backends' function. describe(*args): checks a call and describes its problem.
     fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the gradient formula, None
-    for an op without gradient. autocast: cast floating tensors to the autocast dtype. mutates: positions of the
-    tensors that the op writes to.
+    for an op without gradient. autocast: cast floating tensors to the autocast dtype. written(*args): the
+    tensors that a call writes to.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.cnnops, name).default
     run_kernel = kernel_of(kernel, tensors, describe)
 
-    if mutates:
-        plain_kernel = run_kernel
-
-        def run_kernel(*args: Any) -> Any:
-            result = plain_kernel(*args)
-            written = [args[i] for i in mutates if args[i] is not None]
-            torch.autograd.graph.increment_version(written)
-            return result
+    if written is not None:
+        run_kernel = _marking(run_kernel, written)
 
     def run_below(*args: Any) -> Any:
         with below_autograd():

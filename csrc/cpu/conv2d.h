@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "../kernels.h"
+#include "activation.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -158,35 +159,7 @@ inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
   return any;
 }
 
-template <class T, class F>
-inline Vec<T> map_lanes(Vec<T> v, const F& f) {
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = f(v[i]);
-  return v;
-}
-
 // NaN stays NaN and -0.0 stays -0.0 through the comparisons, as in torch.
-template <class T>
-inline Vec<T> activate(Activation activation, Vec<T> v) {
-  const Vec<T> zero{}, three = splat(T{3}), six = splat(T{6});
-  const auto clamp6 = [&](Vec<T> u) { return u < zero ? zero : u > six ? six : u; };
-  const auto sigmoid = [](T z) { return 1 / (1 + std::exp(-z)); };
-  switch (activation) {
-    case Activation::kNone:
-      return v;
-    case Activation::kRelu:
-      return v < zero ? zero : v;
-    case Activation::kRelu6:
-      return clamp6(v);
-    case Activation::kSilu:
-      return map_lanes<T>(v, [&](T z) { return z * sigmoid(z); });
-    case Activation::kHardswish:
-      return v * clamp6(v + three) / six;
-    case Activation::kSigmoid:
-      return map_lanes<T>(v, sigmoid);
-  }
-  return v;
-}
-
 // `count` lanes that lie `stride` apart.
 template <class T>
 inline Vec<T> read_lanes(const T* p, int64_t stride, int count) {
@@ -211,7 +184,7 @@ template <class T>
 inline void finish(const Epilogue& epilogue, Vec<T> sum, T* y, int64_t at, int64_t channel, int64_t stride, int count) {
   if (epilogue.bias) sum += read_lanes(static_cast<const T*>(epilogue.bias) + channel, stride, count);
   if (epilogue.residual) sum += read_lanes(static_cast<const T*>(epilogue.residual) + at, stride, count);
-  write_lanes(y + at, activate<T>(epilogue.activation, sum), stride, count);
+  write_lanes(y + at, activate(epilogue.activation, sum), stride, count);
 }
 
 // sum[row][i] = slabs[0][row][i] + slabs[1][row][i] + ..., in that order. A slab has `size` elements, its rows lie
