@@ -7,7 +7,9 @@ Exit status 0: done; 2: a bad argument, a missing data set or package, a checkpo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import signal
 import sys
 import time
@@ -136,6 +138,64 @@ def _print_result(trainer: Trainer) -> None:
     print(f"test accuracy {100 * trainer.history[-1].test_accuracy:.2f} %")
 
 
+def info(options: argparse.Namespace) -> int:
+    import cnnops
+
+    found = cnnops.info()
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    device = found["cuda_device"] or "no CUDA device"
+    print(f"cnnops {found['cnnops']}, torch {found['torch']}, Python {found['python']}")
+    print(f"{found['cpu_threads']} CPU threads, {device}\n")
+    for name, backend in found["backends"].items():
+        state = "usable" if backend["usable"] else "not usable"
+        note = f" ({backend['note']})" if "note" in backend else ""
+        print(f"{name:8s}{state:12s}{' and '.join(backend['devices'])} tensors{note}")
+        if "why_not" in backend:
+            print(f"{'':8s}{backend['why_not']}")
+        for key, value in backend.get("built", {}).items():
+            if key == "kernels":
+                value = f"{len(value)} (--json lists them)"
+            if key not in ("backend", "flags", "resources"):
+                print(f"{'':8s}{key}: {', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    import torch
+
+    import cnnops
+    from cnnops import functional as CF
+
+    arguments = {name: value for name, value in vars(options).items() if name in _GEOMETRY and value is not None}
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    try:
+        x = torch.empty(options.input, dtype=getattr(torch, options.dtype), device=options.device)
+        x = x.contiguous(memory_format=layout) if len(options.input) == 4 else x
+        tensors = [x] if options.op != "conv2d" else [x, x.new_empty(options.weight or ())]
+        with cnnops.use_backend(options.backend) if options.backend else contextlib.nullcontext():
+            print(cnnops.explain(getattr(CF, options.op), *tensors, **arguments))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    return 0
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "kernel_size", "output_size")
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace("x", ",").split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers like 64,3,32,32, but got {text!r}") from None
+
+
+def _numbers(text: str) -> int | tuple[int, ...]:
+    sizes = _sizes(text)
+    return sizes[0] if len(sizes) == 1 else sizes
+
+
 def parser() -> argparse.ArgumentParser:
     from cnnops.train.config import TrainConfig
 
@@ -167,6 +227,29 @@ def parser() -> argparse.ArgumentParser:
     _add_config_options(sub, TrainConfig)
     sub.add_argument("--out", type=Path, metavar="DIR", help="run folder, new or empty (default: runs/MODEL-DATA-TIME)")
     sub.add_argument("--resume", type=Path, metavar="PATH", help="go on with a run folder, or from a checkpoint file")
+
+    sub = _add_command(
+        commands, "info", info, "say what is built, what is usable here, and what is missing and how to get it"
+    )
+    sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = _add_command(
+        commands,
+        "explain",
+        explain,
+        "say which backend would run a call and its gradients, and why each other one would not",
+        "Example: cnnops explain conv2d --input 64,64,32,32 --weight 64,64,3,3 --padding 1",
+    )
+    sub.add_argument("op", choices=("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), help="the function")
+    sub.add_argument("--input", type=_sizes, required=True, metavar="N,C,H,W", help="the input's shape")
+    sub.add_argument("--weight", type=_sizes, metavar="K,C,R,S", help="conv2d: the weight's shape")
+    for name in _GEOMETRY:
+        kind = int if name == "groups" else _numbers
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="INT", help="as the function's argument")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    sub.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    sub.add_argument("--channels-last", action="store_true", help="the input is channels_last")
+    sub.add_argument("--backend", metavar="NAME", help="ask this backend alone")
     return top
 
 
