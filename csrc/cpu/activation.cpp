@@ -21,7 +21,8 @@ constexpr int64_t kChunk = 32768;
 // body(begin, end) over chunks of [0, count).
 template <class Body>
 void for_chunks(int64_t count, const Body& body) {
-  parallel_for((count + kChunk - 1) / kChunk, [&](int64_t i) { body(i * kChunk, std::min(count, (i + 1) * kChunk)); });
+  parallel_for((count + kChunk - 1) / kChunk, 3 * std::min(count, kChunk),
+               [&](int64_t i) { body(i * kChunk, std::min(count, (i + 1) * kChunk)); });
 }
 
 }  // namespace

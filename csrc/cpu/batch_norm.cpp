@@ -145,7 +145,7 @@ void reduce(const Lines& lines, const Block& block, const Merge& merge, double* 
   const int64_t slices = (lines.count + slice_lines - 1) / slice_lines;
   const std::unique_ptr<double[]> slab(new double[static_cast<size_t>(2 * slices * C)]);
 
-  parallel_for(slices * tiles, [&](int64_t i) {
+  parallel_for(slices * tiles, 2 * slice_lines * line_size, [&](int64_t i) {
     const int64_t slice = i / tiles, c = i % tiles * tile, width = std::min(tile, C - c);
     const int64_t end = std::min(lines.count, (slice + 1) * slice_lines);
     Pair total, more;
@@ -215,13 +215,13 @@ template <class Sweep>
 void for_chunks(const Lines& lines, const Sweep& sweep) {
   if (lines.channels_last) {
     const int64_t group = std::max<int64_t>(1, kChunk / lines.C);
-    return parallel_for((lines.count + group - 1) / group, [&](int64_t i) {
+    return parallel_for((lines.count + group - 1) / group, 3 * group * lines.C, [&](int64_t i) {
       sweep(Part{i * group, std::min(lines.count, (i + 1) * group), 0, lines.C, 0, 1});
     });
   }
   const int64_t planes = lines.count * lines.C, cuts = (lines.L + kChunk - 1) / kChunk;
   const int64_t group = std::max<int64_t>(1, kChunk / lines.L);
-  parallel_for((planes + group - 1) / group * cuts, [&](int64_t i) {
+  parallel_for((planes + group - 1) / group * cuts, 3 * group * std::min(lines.L, kChunk), [&](int64_t i) {
     const int64_t first = i / cuts * group, l = i % cuts * kChunk;
     for (int64_t plane = first; plane < std::min(planes, first + group); ++plane) {
       const int64_t n = plane / lines.C;

@@ -52,7 +52,7 @@ void pack_filters_forward(const Conv2dProblem& p, const T* weight, T* packed) {
   constexpr int64_t kColumns = 16, kPiece = 16 * kColumns;
   const Blocks<T> blocks{p.K / p.groups};
   const int64_t columns = int64_t{p.R} * p.S * (p.C / p.groups), pieces = ceil_div(columns, kPiece);
-  parallel_for(p.groups * blocks.count() * pieces, [=](int64_t item) {
+  parallel_for(p.groups * blocks.count() * pieces, 2 * std::min(columns, kPiece) * blocks.width(0), [=](int64_t item) {
     const int64_t piece = item % pieces, block = item / pieces % blocks.count(), group = item / pieces / blocks.count();
     const int64_t first = blocks.first(block), width = blocks.width(block);
     const int64_t filters = std::min<int64_t>(width, blocks.channels - first);
@@ -73,7 +73,7 @@ template <class T>
 void pack_filters_backward(const Conv2dProblem& p, const T* weight, T* packed) {
   const Blocks<T> blocks{p.C / p.groups};
   const int64_t taps = int64_t{p.R} * p.S, filters = p.K / p.groups;
-  parallel_for(p.groups * blocks.count() * taps, [=](int64_t item) {
+  parallel_for(p.groups * blocks.count() * taps, 2 * filters * blocks.width(0), [=](int64_t item) {
     const int64_t tap = item % taps, block = item / taps % blocks.count(), group = item / taps / blocks.count();
     const int64_t first = blocks.first(block), width = blocks.width(block);
     const int64_t channels = std::min<int64_t>(width, blocks.channels - first);
@@ -198,13 +198,16 @@ void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* packed,
   const Blocks<T> blocks{conv.out_channels};
   const int64_t chunks = ceil_div(conv.pixels(), kChunkPixels), panels = conv.groups * blocks.count();
   const bool hot = conv.groups * blocks.padded() * columns * static_cast<int64_t>(sizeof(T)) <= kHotBytes;
-  parallel_for(panels * chunks, [&, blocks, chunks, panels, hot](int64_t item) {
-    const int64_t chunk = hot ? item / panels : item % chunks, panel = hot ? item % panels : item / chunks;
-    const int64_t block = panel % blocks.count(), group = panel / blocks.count(), first = blocks.first(block);
-    const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
-    const T* filters = packed + (group * blocks.padded() + first) * columns;
-    convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, first, begin, end);
-  });
+  const int64_t products = int64_t{conv.h.taps} * conv.w.taps * conv.in_channels * blocks.width(0);
+  parallel_for(panels * chunks, std::min<int64_t>(conv.pixels(), kChunkPixels) * products,
+               [&, blocks, chunks, panels, hot](int64_t item) {
+                 const int64_t chunk = hot ? item / panels : item % chunks, panel = hot ? item % panels : item / chunks;
+                 const int64_t block = panel % blocks.count(), group = panel / blocks.count(),
+                               first = blocks.first(block);
+                 const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
+                 const T* filters = packed + (group * blocks.padded() + first) * columns;
+                 convolve_chunk<T>(blocks.width(block) / kLanes<T>, conv, epilogue, filters, group, first, begin, end);
+               });
 }
 
 // The workspace of an engine run: filters packed for `out_channels` lanes, and the row of zeros.
@@ -479,7 +482,8 @@ template <class T>
 void backward_weight(const Conv2dProblem& p, const T* dy, const T* x, T* dweight, void* workspace) {
   const WeightPlan<T> plan(p);
   T* slabs = plan.in_place() ? dweight : static_cast<T*>(workspace);
-  parallel_for(plan.items(), [&](int64_t item) { WeightItem<T>(plan, item, dy, x, slabs).run(); });
+  parallel_for(plan.items(), plan.slab() * p.N * p.P * p.Q / plan.items(),
+               [&](int64_t item) { WeightItem<T>(plan, item, dy, x, slabs).run(); });
   if (!plan.in_place()) sum_slabs(slabs, plan.slices, plan.slab(), p.K, plan.columns(), plan.pitch(), dweight);
 }
 
@@ -491,7 +495,7 @@ void backward_bias(const Conv2dProblem& p, const T* dy, T* dbias, void* workspac
   const int64_t pixels = int64_t{p.N} * p.P * p.Q, slice = ceil_div(pixels, bias_slices(pixels)), K = p.K;
   T* slabs = static_cast<T*>(workspace);
   const int64_t slices = ceil_div(pixels, slice);
-  parallel_for(slices, [=](int64_t i) {
+  parallel_for(slices, slice * K, [=](int64_t i) {
     T* sum = slabs + i * K;
     std::fill(sum, sum + K, T{});
     for (int64_t at = i * slice; at < std::min((i + 1) * slice, pixels); ++at)

@@ -159,7 +159,6 @@ inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
   return any;
 }
 
-// NaN stays NaN and -0.0 stays -0.0 through the comparisons, as in torch.
 // `count` lanes that lie `stride` apart.
 template <class T>
 inline Vec<T> read_lanes(const T* p, int64_t stride, int count) {
@@ -193,7 +192,7 @@ template <class T>
 void sum_slabs(const T* slabs, int64_t count, int64_t size, int64_t rows, int64_t columns, int64_t pitch, T* sum) {
   constexpr int64_t kPiece = 4096;
   const int64_t pieces = ceil_div(columns, kPiece);
-  parallel_for(rows * pieces, [=](int64_t item) {
+  parallel_for(rows * pieces, count * std::min(columns, kPiece), [=](int64_t item) {
     const int64_t row = item / pieces, begin = item % pieces * kPiece, width = std::min(kPiece, columns - begin);
     const T* from = slabs + row * pitch + begin;
     T* to = sum + row * columns + begin;

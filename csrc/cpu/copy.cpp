@@ -105,7 +105,7 @@ template <class S, class D>
 void copy_dense(const Plan& plan, const S* src, D* dst) {
   const int64_t rows = plan.axes[0].size * plan.axes[1].size * plan.axes[2].size, length = plan.axes[3].size;
   const int64_t cuts = (length + kChunk - 1) / kChunk, group = std::max<int64_t>(1, kChunk / length);
-  parallel_for((rows + group - 1) / group * cuts, [&](int64_t i) {
+  parallel_for((rows + group - 1) / group * cuts, 2 * group * std::min(length, kChunk), [&](int64_t i) {
     const int64_t first = i / cuts * group, at = i % cuts * kChunk;
     for_rows(plan, first, std::min(rows, first + group), [&](int64_t from, int64_t to) {
       copy_row(src + from + at, dst + to + at, std::min(kChunk, length - at));
@@ -118,7 +118,7 @@ void copy_strided(const Plan& plan, const S* src, D* dst) {
   const int64_t rows = plan.axes[0].size * plan.axes[1].size * plan.axes[2].size;
   const Axis row = plan.axes[3];
   const int64_t cuts = (row.size + kChunk - 1) / kChunk, group = std::max<int64_t>(1, kChunk / row.size);
-  parallel_for((rows + group - 1) / group * cuts, [&](int64_t i) {
+  parallel_for((rows + group - 1) / group * cuts, 2 * group * std::min(row.size, kChunk), [&](int64_t i) {
     const int64_t first = i / cuts * group, at = i % cuts * kChunk, stop = std::min(row.size, at + kChunk);
     for_rows(plan, first, std::min(rows, first + group), [&](int64_t from, int64_t to) {
       for (int64_t k = at; k < stop; ++k) convert(src[from + k * row.src], dst[to + k * row.dst]);
@@ -159,7 +159,7 @@ void copy_transposed(const Plan& plan, int turned, const S* src, D* dst) {
   const int64_t matrices = outer.axes[0].size * outer.axes[1].size * outer.axes[2].size;
   const int64_t strip = std::max<int64_t>(1, kChunk / row.size / kSide) * kSide;  // of `lines`, for one index
   const int64_t strips = (lines.size + strip - 1) / strip;
-  parallel_for(matrices * strips, [&](int64_t i) {
+  parallel_for(matrices * strips, 2 * std::min(strip, lines.size) * row.size, [&](int64_t i) {
     const int64_t begin = i % strips * strip, end = std::min(lines.size, begin + strip);
     for_rows(outer, i / strips, i / strips + 1, [&](int64_t src_at, int64_t dst_at) {
       const auto move = [&](int64_t j, int64_t j_end, int64_t k, int64_t k_end) {

@@ -31,7 +31,7 @@ constexpr int kBlock = kBlockVectors * kLanes<T>;
 template <class T>
 void pack_weight(const Conv2dProblem& p, const T* weight, T* packed) {
   const int64_t taps = int64_t{p.R} * p.S, multiplier = p.K / p.C, channels = p.C;
-  parallel_for(taps * multiplier, [=](int64_t row) {
+  parallel_for(taps * multiplier, 2 * channels, [=](int64_t row) {
     const int64_t tap = row / multiplier, m = row % multiplier;
     for (int64_t c = 0; c < channels; ++c) packed[row * channels + c] = weight[(c * multiplier + m) * taps + tap];
   });
@@ -88,7 +88,8 @@ void for_channels(bool dense, int64_t begin, int64_t end, const F& f) {
 template <class T>
 void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* weight) {
   const bool dense = conv.in_channels == 1 && conv.out_channels == 1;
-  parallel_for(ceil_div(conv.pixels(), kChunkPixels), [&, dense](int64_t chunk) {
+  const int64_t products = int64_t{conv.h.taps} * conv.w.taps * conv.in_pitch() * conv.out_channels;
+  parallel_for(ceil_div(conv.pixels(), kChunkPixels), kChunkPixels * products, [&, dense](int64_t chunk) {
     const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
     PixelWalk<T> walk(conv, begin);
     for (int64_t at = begin; at < end; at += kTilePixels) {
@@ -200,17 +201,20 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
   const TapConv<T> conv = forward_conv<T>(p, x, nullptr, nullptr);
   T* slabs = static_cast<T*>(workspace);
   const int64_t taps = int64_t{p.R} * p.S, multiplier = p.K / p.C, C = p.C, P = p.P;
-  parallel_for(plan.slices * plan.channel_blocks, [&](int64_t item) {
-    const int64_t slice = item / plan.channel_blocks, first = item % plan.channel_blocks * kBlock<T>;
-    const int64_t last = std::min(first + kBlock<T>, C);
-    T* slab = slabs + slice * plan.size;
-    for (int64_t row = 0; row < taps * multiplier; ++row) std::fill(slab + row * C + first, slab + row * C + last, T{});
-    for (int64_t row = slice * plan.slice_rows; row < std::min((slice + 1) * plan.slice_rows, plan.rows); ++row)
-      for_channels<T>(multiplier == 1, first, last, [&](auto vectors, int64_t c, int lanes) {
-        add_output_row<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, dy, row / P, row % P, c, lanes, slab);
+  parallel_for(
+      plan.slices * plan.channel_blocks, plan.slice_rows * p.Q * taps * multiplier * kBlock<T>, [&](int64_t item) {
+        const int64_t slice = item / plan.channel_blocks, first = item % plan.channel_blocks * kBlock<T>;
+        const int64_t last = std::min(first + kBlock<T>, C);
+        T* slab = slabs + slice * plan.size;
+        for (int64_t row = 0; row < taps * multiplier; ++row)
+          std::fill(slab + row * C + first, slab + row * C + last, T{});
+        for (int64_t row = slice * plan.slice_rows; row < std::min((slice + 1) * plan.slice_rows, plan.rows); ++row)
+          for_channels<T>(multiplier == 1, first, last, [&](auto vectors, int64_t c, int lanes) {
+            add_output_row<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, dy, row / P, row % P, c, lanes,
+                                                                               slab);
+          });
       });
-  });
-  parallel_for(C, [=](int64_t c) {
+  parallel_for(C, plan.slices * taps * multiplier, [=](int64_t c) {
     for (int64_t m = 0; m < multiplier; ++m)
       for (int64_t tap = 0; tap < taps; ++tap) {
         T sum{};

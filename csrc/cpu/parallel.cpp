@@ -5,8 +5,8 @@
 
 namespace cnnops::cpu {
 
-void parallel_for(int64_t count, void (*body)(void*, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t), void* context) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(context, i);
   });
 }

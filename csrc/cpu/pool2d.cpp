@@ -156,6 +156,12 @@ struct Adaptive {
   void advance(Span& over, int64_t h) const { over = windows_over(h); }
 };
 
+// What parallel_for is told of one of the `parts` that an image is cut into: its share of the windows' taps.
+int64_t work_of(const Pool2dProblem& p, int64_t parts) {
+  const int64_t taps = std::max(int64_t{p.P} * p.Q * p.R * p.S, int64_t{p.H} * p.W);
+  return 2 * taps * p.C / parts;
+}
+
 // f(O{}) for the type of the window offsets.
 template <class F>
 void for_offset(const Pool2dProblem& problem, F&& f) {
@@ -173,7 +179,7 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
   const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w,
                 inputs = int64_t{problem.N} * problem.H * W * C;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
-  parallel_for(problem.N * P, [&](int64_t np) {
+  parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
     const Span taps_h = rows.taps_of(p);
     for (int64_t q = 0; q < Q; ++q) {
@@ -249,7 +255,8 @@ void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets
 
 template <class T, class O>
 void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
-  parallel_for(int64_t{problem.N} * problem.H, [&](int64_t nh) { max_backward_row(problem, dy, offsets, dx, nh); });
+  parallel_for(int64_t{problem.N} * problem.H, work_of(problem, problem.H),
+               [&](int64_t nh) { max_backward_row(problem, dy, offsets, dx, nh); });
 }
 
 // The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
@@ -265,7 +272,7 @@ void max_backward_banded(const Pool2dProblem& problem, const T* dy, const uint8_
     below[tap] = tap / cols.kernel * rows.dilation;
     right[tap] = tap % cols.kernel * cols.dilation;
   }
-  parallel_for(problem.N * bands, [&](int64_t i) {
+  parallel_for(problem.N * bands, work_of(problem, bands), [&](int64_t i) {
     const int64_t n = i / bands, begin = i % bands * band, end = std::min(H, begin + band);
     T* plane = dx + n * H * W * C;
     std::fill(plane + begin * W * C, plane + end * W * C, T{});
@@ -287,7 +294,7 @@ template <class T, class Axis, class Divisor>
 void average_forward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const Divisor& divisor,
                      const T* x, T* y) {
   const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q;
-  parallel_for(problem.N * P, [&](int64_t np) {
+  parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
     const Span window_h = rows.window_of(p);
     for (int64_t q = 0; q < Q; ++q) {
@@ -311,7 +318,7 @@ void average_backward(const Pool2dProblem& problem, const Axis& rows, const Axis
                       const T* dy, T* dx) {
   const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q;
   const int64_t outputs = problem.N * P * Q * C;
-  parallel_for(problem.N * H, [&](int64_t nh) {
+  parallel_for(problem.N * H, work_of(problem, H), [&](int64_t nh) {
     const int64_t n = nh / H, h = nh % H;
     const Span over_h = rows.windows_over(h);
     Span over_w = cols.windows_over(0);
@@ -383,7 +390,7 @@ void max_pool2d_indices(const Pool2dProblem& problem, const void* offsets, int64
   const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   for_offset(problem, [&]<class O>(O) {
-    parallel_for(problem.N * P, [&](int64_t np) {
+    parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
       const int64_t first_h = rows.first(np % P);
       for (int64_t q = 0; q < Q; ++q) {
         const int64_t first_w = cols.first(q), out = (np * Q + q) * C;
