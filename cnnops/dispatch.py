@@ -31,8 +31,10 @@ class UnsupportedError(RuntimeError):
 
 
 class _Scope(threading.local):
-    # A threading.local, not a ContextVar: Dynamo guards on the one and breaks the graph on the other.
-    backend = os.environ.get("CNNOPS_BACKEND", "")
+    # A threading.local, not a ContextVar: Dynamo guards on the one and breaks the graph on the other. Its attribute is
+    # set in each thread before any `with`, or Dynamo would guard on its absence, which tracing a `with` ends.
+    def __init__(self) -> None:
+        self.backend = os.environ.get("CNNOPS_BACKEND", "")
 
 
 scope = _Scope()
@@ -71,7 +73,7 @@ def consider(backend: ModuleType, function: str, problem: Problem) -> Support:
 def verdicts(function: str, problem: Problem, named: str = "") -> Iterator[tuple[ModuleType, Support]]:
     """Every backend that may be asked, in order, and what it says."""
     if named and named not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, but got {named!r}")
+        raise ValueError(f"the backend (CNNOPS_BACKEND) must be one of {', '.join(NAMES)}, but got {named!r}")
     for backend in (NAMES[named],) if named else BACKENDS:
         if backend.named_only and not named:
             yield backend, no("is used only by name")

@@ -15,7 +15,7 @@ from . import dispatch, settings
 from .backends import Support, aten
 from .backends.native import Library, Problem
 from .ops.registry import observers
-from .torch_private import FakeTensorMode
+from .torch_private import FakeTensorMode, tree_leaves, tree_map
 from .version import __version__
 
 
@@ -70,11 +70,11 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     runs on fake tensors. A gradient is explained where a floating tensor argument or parameter could require one.
     A wrong call raises as it would.
     """
-    seen: dict[tuple[str, Problem], Decision] = {}
+    seen: dict[tuple[str, Problem, str], Decision] = {}
 
-    def observe(function: str, problem: Problem) -> None:
-        if (function, problem) not in seen:
-            seen[function, problem] = _decide(function, problem, dispatch.scope.backend)
+    def observe(function: str, problem: Problem, named: str) -> None:
+        if (function, problem, named) not in seen:
+            seen[function, problem, named] = _decide(function, problem, named)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -91,11 +91,10 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
                 state = {name: fake(t) for name, t in call.state_dict(keep_vars=True).items()}
                 buffers = {name for name, _ in call.named_buffers()}
                 state = {name: t.detach() if name in buffers else t for name, t in state.items()}
-                result = torch.func.functional_call(call, state, tuple(map(fake, args)), kwargs)
+                result = torch.func.functional_call(call, state, *tree_map(fake, (args, kwargs)))
             else:
-                result = call(*map(fake, args), **{name: fake(value) for name, value in kwargs.items()})
-            outputs = result if isinstance(result, (tuple, list)) else (result,)
-            total = [y.sum() for y in outputs if isinstance(y, Tensor) and y.requires_grad]
+                result = call(*tree_map(fake, args), **tree_map(fake, kwargs))
+            total = [y.sum() for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
             if total:
                 torch.autograd.backward(total)
     finally:

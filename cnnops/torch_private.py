@@ -8,6 +8,7 @@ from typing import Any
 from torch import _C
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "FakeTensorMode",
@@ -18,6 +19,8 @@ __all__ = [
     "exclude_keys",
     "function_modes",
     "transforming",
+    "tree_leaves",
+    "tree_map",
     "unwrapped",
 ]
 
@@ -35,7 +38,6 @@ function_modes = _C._len_torch_function_stack
 
 transforming = _C._are_functorch_transforms_active
 """Whether a torch.func transform (vmap, grad, jvp, ...) is active."""
-
 
 autocasting = _C._is_any_autocast_enabled
 """Whether autocast is on for any device."""

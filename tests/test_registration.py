@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +182,21 @@ def test_compile_without_graph_breaks(call: Call, layout: str, dynamic: bool) ->
     compiled = torch.compile(call.function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     with cnnops.use_backend("cpu"):
         assert_all_same_bits(results(compiled, call.tensors(layout)), results(call.function, call.tensors(layout)))
+
+
+def test_compiled_use_backend_in_a_fresh_thread() -> None:
+    """The first use of the scope in a thread is inside a compiled function."""
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        with cnnops.use_backend("cpu"):
+            return CF.conv2d(x, weight)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x, weight = tensor(2, 3, 5, 5), tensor(4, 3, 3, 3)
+    with ThreadPoolExecutor(1) as fresh:
+        got = fresh.submit(compiled, x, weight).result()
+    assert_same_bits(got, function(x, weight))
 
 
 def test_dynamic_shapes_do_not_recompile() -> None:
@@ -494,6 +510,29 @@ def test_func_grad(call: Call) -> None:
         expected = torch.autograd.grad(call.function(*tensors).sum(), tensors[0])[0]
         got = torch.func.grad(lambda *t: call.function(*t).sum())(*[t.detach() for t in tensors])
     assert_same_bits(got.contiguous(), expected.contiguous())
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.id)
+def test_vmap(call: Call) -> None:
+    """Samples by vmap, and their gradients by vmap over grad, are those of a loop."""
+    with cnnops.use_backend("cpu"):
+        x, *rest = [t.detach() for t in call.tensors()]
+        samples = torch.stack([x, 2 * x - 1])
+        gradient = torch.func.grad(lambda x: call.function(x, *rest).square().sum())
+        for function in (lambda x: call.function(x, *rest), gradient):
+            got = torch.func.vmap(function)(samples)
+            assert_same_bits(got.contiguous(), torch.stack([function(x) for x in samples]).contiguous())
+
+
+def test_vmap_writes_to_no_shared_statistics() -> None:
+    x, mean, var = tensor(2, *X), torch.zeros(6), torch.ones(6)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(lambda x: CF.batch_norm(x, mean, var, training=True))(x)
+    means, variances = mean.expand(2, 6).clone(), var.expand(2, 6).clone()
+    torch.func.vmap(lambda x, mean, var: CF.batch_norm(x, mean, var, training=True))(x, means, variances)
+    for sample, got in zip(x, means, strict=True):
+        CF.batch_norm(sample, alone := torch.zeros(6), torch.ones(6), training=True)
+        assert torch.equal(got, alone)
 
 
 def test_flops_are_counted() -> None:

@@ -28,8 +28,8 @@ from ..torch_private import (
 
 library = torch.library.Library("cnnops", "DEF")
 
-observers: list[Callable[[str, Problem], None]] = []
-"""Told the native function and problem of every call that runs on fake tensors (see `cnnops.explain`)."""
+observers: list[Callable[[str, Problem, str], None]] = []
+"""Told the native function, problem and named backend of every call on fake tensors (see `cnnops.explain`)."""
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _is_grad_enabled = torch.is_grad_enabled
@@ -153,8 +153,23 @@ def register(
     def fake_kernel(*args: Any) -> Any:
         problem = describe(*args)
         for observe in observers:
-            observe(kernel, problem)
+            observe(kernel, problem, args[-1])
         return fake(problem, *args)
+
+    def for_each_sample(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        """vmap, one call for each sample: torch's own fallback takes neither optional results nor written arguments."""
+        if written is not None:
+            shared = [t for t, dim in zip(args, in_dims, strict=True) if dim is None and isinstance(t, Tensor)]
+            if any(t is each for t in written(*args) for each in shared):
+                raise RuntimeError(f"{name}: vmap cannot write to a tensor that all samples share, but got one")
+        samples = [
+            op(*[t if dim is None else t.select(dim, i) for t, dim in zip(args, in_dims, strict=True)])
+            for i in range(info.batch_size)
+        ]
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        results = [None if each[0] is None else torch.stack(each) for each in zip(*samples, strict=True)]
+        return tuple(results), tuple(None if t is None else 0 for t in results)
 
     for device in ("CPU", "CUDA"):
         library.impl(name, run_kernel, device)
@@ -162,6 +177,7 @@ def register(
             library.impl(name, cast_by(device), "Autocast" + device)
     library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"cnnops::{name}", fake_kernel, lib=library)
+    torch.library.register_vmap(f"cnnops::{name}", for_each_sample, lib=library)
     call.__name__ = name
     return call
 
