@@ -15,6 +15,7 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
 from helpers import DTYPES
 
@@ -152,6 +153,22 @@ def test_explain_decides_as_a_call_does() -> None:
         assert set(cnnops.explain(CF.conv2d, X, WEIGHT).backends.values()) == {"aten"}
 
 
+def test_explain_sees_a_backend_that_the_call_itself_names() -> None:
+    def call(pair: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with cnnops.use_backend("simt"):
+            return {"y": CF.conv2d(*pair)}
+
+    chosen = {"conv2d_forward": "simt", "conv2d_backward": "simt"}
+    assert cnnops.explain(call, (X, WEIGHT)).backends == chosen
+
+
+def test_steps_beyond_an_int_are_not_the_kernels() -> None:
+    """They cross to native code as 32-bit ints; torch takes them."""
+    assert torch.equal(CF.conv2d(X, WEIGHT, stride=2**32), F.conv2d(X, WEIGHT, stride=2**32))
+    with cnnops.use_backend("cpu"), pytest.raises(dispatch.UnsupportedError, match="stride"):
+        CF.conv2d(X, WEIGHT, stride=2**32)
+
+
 def test_use_backend_nests_and_restores() -> None:
     before = dispatch.scope.backend
     with cnnops.use_backend("cpu"):
@@ -202,6 +219,7 @@ def test_environment_names_no_backend() -> None:
     result = python(CHOSEN, CNNOPS_BACKEND="cdna")
     assert result.returncode
     assert "ValueError" in result.stderr
+    assert "CNNOPS_BACKEND" in result.stderr
     assert "'cdna'" in result.stderr
 
 

@@ -56,6 +56,8 @@ def within_limits(problem: Problem) -> Support:
     if isinstance(problem, NormProblem):
         return YES
     padded = (problem.H + 2 * problem.pad_h, problem.W + 2 * problem.pad_w)
-    if max(problem.N, problem.C, *padded, problem.dilation_h, problem.dilation_w) > INT_MAX:
-        return no(f"an extent or padded extent is beyond {INT_MAX}")
+    filters = problem.K if isinstance(problem, Conv2dProblem) else 0
+    steps = (problem.stride_h, problem.stride_w, problem.dilation_h, problem.dilation_w)
+    if max(problem.N, problem.C, filters, problem.R, problem.S, *padded, *steps) > INT_MAX:
+        return no(f"an extent, padded extent, stride or dilation is beyond {INT_MAX}")
     return YES
