@@ -6,6 +6,7 @@ Each normalises its arguments (an int to a pair, "same" to numbers, an unbatched
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch.nn.functional as F
@@ -34,21 +35,33 @@ __all__ = [
 Pair = int | tuple[int, int]
 
 
+def _int(value: Any) -> Any:
+    """`value` as an int (or a SymInt, while tracing); TypeError for what torch takes for none: a bool, a float."""
+    if isinstance(value, bool):
+        raise TypeError
+    if isinstance(value, (int, SymInt)):
+        return value
+    return operator.index(value)  # numpy's integers, a tensor of one integer
+
+
 def _pair(function: str, name: str, value: Any) -> tuple[int, int]:
     """`value` as two ints; TypeError where it is none, RuntimeError where it is too many."""
     if type(value) is int:
         return value, value
-    if isinstance(value, (tuple, list)):
-        if all(isinstance(v, (int, SymInt)) for v in value):
-            if len(value) == 2:
-                return value[0], value[1]
-            if len(value) == 1:
-                return value[0], value[0]
-            raise RuntimeError(f"{function}: {name} must be a single int or two ints, but got {name}={value}")
-    elif isinstance(value, SymInt):
-        both: Any = value
-        return both, both
-    raise TypeError(f"{function}: {name} must be an int or a pair of ints, but got {name}={value!r}")
+    try:
+        values = [_int(v) for v in value] if isinstance(value, (tuple, list)) else [_int(value)]
+    except TypeError:
+        raise TypeError(f"{function}: {name} must be an int or a pair of ints, but got {name}={value!r}") from None
+    if len(values) not in (1, 2):
+        raise RuntimeError(f"{function}: {name} must be a single int or two ints, but got {name}={value}")
+    return values[0], values[-1]
+
+
+def _one_int(function: str, name: str, value: Any) -> Any:
+    try:
+        return _int(value)
+    except TypeError:
+        raise TypeError(f"{function}: {name} must be an int, but got {name}={value!r}") from None
 
 
 def _check_tensor(function: str, name: str, value: Any) -> None:
@@ -56,9 +69,16 @@ def _check_tensor(function: str, name: str, value: Any) -> None:
         raise TypeError(f"{function}: {name} must be a Tensor, but got {type(value).__name__}")
 
 
-def _check_groups(function: str, groups: Any) -> None:
-    if not isinstance(groups, (int, SymInt)):
-        raise TypeError(f"{function}: groups must be an int, but got groups={groups!r}")
+def _check_optional(function: str, **tensors: Any) -> None:
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{function}: {name} must be a Tensor or None, but got {type(value).__name__}")
+
+
+def _check_flags(function: str, **flags: Any) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{function}: {name} must be a bool, but got {name}={value!r}")
 
 
 def _padding(
@@ -105,8 +125,10 @@ def conv2d(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _check_tensor("conv2d", "input", input)
         _check_tensor("conv2d", "weight", weight)
+    if bias is not None and not isinstance(bias, Tensor):
+        _check_optional("conv2d", bias=bias)
     if type(groups) is not int:
-        _check_groups("conv2d", groups)
+        groups = _one_int("conv2d", "groups", groups)
     stride_h, stride_w = (stride, stride) if type(stride) is int else _pair("conv2d", "stride", stride)
     dilation_h, dilation_w = (dilation, dilation) if type(dilation) is int else _pair("conv2d", "dilation", dilation)
     batched = input.dim() != 3
@@ -139,7 +161,8 @@ def conv2d_act(
     """
     _check_tensor("conv2d_act", "x", x)
     _check_tensor("conv2d_act", "weight", weight)
-    _check_groups("conv2d_act", groups)
+    _check_optional("conv2d_act", bias=bias, residual=residual)
+    groups = _one_int("conv2d_act", "groups", groups)
     stride, dilation = _pair("conv2d_act", "stride", stride), _pair("conv2d_act", "dilation", dilation)
     batch = x.unsqueeze(0) if x.dim() == 3 else x
     if residual is not None and x.dim() == 3:
@@ -175,6 +198,7 @@ def max_pool2d(
     the window.
     """
     _check_tensor("max_pool2d", "input", input)
+    _check_flags("max_pool2d", ceil_mode=ceil_mode, return_indices=return_indices)
     kernel, stride, padding = _window("max_pool2d", kernel_size, stride, padding)
     window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
     x = input.unsqueeze(0) if input.dim() == 3 else input
@@ -205,13 +229,13 @@ def avg_pool2d(
     exceeds half the window.
     """
     _check_tensor("avg_pool2d", "input", input)
+    _check_flags("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=count_include_pad)
     kernel, stride, padding = _window("avg_pool2d", kernel_size, stride, padding)
-    if divisor_override == 0:
+    divisor = 0 if divisor_override is None else _one_int("avg_pool2d", "divisor_override", divisor_override)
+    if divisor_override is not None and divisor == 0:
         raise RuntimeError("avg_pool2d: divisor_override must not be zero, but got divisor_override=0")
     x = input.unsqueeze(0) if input.dim() == 3 else input
-    y: Tensor = _avg_pool2d(
-        x, *kernel, *stride, *padding, ceil_mode, count_include_pad, divisor_override or 0, scope.backend
-    )
+    y: Tensor = _avg_pool2d(x, *kernel, *stride, *padding, ceil_mode, count_include_pad, divisor, scope.backend)
     return y.squeeze(0) if input.dim() == 3 else y
 
 
@@ -269,6 +293,10 @@ def batch_norm_act(
     As `batch_norm`; residual: like x, or None; activation: none, relu, relu6, silu, hardswish or sigmoid.
     """
     _check_tensor("batch_norm", "input", x)
+    _check_optional(
+        "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
+    )
+    _check_flags("batch_norm", training=training)
     if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
         raise TypeError(f"batch_norm: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
     y: Tensor = _batch_norm_act(

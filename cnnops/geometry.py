@@ -329,9 +329,12 @@ class NormProblem:
                 )
             if t.device != x.device:
                 raise RuntimeError(f"batch_norm: {name} is on {t.device}, but input is on {x.device}")
-            if t.dtype != param_dtype or (t.dtype != x.dtype and t.dtype != torch.float32):
+            if t.dtype not in (x.dtype, torch.float32):
+                wanted = " or ".join(dict.fromkeys((str(x.dtype), "torch.float32")))
+                raise RuntimeError(f"batch_norm: expected {name} of dtype {wanted}, but got {t.dtype}")
+            if t.dtype != param_dtype:
                 raise RuntimeError(
-                    f"batch_norm: expected {name} of dtype {x.dtype} or torch.float32, but got {t.dtype}"
+                    f"batch_norm: expected {name} of the dtype of {next(iter(given))}, {param_dtype}, but got {t.dtype}"
                 )
         if training and eps <= 0:
             raise ValueError(f"batch_norm: eps must be positive during training, but got eps={eps}")

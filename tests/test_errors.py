@@ -66,6 +66,18 @@ def batch_norm(
 DOUBLE, BFLOAT = torch.float64, torch.bfloat16
 
 WRONG = (
+    Wrong("conv2d-bias-type", conv2d(bias=5), TypeError, ("bias", "int")),
+    Wrong("conv2d-stride-bool", conv2d(stride=True), TypeError, ("stride", "True")),
+    Wrong("max-ceil-mode-type", max_pool2d(ceil_mode=1), TypeError, ("ceil_mode", "1")),
+    Wrong("avg-count-type", avg_pool2d(count_include_pad=0), TypeError, ("count_include_pad", "0")),
+    Wrong("avg-divisor-type", avg_pool2d(divisor_override=2.0), TypeError, ("divisor_override", "2.0")),
+    Wrong("bn-weight-type", batch_norm(weight=[1.0]), TypeError, ("weight", "list")),
+    Wrong(
+        "bn-mixed",
+        batch_norm(zeros(2, 3, 2, 2, dtype=BFLOAT), weight=zeros(3, dtype=BFLOAT)),
+        RuntimeError,
+        ("weight", "running_mean", "float32", "bfloat16"),
+    ),
     Wrong("conv2d-no-filters", conv2d(weight=(0, 3, 3, 3)), RuntimeError, ("weight", "[0, 3, 3, 3]")),
     Wrong("conv2d-no-rows", conv2d((2, 3, 0, 5), padding=1), RuntimeError, ("kernel", "3 x 3", "2 x 7")),
     Wrong("conv2d-no-rows-but-padding", conv2d((2, 3, 0, 5), padding=3), RuntimeError, ("input", "[2, 3, 0, 5]")),
@@ -195,6 +207,8 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "conv2d-int32": conv2d(zeros(2, 3, 5, 5, dtype=torch.int32), zeros(4, 3, 3, 3, dtype=torch.int32)),
     "conv2d-uint8": conv2d(zeros(2, 3, 5, 5, dtype=torch.uint8), zeros(4, 3, 3, 3, dtype=torch.uint8)),
     "conv2d-complex64": conv2d(zeros(2, 3, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
+    "conv2d-numpy-int": conv2d(stride=np.int64(2), padding=(np.int32(1), 0), groups=np.int64(1)),
+    "max-numpy-int": max_pool2d(kernel_size=np.int64(2)),
     "max-no-batch": max_pool2d((0, 3, 5, 5)),
     "max-kernel-exceeds-input-ceil": max_pool2d((2, 3, 2, 2), 3, ceil_mode=True),
     "max-int8": max_pool2d(zeros(1, 1, 4, 4, dtype=torch.int8)),
