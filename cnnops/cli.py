@@ -176,7 +176,7 @@ def explain(options: argparse.Namespace) -> int:
         tensors = [x] if options.op != "conv2d" else [x, x.new_empty(options.weight or ())]
         with cnnops.use_backend(options.backend) if options.backend else contextlib.nullcontext():
             print(cnnops.explain(getattr(CF, options.op), *tensors, **arguments))
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # the last: a torch without CUDA
         raise UsageError(str(error).splitlines()[0]) from error
     return 0
 
@@ -194,6 +194,10 @@ def _sizes(text: str) -> tuple[int, ...]:
 def _numbers(text: str) -> int | tuple[int, ...]:
     sizes = _sizes(text)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _padding(text: str) -> str | int | tuple[int, ...]:
+    return text if text in ("same", "valid") else _numbers(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -243,9 +247,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("op", choices=("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), help="the function")
     sub.add_argument("--input", type=_sizes, required=True, metavar="N,C,H,W", help="the input's shape")
     sub.add_argument("--weight", type=_sizes, metavar="K,C,R,S", help="conv2d: the weight's shape")
+    kinds: dict[str, Callable[[str], Any]] = {"groups": int, "padding": _padding}
     for name in _GEOMETRY:
-        kind = int if name == "groups" else _numbers
-        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="INT", help="as the function's argument")
+        sub.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kinds.get(name, _numbers),
+            metavar="INT",
+            help="as the function's argument",
+        )
     sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
     sub.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     sub.add_argument("--channels-last", action="store_true", help="the input is channels_last")
@@ -267,14 +276,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _guarded(command: Command, options: argparse.Namespace) -> int:
     """Run a command; what a user can mend becomes one line, and a bug keeps its traceback."""
+    from cnnops import UnsupportedError, dispatch
     from cnnops.data import DataError
     from cnnops.train import CheckpointError, Stopped, TrainingError
 
     try:
+        if dispatch.scope.backend not in ("", *dispatch.NAMES):
+            raise UsageError(
+                f"CNNOPS_BACKEND must be one of {', '.join(dispatch.NAMES)}, but is {dispatch.scope.backend!r}"
+            )
         return command(options)
     except Stopped as stopped:
         return _failed(f"{stopped}; go on with: cnnops train --resume {stopped.folder}", 128 + stopped.signum)
-    except (UsageError, DataError, CheckpointError, TrainingError) as error:
+    except (UsageError, DataError, CheckpointError, TrainingError, UnsupportedError) as error:
         return _failed(str(error), USAGE_ERROR)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

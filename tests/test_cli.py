@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cnnops
-from cnnops import cli, data
+from cnnops import cli, data, dispatch
 from cnnops.train import Reporter, Trainer
 
 TRAIN = ["train", "--model", "simple_cnn", "--data", "synthetic", "--width", "0.125", "--epochs", "2", "--lr", "0.02"]
@@ -113,10 +113,24 @@ def test_interrupt_elsewhere(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["train", "--resume", "absent", "--lr", "1"], "leave out --lr"),
         (["train", "--resume", "absent", "--out", "x"], "leave out --out"),
         (["demo", "--epochs", "0"], "epochs must be at least 1"),
+        (["explain", "conv2d", "--input", "1,1,4,4", "--device", "cuda:99"], "CUDA"),
+        (["explain", "conv2d", "--input", "1,1,4,4", "--weight", "1,1,2,2", "--padding", "some"], "'some'"),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert_fails(arguments, message, capsys)
+
+
+def test_explain_takes_what_the_function_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "conv2d", "--input", "1,1,4,4", "--weight", "1,1,2,2", "--padding", "same"]) == 0
+    assert capsys.readouterr().out.startswith("conv2d_forward: cpu")
+
+
+def test_environment_names_no_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.scope, "backend", "cdna")
+    assert_fails(TRAIN, "CNNOPS_BACKEND must be one of", capsys)
+    monkeypatch.setattr(dispatch.scope, "backend", "cuda")
+    assert_fails(TRAIN, "no backend can do", capsys)
 
 
 def test_folder_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
