@@ -111,9 +111,19 @@ def find_cuda() -> Path | None:
     return next((home.resolve() for home in homes if (home / "bin/nvcc").exists()), None)
 
 
-def arches() -> list[str]:
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
-    return [a.replace(".", "") for a in wanted.replace(" ", ";").split(";") if a]
+def images() -> list[tuple[str, str]]:
+    """(virtual architecture, image) for each part of TORCH_CUDA_ARCH_LIST: ("compute_80", "sm_80"), and for "8.0+PTX"
+    also ("compute_80", "compute_80"). Containers list what their torch has; the kernels need 8.0."""
+    found = []
+    for part in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES).replace(" ", ";").split(";"):
+        number, _, ptx = part.partition("+")
+        if not number or float(number.rstrip("af")) < 8:
+            continue
+        virtual = f"compute_{number.replace('.', '')}"
+        found += [(virtual, virtual.replace("compute", "sm"))] + [(virtual, virtual)] * (ptx == "PTX")
+    if not found:
+        sys.exit("setup.py: TORCH_CUDA_ARCH_LIST must have an architecture of 8.0 or later, like 8.0;9.0a+PTX")
+    return found
 
 
 def cuda_target(home: Path) -> Target:
@@ -126,8 +136,8 @@ def cuda_target(home: Path) -> Target:
     target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
     includes = f"-isystem {home}/include"
     target.add(CSRC / "bind.cpp", f"{bind_flags('cuda', 'CUDA')} -DUSE_CUDA {includes}")
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches())
-    names = ",".join(f"sm_{a}" for a in arches())
+    gencode = " ".join(f"-gencode=arch={virtual},code={image}" for virtual, image in images())
+    names = ",".join(image for _, image in images())
     threads = os.environ.get("NVCC_THREADS", "2")
     for source in sorted(CSRC.glob("cuda/*.cu")):
         target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'", rule="nvcc")

@@ -8,7 +8,7 @@ import json
 import torch
 
 from ..geometry import Conv2dProblem
-from . import Support, no
+from . import YES, Support, no
 from .native import INT_MAX, Library, Problem, within_limits
 
 NAME = "cuda"
@@ -31,10 +31,19 @@ def usable() -> Support:
         return status
     arches = json.loads(library.build_info())["arches"]
     major, minor = torch.cuda.get_device_capability()
-    runs = [a for a in arches if (a.endswith("a") and a == f"sm_{major}{minor}a") or a.startswith(f"sm_{major}")]
-    if runs or "compute_80" in arches:
-        return Support(True, "")
+    if any(runs_on(image, major, minor) for image in arches):
+        return YES
     return no(f"the library holds {', '.join(arches)}, but the device is sm_{major}{minor}")
+
+
+def runs_on(image: str, major: int, minor: int) -> bool:
+    """Whether a device of capability major.minor runs the image: "sm_86" its own generation from 8.6 on, "compute_80"
+    (PTX) everything from 8.0 on, and "sm_90a" 9.0 alone."""
+    kind, _, number = image.partition("_")
+    if number[-1] in "af":
+        return number[:-1] == f"{major}{minor}"
+    built = divmod(int(number), 10)
+    return built <= (major, minor) and (kind == "compute" or built[0] == major)
 
 
 def supports(function: str, problem: Problem) -> Support:

@@ -34,7 +34,7 @@ std::string quoted(const std::string& text) {
   return out + '"';
 }
 
-// CNNOPS_ARCHES names them as nvcc does, with commas between: "80,90a".
+// CNNOPS_ARCHES names the images as nvcc does, with commas between: "sm_80,sm_90a".
 std::string arches() {
   std::string out;
   const std::string names = CNNOPS_ARCHES;
