@@ -1,8 +1,7 @@
 // Convolution, dense and grouped, NHWC.
 //
-//   y[n,p,q,k]       = activation(sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, q*.., c] *
-//   weight[k,r,s,c]
-//                                 + bias[k] + residual[n,p,q,k])
+//   y[n,p,q,k]       = activation(sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
+//                                 * weight[k,r,s,c] + bias[k] + residual[n,p,q,k])
 //   dx[n,h,w,c]      = sum over (r,s,k) of dy[n,p,q,k] * weight[k,r,s,c], (p,q) the outputs whose tap (r,s) is (h,w)
 //   dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //   dbias[k]         = sum over (n,p,q) of dy[n,p,q,k]
@@ -14,9 +13,8 @@
 //            classes of inputs, with the roles of C and K exchanged. Each pixel brings its own pointer for each tap, a
 //            row of zeros where the tap is outside, so that there is no border case and no im2col.
 // Ownership  forward, backward_input: an item owns kChunkPixels pixels of one filter block. backward_weight: an item
-// owns
-//            some columns (r,s,c) of some filters over one slice of the pixels; slices depend on the shape alone, and
-//            their slabs are added in order, so that any number of threads gives the same bits.
+//            owns some columns (r,s,c) of some filters over one slice of the pixels; slices depend on the shape alone,
+//            and their slabs are added in order, so that any number of threads gives the same bits.
 // Traffic    forward, backward_input: the input once for each filter block, packed filters from L2, the output once.
 //            backward_weight: for each item its pixels' dy and channels of x, from L1 but for the first touch.
 

@@ -11,8 +11,8 @@
 //            channels in registers, a row of zeros where a tap is outside.
 // Ownership  forward, backward_input: an item owns all channels of kChunkPixels pixels. backward_weight: an item owns a
 //            block of channels over one slice of the rows of y; slabs are added in order.
-// Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once; overlapping taps meet in
-// cache.
+// Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once: overlapping taps meet in
+//            cache.
 
 #include "conv2d.h"
 

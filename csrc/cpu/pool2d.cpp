@@ -1,7 +1,6 @@
 // Pooling over windows of R x S taps, NHWC.
 //
-//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w +
-//   s*dilation_w, c]
+//   max       y[n,p,q,c]  = max over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*.. + s*dilation_w, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c]
 //   average   y[n,p,q,c]  = 1/divisor(p,q) * sum over (r,s) of x[n, p*stride_h - pad_h + r, q*stride_w - pad_w + s, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) that cover (h,w) of dy[n,p,q,c] / divisor(p,q)
@@ -9,8 +8,7 @@
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C].
 // Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such
-// rows.
-//            Nothing is written outside of it, so every schedule gives the same bits.
+//            rows. Nothing is written outside of it, so every schedule gives the same bits.
 // Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
 #include <algorithm>
 #include <limits>
