@@ -130,7 +130,10 @@ def cuda_target(home: Path) -> Target:
     # A library for a CUDA torch can be linked without one: an empty stub with the right soname stands in.
     stub = BUILD / "stub/libtorch_cuda.so"
     _, lib = torch_paths()
-    cuda_lib = next(home / p for p in ("lib64", "lib") if (home / p / "libcudart_static.a").exists())
+    folders = [home / p for p in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    cuda_lib = next((p for p in folders if (p / "libcudart_static.a").exists()), None)
+    if cuda_lib is None:
+        sys.exit(f"setup.py: libcudart_static.a is in none of {', '.join(map(str, folders))}; use CNNOPS_BUILD=cpu")
     libraries = f"-L{cuda_lib} -lcudart_static -lrt -lpthread -ldl"
     torch_cuda = f"-L{lib} -ltorch_cuda" if (lib / "libtorch_cuda.so").exists() else f"{stub}"
     target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
@@ -207,7 +210,9 @@ class build_native(Command):
             return
         path = write_ninja(targets, cuda)
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
+        ninja = shutil.which("ninja") or shutil.which(Path(sys.executable).with_name("ninja"))
+        if ninja is None:
+            sys.exit("setup.py: building cnnops needs ninja: pip install ninja")
         command = [ninja, "-f", str(path), *jobs, *[str(t.output) for t in targets]]
         if subprocess.run(command).returncode:
             sys.exit("setup.py: the native build failed; the compiler's message is above")
