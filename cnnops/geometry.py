@@ -83,15 +83,6 @@ class Conv2dProblem:
     def Q(self) -> int:
         return output_size(self.W, self.S, self.stride_w, self.pad_w, self.dilation_w)
 
-    @property
-    def flops(self) -> int:
-        """Multiplications and additions of one pass (all three passes have the same), padding counted."""
-        return 2 * self.N * self.K * self.P * self.Q * self.R * self.S * (self.C // self.groups)
-
-    @property
-    def depthwise(self) -> bool:
-        return self.groups == self.C and self.groups > 1
-
     @classmethod
     def of(
         cls,

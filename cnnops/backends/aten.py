@@ -126,10 +126,16 @@ def activation_backward(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     return dy * activation_gradient(saved, activation)
 
 
+def _input_of(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
+    """An empty pool input: torch's backward functions read its shape and layout alone."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((*dy.shape[:2], H, W), dtype=dy.dtype, device=dy.device, memory_format=layout)
+
+
 def _taps_to_plane(
     offsets: Tensor,
-    W: int,
     H: int,
+    W: int,
     kernel_w: int,
     stride_h: int,
     stride_w: int,
@@ -181,18 +187,13 @@ def max_pool2d_backward(
     dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, kernel_h: int, kernel_w: int, *window: int
 ) -> Tensor:
     stride, pad, dilation = window[0:2], window[2:4], window[4:6]
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
-    indices = _taps_to_plane(offsets, W, H, kernel_w, *window)
+    x = _input_of(dy, H, W, channels_last)
+    indices = _taps_to_plane(offsets, H, W, kernel_w, *window)
     return aten.max_pool2d_with_indices_backward(dy, x, (kernel_h, kernel_w), stride, pad, dilation, False, indices)
 
 
 def max_pool2d_indices(offsets: Tensor, H: int, W: int, kernel_h: int, kernel_w: int, *window: int) -> Tensor:
-    return _taps_to_plane(offsets, W, H, kernel_w, *window)
+    return _taps_to_plane(offsets, H, W, kernel_w, *window)
 
 
 def avg_pool2d_forward(
@@ -233,12 +234,7 @@ def avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int,
 ) -> Tensor:
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _input_of(dy, H, W, channels_last)
     return aten.avg_pool2d_backward(
         dy,
         x,
@@ -256,12 +252,7 @@ def adaptive_avg_pool2d_forward(x: Tensor, P: int, Q: int) -> Tensor:
 
 
 def adaptive_avg_pool2d_backward(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _input_of(dy, H, W, channels_last)
     return aten._adaptive_avg_pool2d_backward(dy, x)
 
 

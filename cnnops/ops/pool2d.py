@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import Pool2dProblem
+from ..geometry import Pool2dProblem, is_channels_last
 from .registry import Function, empty, register
 
 WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w"
 MAX_POOL = f"{WINDOW}, int dilation_h, int dilation_w"
 AVG_POOL = f"{WINDOW}, bool ceil_mode, bool count_include_pad, int divisor_override"
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return Pool2dProblem.adaptive("pool2d", x, 1, 1).channels_last
 
 
 class MaxPool2d(Function):
@@ -30,7 +26,7 @@ class MaxPool2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, x, *window, _, _, backend = inputs
-        ctx.args = (*x.shape[2:], _is_channels_last(x), *window, backend)
+        ctx.args = (*x.shape[2:], is_channels_last(x), *window, backend)
         ctx.save_for_backward(output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -61,7 +57,7 @@ class AvgPool2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, x, *args = inputs
-        ctx.args = (*x.shape[2:], _is_channels_last(x), *args)
+        ctx.args = (*x.shape[2:], is_channels_last(x), *args)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -82,7 +78,7 @@ class AdaptiveAvgPool2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, x, _, _, backend = inputs
-        ctx.args = (*x.shape[2:], _is_channels_last(x), backend)
+        ctx.args = (*x.shape[2:], is_channels_last(x), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
