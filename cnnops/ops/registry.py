@@ -49,13 +49,6 @@ class Function(torch.autograd.Function):
     def forward(run: Callable[..., Any], *args: Any) -> Any:
         return run(*args)
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if transforming():
-            return super().apply(*args)
-        # What torch.autograd.Function.apply does beside this serves transforms alone, and costs 19 us.
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
 
 def _eager(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a call on these tensors may skip the dispatcher: nobody traces, transforms, subclasses or autocasts."""
@@ -114,6 +107,9 @@ def register(
     if written is not None:
         run_kernel = _marking(run_kernel, written)
 
+    # What torch.autograd.Function.apply does beside this serves transforms alone, and costs 19 us.
+    enter: Any = None if function is None else super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
     def run_below(*args: Any) -> Any:
         with below_autograd():
             return op(*args)
@@ -122,14 +118,14 @@ def register(
         operands = args[:tensors]
         run = run_kernel if _eager(operands) else run_below
         if function is not None and _needs_gradient(operands):
-            return function.apply(run, *args)
+            return (function.apply if transforming() else enter)(run, *args)
         return run(*args)
 
     def call(*args: Any) -> Any:
         operands = args[:tensors]
         if _eager(operands):
             if function is not None and _needs_gradient(operands):
-                return function.apply(run_kernel, *args)
+                return enter(run_kernel, *args)
             return run_kernel(*args)
         if function is not None and transforming():
             return function.apply(op, *args)
