@@ -1,5 +1,7 @@
 # Every target sets up what it needs, in .venv, from Python >= 3.10 and g++. An interpreter that has torch lends it.
-PYTHON ?= python3
+ifndef PYTHON
+PYTHON := $(shell command -v python3)
+endif
 BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -62,11 +64,11 @@ bench: build
 docs: build
 	$(BIN)/python -m cnnops.bench.report README.md docs/benchmarks.md
 
-# The interpreter's own torch, no network and no .venv. RESULTS: where the result files go.
+# The interpreter's own torch, no network and no .venv. RESULTS: the folder that result files go to.
 gpu:
 	CNNOPS_BUILD=cuda $(PYTHON) -W ignore setup.py -q build_native
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -m "not slow" -k "cuda or triton"
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q bench
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -m "not slow" -k "cuda or triton" tests
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q bench $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:
 	rm -rf build cnnops/*.so cnnops.egg-info
