@@ -24,7 +24,7 @@ help:
 $(READY): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	.ci/lend-torch $(PYTHON) $(BIN)/python || $(BIN)/python -m pip install -q -c requirements.lock torch
-	grep -v '^torch==' requirements.lock | $(BIN)/python -m pip install -q --no-deps -r /dev/stdin setuptools wheel
+	grep -v '^torch==' requirements.lock | $(BIN)/python -m pip install -q --no-deps -r /dev/stdin
 	touch $@
 
 # Users build for what their torch can run; the tests compile everything.
