@@ -263,6 +263,17 @@ def test_wrong_fused_call(op: str, id: str) -> None:
         assert word in str(raised.value)
 
 
+def test_wrong_gradient_call() -> None:
+    """The registered gradients are called by anyone: what a kernel would read beyond its end is refused."""
+    ops, x, one = torch.ops.cnnops, zeros(2, 3, 4, 4), zeros(1)
+    with pytest.raises(RuntimeError, match=r"mean of shape \[3\].*\[1\]"):
+        ops.batch_norm_act_backward(
+            x, x, None, None, None, None, one, one, True, 1e-5, "relu", True, False, False, False, ""
+        )
+    with pytest.raises(RuntimeError, match=r"offsets of dtype torch.uint8.*int64"):
+        ops.max_pool2d_backward(x, x.long(), 8, 8, False, 2, 2, 2, 2, 0, 0, 1, 1, "")
+
+
 def test_nothing_runs_before_the_check() -> None:
     """A refused call in training leaves the running statistics alone."""
     mean, var = torch.zeros(3), torch.ones(3)

@@ -140,6 +140,12 @@ def _describe_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tenso
         raise RuntimeError(
             f"batch_norm_act_backward: expected dy like x, {list(x.shape)} {x.dtype}, but got {list(dy.shape)} {dy.dtype}"
         )
+    for name, t in zip(("mean", "rstd"), args[2:4], strict=True):
+        if list(t.shape) != [x.shape[1]] or t.dtype != _accumulation(x.dtype):
+            raise RuntimeError(
+                f"batch_norm_act_backward: expected {name} of shape [{x.shape[1]}] and dtype {_accumulation(x.dtype)}, "
+                f"but got {list(t.shape)} {t.dtype}"
+            )
     training, _, activation = args[4:7]
     N, C = x.shape[:2]
     L = x.numel() // max(N * C, 1)
