@@ -4,7 +4,7 @@
     python setup.py build_native --simt    # also cnnops/_native_simt.so, the CUDA sources on a CPU, for the tests
 
 Environment: CNNOPS_BUILD=auto|cpu|cuda|none (auto: CUDA where nvcc is found), FORCE_CUDA=1 (no nvcc is an error),
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "8.0 9.0+PTX"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
 """
 
 from __future__ import annotations
@@ -111,9 +111,13 @@ def find_cuda() -> Path | None:
     return next((home.resolve() for home in homes if (home / "bin/nvcc").exists()), None)
 
 
-def arches() -> list[str]:
-    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
-    return [a.replace(".", "") for a in wanted.replace(" ", ";").split(";") if a]
+def device_images() -> list[str]:
+    """What to compile for, as nvcc names it. "9.0+PTX" is sm_90, and compute_90 for the architectures after it."""
+    images = []
+    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES).replace(";", " ").split():
+        number = arch.removesuffix("+PTX").replace(".", "")
+        images += [f"sm_{number}"] + ([f"compute_{number}"] if arch.endswith("+PTX") else [])
+    return images
 
 
 def cuda_target(home: Path) -> Target:
@@ -126,11 +130,11 @@ def cuda_target(home: Path) -> Target:
     target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
     includes = f"-isystem {home}/include"
     target.add(CSRC / "bind.cpp", f"{bind_flags('cuda', 'CUDA')} -DUSE_CUDA {includes}")
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in arches())
-    names = ",".join(f"sm_{a}" for a in arches())
+    images = device_images()
+    gencode = " ".join(f"-gencode=arch=compute_{image.split('_')[1]},code={image}" for image in images)
     threads = os.environ.get("NVCC_THREADS", "2")
     for source in sorted(CSRC.glob("cuda/*.cu")):
-        target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'", rule="nvcc")
+        target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{','.join(images)}\"'", rule="nvcc")
     return target
 
 

@@ -20,7 +20,7 @@ import torch
 
 import cnnops
 import cnnops.functional as CF
-from cnnops.backends import simt
+from cnnops.backends import cuda, simt
 
 pytestmark = pytest.mark.quick
 
@@ -149,11 +149,12 @@ def emulated_kernels() -> set[str]:
 @cuda_built
 def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     info = cuda_build_info()
-    images = re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf"))
-    assert set(images) == set(info["arches"]) == {f"sm_{arch}" for arch in setup_script()["arches"]()}
-    assert cuobjdump("-lptx") == ""
+    images = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf")))
+    ptx = set(re.findall(r"PTX file.*\.sm_(\w+)\.ptx", cuobjdump("-lptx")))
+    claimed = set(info["arches"])
+    assert images | {f"compute_{number}" for number in ptx} == claimed == set(setup_script()["device_images"]())
     kernels = set(info["kernels"])
-    assert set(by_kernel(cuobjdump("-res-usage"))) == {(arch, kernel) for arch in info["arches"] for kernel in kernels}
+    assert set(by_kernel(cuobjdump("-res-usage"))) == {(arch, kernel) for arch in images for kernel in kernels}
     assert kernels == emulated_kernels()
 
 
@@ -179,7 +180,7 @@ def test_tensor_cores_multiply_half_and_bfloat16_alone() -> None:
             found[arch, parts[2]].add(parts[1])
             assert (multiplies > 0) == (parts[2] != "float"), (arch, kernel, multiplies)
     passes = {"forward", "backward_input", "backward_weight"}
-    assert found == {(arch, T): passes for arch in cuda_build_info()["arches"] for T in ("float", "Half", "BFloat16")}
+    assert found == {(arch, T): passes for arch, _ in count for T in ("float", "Half", "BFloat16")}
 
 
 def test_the_emulator_runs_every_kernel() -> None:
@@ -195,6 +196,30 @@ def test_the_emulator_runs_every_kernel() -> None:
     built = emulated_kernels()
     unused = {name for name in built if re.match(r"copy_kernel<(?!(float|Half|BFloat16), \1>)", name)}
     assert ran == built - unused
+
+
+@pytest.mark.parametrize(
+    ("image", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100a", [(10, 0)], [(10, 3), (12, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("sm_120", [(12, 0), (12, 1)], [(10, 0), (11, 0)]),
+        ("compute_80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+    ],
+)
+def test_devices_that_an_image_runs_on(
+    image: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
+) -> None:
+    assert [device for device in [*runs, *does_not] if cuda.runs_on(image, *device)] == runs
+
+
+def test_architectures_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
+    assert setup_script()["device_images"]() == ["sm_80", "sm_90a", "sm_120", "compute_120"]
 
 
 # ---- the CPU's instruction sets

@@ -30,11 +30,26 @@ def usable() -> Support:
     if not status.ok:
         return status
     arches = json.loads(library.build_info())["arches"]
-    major, minor = torch.cuda.get_device_capability()
-    runs = [a for a in arches if (a.endswith("a") and a == f"sm_{major}{minor}a") or a.startswith(f"sm_{major}")]
-    if runs or "compute_80" in arches:
+    capability = torch.cuda.get_device_capability()
+    if any(runs_on(image, *capability) for image in arches):
         return Support(True, "")
+    major, minor = capability
     return no(f"the library holds {', '.join(arches)}, but the device is sm_{major}{minor}")
+
+
+def runs_on(image: str, major: int, minor: int) -> bool:
+    """Whether a device of this compute capability can run an image that nvcc was told to make.
+
+    sm_80 runs on 8.0 and later 8.x; sm_90a on 9.0 alone; compute_80 is PTX, which the driver compiles for 8.0 and all
+    later ones. Source: CUDA's programming guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    kind, number = image.split("_")
+    made_for = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+    if number.endswith("a"):
+        return made_for == (major, minor)
+    if kind == "compute" and not number.endswith("f"):
+        return made_for <= (major, minor)
+    return made_for[0] == major and made_for[1] <= minor
 
 
 def supports(function: str, problem: Problem) -> Support:
