@@ -1,5 +1,7 @@
 # Every target sets up what it needs, in .venv, from Python >= 3.10 and g++. An interpreter that has torch lends it.
-PYTHON ?= python3
+ifndef PYTHON
+PYTHON := $(shell command -v python3)
+endif
 BIN := .venv/bin
 READY := .venv/.ready
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -15,14 +17,14 @@ help:
 	@echo "make check      lint, types and the quick tests (3 minutes on a built tree)"
 	@echo "make test-slow  full sweeps, sanitizers, Triton 3.6; resumable by part"
 	@echo "make bench      measure every kernel beside its peers; writes bench/results"
-	@echo "make docs       generate the tables in README.md from bench/results"
+	@echo "make docs       write the figures of bench/results into README.md and docs"
 	@echo "make gpu        build with this interpreter's CUDA torch and run the suite on the device"
 
 # The environment. nvcc comes from the registry where the machine has none, so that CUDA compiles anywhere.
 $(READY): requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	.ci/lend-torch $(PYTHON) $(BIN)/python || $(BIN)/python -m pip install -q -c requirements.lock torch
-	grep -v '^torch==' requirements.lock | $(BIN)/python -m pip install -q --no-deps -r /dev/stdin setuptools wheel
+	grep -v '^torch==' requirements.lock | $(BIN)/python -m pip install -q --no-deps -r /dev/stdin
 	touch $@
 
 # Users build for what their torch can run; the tests compile everything.
@@ -60,13 +62,13 @@ bench: build
 	$(BIN)/python -m pytest -q bench
 
 docs: build
-	$(BIN)/python -m cnnops.bench.report
+	$(BIN)/python -m cnnops.bench.report README.md docs/benchmarks.md
 
-# The interpreter's own torch, no network and no .venv. RESULTS: where the result files go.
+# The interpreter's own torch, no network and no .venv. RESULTS: the folder that result files go to.
 gpu:
 	CNNOPS_BUILD=cuda $(PYTHON) -W ignore setup.py -q build_native
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -m "not slow" -k "cuda or triton"
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q bench
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -m "not slow" -k "cuda or triton" tests
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q bench $(if $(RESULTS),--results "$(RESULTS)")
 
 clean:
 	rm -rf build cnnops/*.so cnnops.egg-info

@@ -154,10 +154,12 @@ def info(options: argparse.Namespace) -> int:
         print(f"{name:8s}{state:12s}{' and '.join(backend['devices'])} tensors{note}")
         if "why_not" in backend:
             print(f"{'':8s}{backend['why_not']}")
+        if "library" in backend:
+            print(f"{'':8s}library: {backend['library']}")
         for key, value in backend.get("built", {}).items():
             if key == "kernels":
                 value = f"{len(value)} (--json lists them)"
-            if key not in ("backend", "flags", "resources"):
+            if value and key not in ("backend", "flags", "resources"):
                 print(f"{'':8s}{key}: {', '.join(value) if isinstance(value, list) else value}")
     return 0
 

@@ -114,8 +114,10 @@ def info() -> dict[str, Any]:
         if backend.named_only:
             entry["note"] = "used only by name"
         library: Library | None = getattr(backend, "library", None)
-        if library is not None and library.path.exists() and library.status().ok:
-            entry["built"] = json.loads(library.build_info())
+        if library is not None:
+            entry["library"] = library.path.name if library.path.exists() else "not built"
+            if library.status().ok:
+                entry["built"] = json.loads(library.build_info())
         backends[backend.NAME] = entry
     return {
         "cnnops": __version__,

@@ -114,7 +114,7 @@ Tensor empty(const Shape& sizes, ScalarType dtype, const Tensor& like, bool chan
   for (int64_t i = 0; i < dims; ++i) {
     const int64_t axis = channels_last ? kChannelsLast[i] : dims - 1 - i;
     strides[axis] = next;
-    next *= std::max<int64_t>(sizes[axis], 1);
+    next *= channels_last ? sizes[axis] : std::max<int64_t>(sizes[axis], 1);  // torch treats empty extents so
   }
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));

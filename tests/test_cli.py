@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -163,3 +164,40 @@ def test_demo_ends_with_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None
     assert "training step" in out
     assert "inference" in out
     assert out.splitlines()[-1].startswith("test accuracy ")
+
+
+def test_info_says_what_is_built_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["backends"]["cpu"]["built"]["isa_levels"] == ["baseline", "avx2", "avx512"]
+    for backend in found["backends"].values():
+        assert backend["usable"] or backend["why_not"]
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for backend in cnnops.dispatch.BACKENDS:
+        assert f"\n{backend.NAME} " in printed
+
+
+def test_explain_names_the_backend_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["explain", "conv2d", "--input", "8,64,16,16", "--weight", "64,64,3,3", "--padding", "1"]
+    assert cli.main(call) == 0
+    text = capsys.readouterr().out
+    assert "conv2d_forward: cpu" in text
+    assert "conv2d_backward: cpu" in text
+    assert "takes cuda tensors, not cpu" in text
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--input", "8,64,16,16", "--weight", "64,60,3,3"], "60 channels"),
+        (["--input", "8,64,16", "--weight", "64"], "weight"),
+        (["--input", "8,x"], "8,x"),
+        (["--input", "8,64,16,16", "--weight", "64,64,3,3", "--backend", "none"], "'none'"),
+        (["--input", "8,64,16,16", "--weight", "64,64,3,3", "--stride", "1,2,3"], "stride"),
+    ],
+)
+def test_explain_refuses_a_wrong_call_in_one_line(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_fails(["explain", "conv2d", *options], words, capsys)

@@ -30,7 +30,9 @@ def python(program: str, path: Path | None = None, **environment: str) -> subpro
     """A program in a process of its own, with a package path of its own."""
     root = path or Path(cnnops.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root), **environment}
-    return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture

@@ -177,16 +177,17 @@ def max_pool2d_forward(
     return y, offsets.contiguous(memory_format=torch.channels_last)
 
 
+def _pooled(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
+    """An input that dy may be the gradient of: torch's pool gradients take shape and layout from it, not values."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((*dy.shape[:2], H, W), dtype=dy.dtype, device=dy.device, memory_format=layout)
+
+
 def max_pool2d_backward(
     dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, kernel_h: int, kernel_w: int, *window: int
 ) -> Tensor:
     stride, pad, dilation = window[0:2], window[2:4], window[4:6]
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _pooled(dy, H, W, channels_last)
     indices = _taps_to_plane(offsets, W, H, kernel_w, *window)
     return aten.max_pool2d_with_indices_backward(dy, x, (kernel_h, kernel_w), stride, pad, dilation, False, indices)
 
@@ -233,12 +234,7 @@ def avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int,
 ) -> Tensor:
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _pooled(dy, H, W, channels_last)
     return aten.avg_pool2d_backward(
         dy,
         x,
@@ -256,12 +252,7 @@ def adaptive_avg_pool2d_forward(x: Tensor, P: int, Q: int) -> Tensor:
 
 
 def adaptive_avg_pool2d_backward(dy: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
-    x = torch.empty(
-        (*dy.shape[:2], H, W),
-        dtype=dy.dtype,
-        device=dy.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _pooled(dy, H, W, channels_last)
     return aten._adaptive_avg_pool2d_backward(dy, x)
 
 

@@ -117,8 +117,16 @@ def _rich(rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> str:
     return capture.get().rstrip("\n")
 
 
+def summary(measured: Sequence[Results]) -> str:
+    """A line for every suite and device; `NOT_MEASURED` without any."""
+    lines = [f"- {r.environment.device_name}, {r.environment.threads} threads: {headline(r)}." for r in measured]
+    return "\n".join(lines) or NOT_MEASURED
+
+
 def markdown(suite: str, measured: Sequence[Results]) -> str:
-    """The suite's tables, one for each device; `NOT_MEASURED` without any."""
+    """The suite's tables, one for each device, or the `summary` of all; `NOT_MEASURED` without any."""
+    if suite == "summary":
+        return summary(measured)
     tables = []
     for results in measured:
         if results.suite != suite:
