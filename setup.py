@@ -4,7 +4,7 @@
     python setup.py build_native --simt    # also cnnops/_native_simt.so, the CUDA sources on a CPU, for the tests
 
 Environment: CNNOPS_BUILD=auto|cpu|cuda|none (auto: CUDA where nvcc is found), FORCE_CUDA=1 (no nvcc is an error),
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "8.0 9.0+PTX"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 import cnnops
 
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # said by mkldnn.flags
+
 # The same examples in every run of `make test`; `make test-slow` looks further, and prints how to repeat a failure.
 USUAL = settings(max_examples=150, derandomize=True, deadline=None, database=None)
 SEARCH = settings(max_examples=3000, deadline=None, database=None, print_blob=True)
@@ -95,8 +97,20 @@ def norm_cases(draw: Any) -> NormCase:
     return case
 
 
+def reaches_input(case: Conv2dCase) -> bool:
+    """Whether any tap of any window lies inside the input."""
+    pads = case.padding if isinstance(case.padding, tuple) else (0, 0)
+    P, Q = case.output_shape[2:]
+    sides = zip((case.H, case.W), (case.R, case.S), (P, Q), case.stride, pads, case.dilation, strict=True)
+    return all(
+        any(0 <= p * step - pad + r * spread < size for p in range(positions) for r in range(taps))
+        for size, taps, positions, step, pad, spread in sides
+    )
+
+
 def conv2d(case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
-    with cnnops.use_backend("cpu"):
+    # torch 2.13's oneDNN crashes on half and bfloat16 where nothing but padding is seen; torch has kernels beside it.
+    with cnnops.use_backend("cpu"), torch.backends.mkldnn.flags(enabled=reaches_input(case)):
         test_conv2d.check(case, helpers.conv2d_inputs(case, dtype, _laid(case, layout), "cpu"))
 
 

@@ -37,13 +37,18 @@ def usable() -> Support:
 
 
 def runs_on(image: str, major: int, minor: int) -> bool:
-    """Whether a device of capability major.minor runs the image: "sm_86" its own generation from 8.6 on, "compute_80"
-    (PTX) everything from 8.0 on, and "sm_90a" 9.0 alone."""
-    kind, _, number = image.partition("_")
-    if number[-1] in "af":
-        return number[:-1] == f"{major}{minor}"
-    built = divmod(int(number), 10)
-    return built <= (major, minor) and (kind == "compute" or built[0] == major)
+    """Whether a device of this compute capability can run an image that nvcc was told to make.
+
+    sm_80 runs on 8.0 and later 8.x; sm_90a on 9.0 alone; compute_80 is PTX, which the driver compiles for 8.0 and all
+    later ones. Source: CUDA's programming guide, "Binary Compatibility" and "PTX Compatibility".
+    """
+    kind, number = image.split("_")
+    made_for = int(number.rstrip("af")[:-1]), int(number.rstrip("af")[-1])
+    if number.endswith("a"):
+        return made_for == (major, minor)
+    if kind == "compute" and not number.endswith("f"):
+        return made_for <= (major, minor)
+    return made_for[0] == major and made_for[1] <= minor
 
 
 def supports(function: str, problem: Problem) -> Support:

@@ -19,11 +19,11 @@ INT_MAX = 2**31 - 1
 
 
 class Library:
-    """The native ops of one backend, in cnnops/_native_<backend>.so. Loaded when first asked for."""
+    """The native ops of one backend, in cnnops/_native_<backend>.so or a variant of it. Loaded when first asked for."""
 
-    def __init__(self, backend: str, remedy: str) -> None:
+    def __init__(self, backend: str, remedy: str, variant: str = "") -> None:
         self.backend = backend
-        self.path = Path(__file__).resolve().parents[1] / f"_native_{backend}.so"
+        self.path = Path(__file__).resolve().parents[1] / f"_native_{backend}{variant and '_' + variant}.so"
         self._remedy = remedy
         self._status: Support | None = None
 

@@ -1,8 +1,13 @@
-"""The CUDA kernels' own sources on a CPU, under the SIMT emulator. For tests: built by them, chosen only by name."""
+"""The CUDA kernels' own sources on a CPU, under the SIMT emulator. For tests: built by them, chosen only by name.
+
+CNNOPS_SIMT_LIBRARY=address|thread, read on import, takes the library that CNNOPS_SANITIZE made of setup.py build_native
+--simt in place of the plain one. A sanitizer's runtime has to be in the process first: .ci/slow-parts has the recipe.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
@@ -14,7 +19,7 @@ NAME = "simt"
 devices = ("cpu",)
 named_only = True
 
-library = Library(NAME, "run `make build-simt` in a checkout")
+library = Library(NAME, "run `make build-simt` in a checkout", variant=os.environ.get("CNNOPS_SIMT_LIBRARY", ""))
 usable = library.status
 function = library.function
 supports = cuda.supports
