@@ -22,7 +22,6 @@ from helpers import DTYPES
 import cnnops
 import cnnops.functional as CF
 from cnnops import dispatch, settings
-from cnnops.backends import cuda
 
 TESTS = Path(__file__).parent
 X, WEIGHT = torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3)
@@ -170,22 +169,6 @@ def test_steps_beyond_an_int_are_not_the_kernels() -> None:
     assert torch.equal(CF.conv2d(X, WEIGHT, stride=2**32), F.conv2d(X, WEIGHT, stride=2**32))
     with cnnops.use_backend("cpu"), pytest.raises(dispatch.UnsupportedError, match="stride"):
         CF.conv2d(X, WEIGHT, stride=2**32)
-
-
-@pytest.mark.parametrize(
-    ("image", "runs", "does_not"),
-    [
-        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
-        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
-        ("sm_90a", [(9, 0)], [(8, 0), (10, 0)]),
-        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
-        ("compute_80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
-        ("compute_90a", [(9, 0)], [(10, 0)]),
-    ],
-)
-def test_which_devices_run_an_image(image: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]) -> None:
-    assert all(cuda.runs_on(image, *device) for device in runs)
-    assert not any(cuda.runs_on(image, *device) for device in does_not)
 
 
 def test_use_backend_nests_and_restores() -> None:

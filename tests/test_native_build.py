@@ -152,7 +152,7 @@ def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     images = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf")))
     ptx = set(re.findall(r"PTX file.*\.sm_(\w+)\.ptx", cuobjdump("-lptx")))
     claimed = set(info["arches"])
-    assert images | {f"compute_{number}" for number in ptx} == claimed == set(setup_script()["device_images"]())
+    assert images | {f"compute_{number}" for number in ptx} == claimed == {image for _, image in setup_script()["images"]()}
     kernels = set(info["kernels"])
     assert set(by_kernel(cuobjdump("-res-usage"))) == {(arch, kernel) for arch in images for kernel in kernels}
     assert kernels == emulated_kernels()
@@ -219,7 +219,7 @@ def test_devices_that_an_image_runs_on(
 
 def test_architectures_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
-    assert setup_script()["device_images"]() == ["sm_80", "sm_90a", "sm_120", "compute_120"]
+    assert [image for _, image in setup_script()["images"]()] == ["sm_80", "sm_90a", "sm_120", "compute_120"]
 
 
 # ---- the CPU's instruction sets
