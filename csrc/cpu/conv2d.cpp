@@ -230,6 +230,14 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const
   convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.filters, int64_t{p.R} * p.S * channels);
 }
 
+// Inputs that no tap reaches lie strided among the others: one sweep over all of them is faster than picking them out.
+template <class T>
+void fill_zeros(T* dx, int64_t count) {
+  constexpr int64_t kPiece = 65536;
+  parallel_for(ceil_div(count, kPiece), kPiece,
+               [=](int64_t piece) { std::fill(dx + piece * kPiece, dx + std::min(count, (piece + 1) * kPiece), T{}); });
+}
+
 template <class T>
 void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, void* workspace) {
   const int filters = p.K / p.groups;
@@ -237,8 +245,12 @@ void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx,
   const Packed<T> packed(arena, p, filters, p.C / p.groups);
   packed.clear_zeros(filters);
   pack_filters_backward(p, weight, packed.filters);
+  bool all_reached = true;
+  for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) { all_reached &= conv.has_taps(); });
+  if (!all_reached) fill_zeros(dx, int64_t{p.N} * p.H * p.W * p.C);
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
-    convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
+    if (conv.has_taps())
+      convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
   });
 }
 

@@ -64,6 +64,7 @@ struct TapConv {
   int64_t in_pitch() const { return int64_t{groups} * in_channels; }
   int64_t out_pitch() const { return int64_t{groups} * out_channels; }
   int64_t pixels() const { return images * h.count * w.count; }
+  bool has_taps() const { return h.taps > 0 && w.taps > 0; }
 
   // On a small map a tile takes the same position of several images, so that the taps outside are the same for all its
   // pixels and can be skipped; on a large one it takes neighbours, whose taps overlap in cache.
