@@ -104,7 +104,19 @@ def kernel_of(function: str, tensors: int, describe: Callable[..., Problem]) -> 
     tensors: how many leading arguments are tensors (or None). describe(*args): checks a call and describes it. The
     callable's last argument is the name of the backend, "" to choose.
     """
-    if tensors == 3:  # the convolutions, spelled out: a comprehension would cost a fifth of the whole call
+    # Spelled out for the pools and the convolutions: a comprehension would cost a fifth of the whole call.
+    if tensors == 1:
+
+        def kernel1(x: Any, *rest: Any) -> Any:
+            key = function, x.shape, x.stride(), x.dtype, x.device, rest
+            found = _chosen.get(key)
+            if found is None:
+                found = _choose(function, describe, (x, *rest), key)
+            return found(x, *rest[:-1])
+
+        return kernel1
+
+    if tensors == 3:
 
         def kernel3(a: Any, b: Any, c: Any, *rest: Any) -> Any:
             key = (

@@ -37,15 +37,17 @@ def is_channels_last(t: Tensor) -> bool:
 
     A one-channel map counts if its strides say so. Anything but a 4-d tensor is not channels_last.
     """
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
+        return False
+    (N, C, H, W), (image, channel, row, column) = t.shape, t.stride()
+    if channel == 0:
         return False
     least = 0
-    for axis in (1, 3, 2, 0):
-        size, stride = t.shape[axis], t.stride(axis)
-        if size == 0 or stride < least or (axis == 0 and least == t.stride(1)):
+    for size, stride in ((C, channel), (W, column), (H, row)):
+        if size == 0 or stride < least:
             return False
         least = stride * size if size > 1 else stride
-    return True
+    return not (N == 0 or image < least or least == channel)
 
 
 def _text(sizes: Sequence[int]) -> str:

@@ -152,7 +152,11 @@ def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     images = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf")))
     ptx = set(re.findall(r"PTX file.*\.sm_(\w+)\.ptx", cuobjdump("-lptx")))
     claimed = set(info["arches"])
-    assert images | {f"compute_{number}" for number in ptx} == claimed == {image for _, image in setup_script()["images"]()}
+    assert (
+        images | {f"compute_{number}" for number in ptx}
+        == claimed
+        == {image for _, image in setup_script()["images"]()}
+    )
     kernels = set(info["kernels"])
     assert set(by_kernel(cuobjdump("-res-usage"))) == {(arch, kernel) for arch in images for kernel in kernels}
     assert kernels == emulated_kernels()
