@@ -1,7 +1,7 @@
 """The command line. Each sub-command is one function: it takes the parsed options and returns the exit status.
 
-Exit status 0: done; 2: a bad argument, a missing data set or package, a checkpoint or a folder that cannot be used;
-128 + n: ended by signal n. Errors are one line on stderr.
+Exit status 0: done; 1: the demo's networks disagree; 2: a bad argument, a missing data set or package, a checkpoint or a
+folder that cannot be used; 128 + n: ended by signal n. Errors are one line on stderr.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def train(options: argparse.Namespace) -> int:
 
 def demo(options: argparse.Namespace) -> int:
     _need_packages()
+    from cnnops.bench.verify import Mismatch
     from cnnops.train import TrainConfig, Trainer
     from cnnops.train.console import ConsoleReporter
 
@@ -115,7 +116,12 @@ def demo(options: argparse.Namespace) -> int:
         config = replace(config, width=0.5)
     trainer = Trainer(config, _new_folder(options.out, "demo"), ConsoleReporter())
     trainer.fit()
-    print(f"\nthe same network beside torch.nn, one batch of {config.batch_size}:\n{_beside_torch(trainer)}")
+    print(f"\nthe same network beside torch.nn, one batch of {config.batch_size}:")
+    try:
+        print(_beside_torch(trainer))
+    except Mismatch as mismatch:
+        _print_result(trainer)
+        return _failed(f"not timed, because the networks disagree: {mismatch}", 1)
     _print_result(trainer)
     return 0
 

@@ -16,6 +16,7 @@ import pytest
 
 import cnnops
 from cnnops import cli, data, dispatch
+from cnnops.bench.verify import Mismatch
 from cnnops.train import Reporter, Trainer
 
 TRAIN = ["train", "--model", "simple_cnn", "--data", "synthetic", "--width", "0.125", "--epochs", "2", "--lr", "0.02"]
@@ -169,6 +170,19 @@ def test_full_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", fsync)
     assert_fails([*TRAIN, "--out", "run"], "run/config.json: No space left on device", capsys)
+
+
+def test_demo_does_not_time_networks_that_disagree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def disagree(*_: Any, **__: Any) -> None:
+        raise Mismatch("logits differ")
+
+    monkeypatch.setattr("cnnops.bench.models.compare_models", disagree)
+    assert cli.main(["demo", "--epochs", "1", "--device", "cpu", "--out", "run"]) == 1
+    out = capsys.readouterr()
+    assert out.err == "cnnops: not timed, because the networks disagree: logits differ\n"
+    assert "test accuracy" in out.out
 
 
 def test_demo_ends_with_the_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
