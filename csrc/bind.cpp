@@ -67,6 +67,7 @@ Activation activation_of(const std::string& name) {
 // Whether the strides order the axes as channels_last does: channels innermost, then W, H, N (torch's rule).
 bool is_channels_last(const Tensor& t) {
   if (t.dim() != 4 || t.stride(1) == 0) return false;
+  if (t.size(0) > 1 && t.numel() == t.size(0)) return false;  // torch decides on a dense copy, whose strides are all 1
   int64_t least = 0;
   for (const int axis : {1, 3, 2, 0}) {
     const int64_t size = t.size(axis), stride = t.stride(axis);
