@@ -41,7 +41,7 @@ def is_channels_last(t: Tensor) -> bool:
         return False
     (N, C, H, W), (image, channel, row, column) = t.shape, t.stride()
     # Of single values in a row, torch decides on the dense copy that it makes, whose strides are all 1.
-    if channel == 0 or (N > 1 and C == H == W == 1):
+    if channel == 0 or (N > 1 and C == 1 and H == 1 and W == 1):
         return False
     least = 0
     for size, stride in ((C, channel), (W, column), (H, row)):
