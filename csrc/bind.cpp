@@ -248,8 +248,6 @@ class Workspace {
   void* data_ = nullptr;
 };
 
-// ---- conv2d
-
 #define CNNOPS_CONV2D_PARAMS                                                                                \
   int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, \
       int64_t groups
@@ -341,8 +339,6 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
   return {finished(dx), finished(dweight), dbias};
 }
 
-// ---- activations
-
 Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string activation) {
   const Launch launch(dy);
   const Output dz(saved.sizes(), saved, saved.scalar_type(), is_channels_last(saved));
@@ -353,8 +349,6 @@ Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string ac
   }
   return dz.finish(launch);
 }
-
-// ---- pools
 
 #define CNNOPS_WINDOW_PARAMS \
   int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w
@@ -481,8 +475,6 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool
   }
   return dx.finish(launch);
 }
-
-// ---- batch norm
 
 // x as its kernels want it: dense [N, L, C] where x is channels_last, dense [N, C, L] otherwise.
 Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {

@@ -161,9 +161,6 @@ def over(function: str, cases: Sequence[Any], layouts: Sequence[str] = LAYOUTS, 
     return pytest.mark.parametrize(("backend", "case", "dtype", "layout"), parameters, indirect=["backend"])
 
 
-# ---- inputs
-
-
 def generator(name: str) -> torch.Generator:
     """Random numbers that depend on the test's case alone."""
     return torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -215,8 +212,6 @@ def conv2d_inputs(
     bias = make((case.K,), dtype, device, random) if case.bias else None
     return laid_out(x, layout), laid_out(weight, layout if layout in LAYOUTS else "nchw"), bias
 
-
-# ---- comparison
 
 Function = Callable[..., Tensor]
 Tensors = Sequence[Tensor | None]

@@ -173,9 +173,6 @@ def test_non_finite_values_stay_in_their_channel(backend: Backend, layout: str) 
         assert torch.equal(broken.any(0).flatten(1).any(1).nonzero().flatten().cpu(), torch.tensor([1, 2]))
 
 
-# ---- with activation and residual
-
-
 def composed(case: NormCase, activation: str, state: State) -> helpers.Function:
     def function(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
         z = F.batch_norm(x, *state, weight, bias, case.training, case.momentum, case.eps)

@@ -63,9 +63,6 @@ def test_cuda_is_built_where_nvcc_is_found() -> None:
     assert CUDA.exists()
 
 
-# ---- what the libraries take of torch
-
-
 def undefined(library: Path) -> set[str]:
     """The names that a library leaves to others; what the C and C++ runtimes export has a version."""
     lines = (line.split() for line in output("nm", "-D", "--undefined-only", library).splitlines())
@@ -116,9 +113,6 @@ def cuda_build_info() -> dict[str, Any]:
 @cuda_built
 def test_cuda_library_loads_with_every_symbol_bound() -> None:
     assert cuda_build_info()["backend"] == "cuda"
-
-
-# ---- the device code
 
 
 def cuobjdump(*flags: str) -> str:
@@ -225,8 +219,6 @@ def test_architectures_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     assert [image for _, image in setup_script()["images"]()] == ["sm_80", "sm_90a", "sm_120", "compute_120"]
 
-
-# ---- the CPU's instruction sets
 
 # A level's own namespace is in the names of its functions. Whatever carries none, runs on every processor: functions of
 # the C++ library too, of which the linker keeps one level's copy for all.

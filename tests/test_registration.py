@@ -116,9 +116,6 @@ def test_opcheck(name: str, layout: str) -> None:
         torch.library.opcheck(op, args)
 
 
-# ---- functional calls that the tests below trace, transform and record
-
-
 @dataclass(frozen=True)
 class Call:
     """A function of ours on tensors, and its arguments."""
@@ -349,9 +346,6 @@ def test_no_aten_kernel_computes(call: Call) -> None:
     assert not [name for name, _ in seen.calls if name.startswith("aten::") and any(word in name for word in theirs)]
 
 
-# ---- autocast
-
-
 def test_autocast_lowers_convolutions() -> None:
     x, weight, bias = tensor(*X), tensor(*WEIGHT), tensor(4)
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
@@ -386,9 +380,6 @@ def test_autocast_leaves_norms_and_pools(dtype: torch.dtype) -> None:
         assert CF.adaptive_avg_pool2d(x, 2).dtype == dtype
 
 
-# ---- fake tensors: the real shapes, dtypes and strides, without computing
-
-
 def _all_calls() -> list[Any]:
     def conv(case: Any) -> Any:
         return lambda x, weight: CF.conv2d(x, weight, **case.arguments())
@@ -415,9 +406,6 @@ def test_fake_outputs_have_the_real_strides(function: Any, x_shape: Any, weight_
             meta = function(*[t.to("meta") for t in tensors])
             for found in (fake, meta):
                 assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
-
-
-# ---- the neighbours
 
 
 @on("conv2d_forward")
