@@ -150,15 +150,27 @@ class Launch {
   Stream stream_ = nullptr;
 };
 
+// The kernel copies up to four axes; further ones in front are walked here.
 void copy(const Tensor& src, const Tensor& dst, Stream stream) {
   if (src.numel() == 0) return;
   CopyProblem problem{dtype_of(src), dtype_of(dst), {1, 1, 1, 1}, {}, {}};
-  for (int64_t i = 0, pad = 4 - src.dim(); i < src.dim(); ++i) {
-    problem.size[pad + i] = src.size(i);
-    problem.src_stride[pad + i] = src.stride(i);
-    problem.dst_stride[pad + i] = dst.stride(i);
+  const int64_t front = std::max<int64_t>(src.dim() - 4, 0), pad = std::max<int64_t>(4 - src.dim(), 0);
+  int64_t inner = 1;
+  for (int64_t i = front; i < src.dim(); ++i) {
+    problem.size[pad + i - front] = src.size(i);
+    problem.src_stride[pad + i - front] = src.stride(i);
+    problem.dst_stride[pad + i - front] = dst.stride(i);
+    inner *= src.size(i);
   }
-  kernels().copy(problem, src.data_ptr(), dst.data_ptr(), stream);
+  for (int64_t step = 0; step < src.numel() / inner; ++step) {
+    int64_t from = 0, to = 0, rest = step;
+    for (int64_t i = front - 1; i >= 0; rest /= src.size(i--)) {
+      from += rest % src.size(i) * src.stride(i);
+      to += rest % src.size(i) * dst.stride(i);
+    }
+    kernels().copy(problem, static_cast<const char*>(src.data_ptr()) + from * static_cast<int64_t>(src.element_size()),
+                   static_cast<char*>(dst.data_ptr()) + to * static_cast<int64_t>(dst.element_size()), stream);
+  }
 }
 
 // t with elements of `dtype` as dense [N, H, W, C]; t itself where it is that already.
@@ -184,7 +196,12 @@ OptionalTensor vector(const OptionalTensor& t, ScalarType dtype, Stream stream) 
 void* pointer(const OptionalTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 void zero_elements(const Tensor& t) {
-  if (t.numel()) torch::stable::zero_(const_cast<Tensor&>(t));
+  if (t.numel() == 0) return;
+  if (t.is_cpu()) {
+    std::memset(t.data_ptr(), 0, static_cast<size_t>(t.numel()) * t.element_size());
+  } else {
+    torch::stable::zero_(const_cast<Tensor&>(t));
+  }
 }
 
 // A result that kernels write as dense NHWC of one dtype and the caller sees in the layout and dtype it expects.
@@ -480,7 +497,6 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool
 Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {
   if (channels_last) return nhwc(t, t.scalar_type(), stream);
   if (t.is_contiguous()) return t;
-  if (t.dim() > 4) return torch::stable::contiguous(t);
   Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
   copy(t, dense, stream);
   return dense;

@@ -13,6 +13,7 @@ from cases import LAYOUTS, NORM, VIEWS, NormCase, find, networks, of_suite
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
 
+import cnnops
 import cnnops.functional as CF
 
 CORNERS = of_suite(NORM, "corner")
@@ -283,3 +284,18 @@ def test_double_backward_is_float64s(backend: Backend) -> None:
         names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
         for name, a, b, c in zip(names, got, same_dtype, reference, strict=True):
             assert_close(a, b, c, c.abs() + most, case.count, name)
+
+
+@pytest.mark.quick
+def test_five_dimensions_in_any_layout() -> None:
+    x = torch.randn(3, 2, 5, 4, 3).transpose(0, 3)
+    dense = x.contiguous()
+    with cnnops.use_backend("cpu"):
+        ours, of_dense = (
+            CF.batch_norm(t, None, None, torch.full((2,), 1.5), torch.full((2,), -0.25), True) for t in (x, dense)
+        )
+    assert torch.equal(ours, of_dense)
+    expected = torch.nn.functional.batch_norm(
+        dense.double(), None, None, torch.full((2,), 1.5).double(), torch.full((2,), -0.25).double(), True
+    )
+    torch.testing.assert_close(ours, expected.float())
