@@ -245,12 +245,14 @@ class Workspace {
       if (rounded > kKeptAtMost) {
         own_ = std::move(block);
         data_ = own_.get();
+        poison(data_, static_cast<size_t>(bytes));
         return;
       }
       kept_ = std::move(block);
       kept_bytes_ = rounded;
     }
     data_ = kept_.get();
+    poison(data_, static_cast<size_t>(bytes));
   }
   void* data() const { return data_; }
 
