@@ -25,12 +25,12 @@ _INT_MAX = 2**31 - 1
 
 
 def _mallopt(*settings: tuple[int, int]) -> None:
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
     for name, value in settings:
-        mallopt(name, value)
+        libc.mallopt(name, value)
+    libc.malloc_trim(0)  # a free chunk that an earlier setting kept would be handed out before anything is mapped
 
 
 @contextmanager
