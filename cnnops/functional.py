@@ -138,7 +138,7 @@ def conv2d(
     else:
         x, (pad_h, pad_w) = _padding("conv2d", x, weight, (stride_h, stride_w), padding, (dilation_h, dilation_w))
     y: Tensor = _conv2d(
-        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, scope.backend
+        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, 0, scope.backend
     )
     return y if batched else y.squeeze(0)
 
@@ -169,7 +169,7 @@ def conv2d_act(
         residual = residual.unsqueeze(0)
     batch, padding = _padding("conv2d_act", batch, weight, stride, padding, dilation)
     y: Tensor = _conv2d_act(
-        batch, weight, bias, residual, *stride, *padding, *dilation, groups, activation, False, scope.backend
+        batch, weight, bias, residual, *stride, *padding, *dilation, groups, 0, activation, False, scope.backend
     )[0]
     return y.squeeze(0) if x.dim() == 3 else y
 

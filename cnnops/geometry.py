@@ -7,7 +7,8 @@ Extents are in torch order and in the field's letters: ``N C H W`` input, ``K R 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,16 @@ ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid")
 
 ACTIVATIONS_FROM_INPUT = ("silu", "hardswish")
 """Activations whose derivative cannot be read off their output."""
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+"""What a convolution reads beside its input, as in ``torch.nn.Conv2d(padding_mode=...)``."""
+
+_PAD_AT_MOST: dict[str, Callable[[int], float]] = {
+    "zeros": lambda size: math.inf,
+    "reflect": lambda size: size - 1,
+    "replicate": lambda size: math.inf,
+    "circular": lambda size: size,
+}
 
 
 def output_size(size: int, kernel: int, stride: int = 1, pad: int = 0, dilation: int = 1, *, ceil: bool = False) -> int:
@@ -73,6 +84,7 @@ class Conv2dProblem:
     dilation_h: int
     dilation_w: int
     groups: int
+    pad_mode: str
     dtype: torch.dtype
     device: str
     channels_last: bool
@@ -99,8 +111,10 @@ class Conv2dProblem:
         dilation_h: int,
         dilation_w: int,
         groups: int,
+        pad_mode: int = 0,
     ) -> Conv2dProblem:
-        """Check a call and describe it. x: [N, C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None."""
+        """Check a call and describe it. x: [N, C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None; pad_mode: a
+        place in `PADDING_MODES`."""
         if x.dim() != 4:
             raise RuntimeError(f"conv2d: expected input of 4 dimensions [N, C, H, W], but got {_text(x.shape)}")
         if weight.dim() != 4:
@@ -154,6 +168,13 @@ class Conv2dProblem:
                 f"conv2d: the kernel, {dilation_h * (R - 1) + 1} x {dilation_w * (S - 1) + 1} with its dilation, is larger "
                 f"than the padded input, {H + 2 * pad_h} x {W + 2 * pad_w}"
             )
+        mode = PADDING_MODES[pad_mode]
+        for axis, pad, size in (("height", pad_h, H), ("width", pad_w, W)):
+            if pad > _PAD_AT_MOST[mode](size):
+                raise RuntimeError(
+                    f"conv2d: padding_mode={mode!r} can pad a {axis} of {size} by at most {_PAD_AT_MOST[mode](size)}, "
+                    f"but got padding={(pad_h, pad_w)}"
+                )
         if N and C and (H < 1 or W < 1):
             raise RuntimeError(f"conv2d: expected input with at least one row and column, but got {_text(x.shape)}")
         return cls(
@@ -171,6 +192,7 @@ class Conv2dProblem:
             dilation_h,
             dilation_w,
             groups,
+            mode,
             x.dtype,
             x.device.type,
             is_channels_last(x) or is_channels_last(weight),

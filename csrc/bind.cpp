@@ -269,8 +269,8 @@ class Workspace {
 
 #define CNNOPS_CONV2D_PARAMS                                                                                \
   int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, \
-      int64_t groups
-#define CNNOPS_CONV2D_ARGS stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups
+      int64_t groups, int64_t pad_mode
+#define CNNOPS_CONV2D_ARGS stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
 
 Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute, CNNOPS_CONV2D_PARAMS) {
   const auto narrow = [](int64_t v) { return static_cast<int>(v); };
@@ -290,7 +290,8 @@ Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType c
           narrow(pad_w),
           narrow(dilation_h),
           narrow(dilation_w),
-          narrow(groups)};
+          narrow(groups),
+          static_cast<PadMode>(pad_mode)};
 }
 
 ScalarType conv2d_compute(const Tensor& x) {

@@ -11,6 +11,9 @@ enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 enum class Activation : int { kNone, kRelu, kRelu6, kSilu, kHardswish, kSigmoid };
 
+// What a tap beside the input reads: zero, or the input's pixel that torch's nn.Conv2d(padding_mode=...) repeats there.
+enum class PadMode : int { kZeros, kReflect, kReplicate, kCircular };
+
 // floor((in + 2 pad - dilation (kernel - 1) - 1) / stride) + 1, in 64 bits: dilation * kernel may exceed an int.
 constexpr int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
@@ -23,6 +26,7 @@ struct Conv2dProblem {
   DType dtype;
   int N, C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
+  PadMode pad_mode;
 };
 
 // Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]. Adaptive pools use H, W, P, Q alone.

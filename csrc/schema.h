@@ -2,7 +2,8 @@
 // namespace cnnops_<backend>; the public cnnops::* ops are defined in cnnops/ops.
 #pragma once
 
-#define CNNOPS_CONV2D "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups"
+#define CNNOPS_CONV2D \
+  "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int pad_mode"
 #define CNNOPS_WINDOW "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w"
 #define CNNOPS_MAX_POOL2D CNNOPS_WINDOW ", int dilation_h, int dilation_w"
 #define CNNOPS_AVG_POOL2D CNNOPS_WINDOW ", bool ceil_mode, bool count_include_pad, int divisor_override"

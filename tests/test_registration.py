@@ -24,7 +24,7 @@ import cnnops.functional as CF
 from cnnops import torch_private
 from cnnops.geometry import ACTIVATIONS
 
-GEOMETRY = (2, 1, 1, 0, 1, 2, 2)  # stride, padding, dilation, groups
+GEOMETRY = (2, 1, 1, 0, 1, 2, 2, 0)  # stride, padding, dilation, groups, zeros
 WINDOW = (3, 2, 2, 1, 1, 0)  # kernel, stride, padding
 X, WEIGHT, Y = (2, 6, 7, 9), (4, 3, 3, 2), (2, 4, 4, 7)
 
@@ -313,7 +313,7 @@ def test_only_wanted_gradients_are_computed(wanted: tuple[bool, ...], monkeypatc
     with cnnops.use_backend("cpu"):
         CF.conv2d(*leaves).sum().backward()
     backward = [args for name, args in native.calls if name == "conv2d_backward"]
-    assert [args[10:13] for args in backward] == [wanted]
+    assert [args[11:14] for args in backward] == [wanted]
     for leaf, need in zip(leaves, wanted, strict=True):
         assert (leaf.grad is not None) == need
 

@@ -98,7 +98,7 @@ def conv2d(dtype: torch.dtype, groups: int = 1) -> tuple[Tensor, ...]:
         torch.randn(*shape, generator=generator).to(dtype)
         for shape in ((2, 16 * groups, 13, 15), (72 * groups, 16, 3, 2), (72 * groups,))
     )
-    geometry = (2, 1, 1, 1, 1, 2, groups)
+    geometry = (2, 1, 1, 1, 1, 2, groups, 0)
     y = simt.function("conv2d_forward")(x, weight, bias, *geometry)
     dy = torch.randn(*y.shape, generator=generator).to(dtype)
     return (y, *simt.function("conv2d_backward")(dy, x, weight, *geometry, True, True, True))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..geometry import PADDING_MODES
 from . import YES, Support
 from .native import Problem
 
@@ -74,8 +75,27 @@ def conv2d_forward(
     dilation_h: int,
     dilation_w: int,
     groups: int,
+    pad_mode: int,
 ) -> Tensor:
-    return F.conv2d(x, weight, bias, (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), groups)
+    x, pad = _padded(x, (pad_h, pad_w), pad_mode)
+    return F.conv2d(x, weight, bias, (stride_h, stride_w), pad, (dilation_h, dilation_w), groups)
+
+
+def _padded(x: Tensor, pad: tuple[int, int], pad_mode: int) -> tuple[Tensor, tuple[int, int]]:
+    """x, and the padding that is left to the convolution, which knows zeros alone."""
+    if PADDING_MODES[pad_mode] == "zeros":
+        return x, pad
+    return F.pad(x, (pad[1], pad[1], pad[0], pad[0]), PADDING_MODES[pad_mode]), (0, 0)
+
+
+def _unpadded(dpadded: Tensor, x: Tensor, pad: tuple[int, int], mode: str) -> Tensor:
+    """The gradient of x, given that of x padded: what each repetition of a row or a column got goes to the original."""
+    for axis, width in ((2, pad[0]), (3, pad[1])):
+        positions = torch.arange(x.shape[axis], dtype=torch.float64, device=x.device)[None, None]
+        originals = F.pad(positions, (width, width), mode).long().flatten()
+        sums = torch.zeros_like(dpadded.narrow(axis, 0, x.shape[axis]))
+        dpadded = sums.index_add_(axis, originals, dpadded)
+    return dpadded
 
 
 def conv2d_backward(
@@ -89,23 +109,27 @@ def conv2d_backward(
     dilation_h: int,
     dilation_w: int,
     groups: int,
+    pad_mode: int,
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    padded, pad = _padded(x, (pad_h, pad_w), pad_mode)
     dx, dweight, dbias = aten.convolution_backward(
         dy,
-        x,
+        padded,
         weight,
         [weight.shape[0]],
         (stride_h, stride_w),
-        (pad_h, pad_w),
+        pad,
         (dilation_h, dilation_w),
         False,
         (0, 0),
         groups,
         (need_dx, need_dweight, need_dbias),
     )
+    if need_dx and padded is not x:
+        dx = _unpadded(dx, x, (pad_h, pad_w), PADDING_MODES[pad_mode])
     return (dx if need_dx else None), (dweight if need_dweight else None), (dbias if need_dbias else None)
 
 

@@ -57,6 +57,8 @@ def supports(function: str, problem: Problem) -> Support:
         return no(f"has no {function} kernel")
     if problem.dtype not in DTYPES:
         return no(f"{problem.dtype} is not one of float32, bfloat16, float16")
+    if problem.pad_mode != "zeros":
+        return no(f"pads with zeros alone, not by {problem.pad_mode}")
     if problem.C == 0:
         return no("a convolution without input channels has nothing to sum")
     if problem.R * problem.S * max(problem.C, problem.K) // problem.groups > INT_MAX - 2**16:

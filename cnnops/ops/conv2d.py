@@ -11,7 +11,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..geometry import Conv2dProblem, is_channels_last
 from .registry import Function, empty, register
 
-GEOMETRY = "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups"
+GEOMETRY = "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int pad_mode"
+"""pad_mode is the place in `cnnops.geometry.PADDING_MODES`."""
 
 
 class Conv2d(Function):
@@ -24,7 +25,7 @@ class Conv2d(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         *geometry, backend = ctx.args  # the forward's backend, wherever backward runs
         grads = conv2d_backward(dy, *ctx.saved_tensors, *geometry, *ctx.needs_input_grad[1:4], backend)
-        return (None, *grads, *[None] * 8)
+        return (None, *grads, *[None] * 9)
 
 
 class Conv2dBackward(Function):
@@ -53,12 +54,12 @@ class Conv2dBackward(Function):
             dx = conv2d_backward(dy, x, ddweight, *geometry, True, False, False, backend)[0]
         if need_weight and ddx is not None:
             dweight = conv2d_backward(dy, ddx, weight, *geometry, False, True, False, backend)[1]
-        return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 11)
+        return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 12)
 
 
 def describe(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Conv2dProblem:
     """The problem of cnnops::conv2d's arguments."""
-    return Conv2dProblem.of(x, weight, bias, *args[:7])
+    return Conv2dProblem.of(x, weight, bias, *args[:8])
 
 
 def output_shape(problem: Conv2dProblem) -> tuple[int, int, int, int]:
@@ -67,7 +68,7 @@ def output_shape(problem: Conv2dProblem) -> tuple[int, int, int, int]:
 
 
 def _describe_backward(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Conv2dProblem:
-    problem = Conv2dProblem.of(x, weight, None, *args[:7])
+    problem = Conv2dProblem.of(x, weight, None, *args[:8])
     if tuple(dy.shape) != output_shape(problem):
         raise RuntimeError(
             f"conv2d_backward: expected dy of shape {list(output_shape(problem))}, but got {list(dy.shape)}"
@@ -80,7 +81,7 @@ def _fake(problem: Conv2dProblem, x: Tensor, *_: Any) -> Tensor:
 
 
 def _fake_backward(problem: Conv2dProblem, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
-    need_dx, need_dweight, need_dbias = args[7:10]
+    need_dx, need_dweight, need_dbias = args[8:11]
     return (
         empty(x, x.shape, problem.channels_last) if need_dx else None,
         empty(weight, weight.shape, is_channels_last(weight)) if need_dweight else None,
@@ -96,7 +97,7 @@ conv2d = register(
     describe=describe,
     fake=_fake,
     function=Conv2d,
-    autocast=True,
+    autocast=3,
 )
 conv2d_backward = register(
     "conv2d_backward",
@@ -117,7 +118,7 @@ def _flops(x: Any, weight: Any, *_: Any, out_shape: Any, **__: Any) -> int:
 
 
 def _flops_backward(dy: Any, x: Any, weight: Any, *args: Any, **_: Any) -> int:
-    need_dx, need_dweight = args[7:9]
+    need_dx, need_dweight = args[8:10]
     return (int(need_dx) + int(need_dweight)) * _flops(x, weight, out_shape=dy)
 
 

@@ -44,12 +44,12 @@ class Conv2dAct(Function):
             through = dy if activation == "none" else activation_backward(dy, saved, activation, backend)
             dz = through if dz is None else dz + through
         if dz is None:
-            return (None,) * 15
+            return (None,) * 16
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[1:5]
         grads: tuple[Any, ...] = (None, None, None)
         if need_x or need_weight or need_bias:
             grads = conv2d_backward(dz, x, weight, *geometry, need_x, need_weight, need_bias, backend)
-        return (None, *grads, dz if need_residual else None, *[None] * 10)
+        return (None, *grads, dz if need_residual else None, *[None] * 11)
 
 
 class ActivationBackward(Function):
@@ -82,8 +82,8 @@ def _curvature(saved: Tensor, activation: str) -> Tensor:
 
 
 def _describe(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *args: Any) -> Conv2dProblem:
-    problem = Conv2dProblem.of(x, weight, bias, *args[:7])
-    check_activation("conv2d_act", args[7])
+    problem = Conv2dProblem.of(x, weight, bias, *args[:8])
+    check_activation("conv2d_act", args[8])
     if residual is not None:
         check_residual("conv2d_act", residual, output_shape(problem), x)
     return problem
@@ -120,7 +120,7 @@ conv2d_act = register(
     describe=_describe,
     fake=_fake,
     function=Conv2dAct,
-    autocast=True,
+    autocast=4,
 )
 activation_backward = register(
     "activation_backward",

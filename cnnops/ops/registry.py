@@ -89,7 +89,8 @@ def register(
     describe: Callable[..., Problem],
     fake: Callable[..., Any],
     function: type[Function] | None = None,
-    autocast: bool = False,
+    composite: Callable[..., Any] | None = None,
+    autocast: int = 0,
     written: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., Any]:
     """Register ``cnnops::<name>`` and return it as a Python callable that enters the same code faster.
@@ -97,8 +98,9 @@ def register(
     schema: "(arguments) -> results"; the first `tensors` arguments are the tensors, the last is ``str backend``.
     kernel: the backends' function. describe(*args): checks a call and describes its problem.
     fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the gradient formula, None
-    for an op without gradient. autocast: cast floating tensors to the autocast dtype. written(*args): the
-    tensors that a call writes to.
+    for an op without gradient. composite(*args): the same made of other ops, in place of a gradient formula: it
+    runs wherever something differentiates or maps. autocast: how many of the first tensors autocast makes its dtype.
+    written(*args): the tensors that a call writes to.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.cnnops, name).default
@@ -116,6 +118,8 @@ def register(
 
     def autograd(*args: Any) -> Any:
         operands = args[:tensors]
+        if composite is not None and (transforming() or _needs_gradient(operands)):
+            return composite(*args)
         run = run_kernel if _eager(operands) else run_below
         if function is not None and _needs_gradient(operands):
             return (function.apply if transforming() else enter)(run, *args)
@@ -123,6 +127,8 @@ def register(
 
     def call(*args: Any) -> Any:
         operands = args[:tensors]
+        if composite is not None and (transforming() or _needs_gradient(operands)):
+            return composite(*args)
         if _eager(operands):
             if function is not None and _needs_gradient(operands):
                 return enter(run_kernel, *args)
@@ -142,7 +148,7 @@ def register(
                 return t.to(low) if eligible else t
 
             with exclude_keys(keys):
-                return op(*[lowered(t) for t in args[:tensors]], *args[tensors:])
+                return op(*[lowered(t) for t in args[:autocast]], *args[autocast:])
 
         return cast
 

@@ -108,8 +108,9 @@ constexpr int kRunChannels = 8, kRunLength = 128;
 template <class T>
 bool has_runs(const TapConv<T>& conv) {
   const TapAxis& w = conv.w;
-  return conv.in_channels <= kRunChannels && w.taps * conv.in_channels <= kRunLength && conv.groups == 1 &&
-         w.offset_step == 1 && w.tap_step == 1 && w.taps == conv.filter_width;
+  return conv.pad_mode == PadMode::kZeros && conv.in_channels <= kRunChannels &&
+         w.taps * conv.in_channels <= kRunLength && conv.groups == 1 && w.offset_step == 1 && w.tap_step == 1 &&
+         w.taps == conv.filter_width;
 }
 
 // Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are outside.

@@ -33,6 +33,22 @@ struct TapAxis {
   int taps, tap, tap_step;
 };
 
+// The pixel of an axis that stands at position i, which may lie beside the input; -1 where that is a zero. Reflection
+// does not repeat the edge, replication repeats it alone; geometry.py has seen to it that one step back is enough.
+inline int64_t source(PadMode mode, int64_t i, int64_t extent) {
+  if (i >= 0 && i < extent) return i;
+  switch (mode) {
+    case PadMode::kReflect:
+      return i < 0 ? -i : 2 * (extent - 1) - i;
+    case PadMode::kReplicate:
+      return i < 0 ? 0 : extent - 1;
+    case PadMode::kCircular:
+      return i < 0 ? i + extent : i - extent;
+    default:
+      return -1;
+  }
+}
+
 inline TapAxis forward_axis(int in, int out, int kernel, int stride, int pad, int dilation) {
   return {out, 0, 1, in, stride, -int64_t{pad}, dilation, kernel, 0, 1};
 }
@@ -58,8 +74,9 @@ struct TapConv {
   int filter_width;
   int groups, in_channels, out_channels;  // channels of one group
   const T* in;
-  const T* zeros;  // in_channels of them: what a tap outside the input reads
+  const T* zeros;  // in_channels of them: what a tap outside the input reads, unless pad_mode says otherwise
   T* out;
+  PadMode pad_mode = PadMode::kZeros;
 
   int64_t in_pitch() const { return int64_t{groups} * in_channels; }
   int64_t out_pitch() const { return int64_t{groups} * out_channels; }
@@ -84,7 +101,8 @@ TapConv<T> forward_conv(const Conv2dProblem& p, const T* x, const T* zeros, T* y
           p.K / p.groups,
           x,
           zeros,
-          y};
+          y,
+          p.pad_mode};
 }
 
 // f(conv) for each class of inputs that the same filter taps reach.
@@ -156,6 +174,12 @@ inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
         static_cast<uint64_t>(pixels[i].h + dh) < height && static_cast<uint64_t>(pixels[i].w + dw) < width;
     x[i] = inside ? conv.in + (pixels[i].in + shift) : conv.zeros;
     any |= inside;
+    if (!inside && conv.pad_mode != PadMode::kZeros && pixels[i].out >= 0) {
+      const int64_t up = source(conv.pad_mode, pixels[i].h + dh, conv.h.extent) - pixels[i].h;
+      const int64_t left = source(conv.pad_mode, pixels[i].w + dw, conv.w.extent) - pixels[i].w;
+      x[i] = conv.in + pixels[i].in + (up * conv.w.extent + left) * conv.in_pitch() + channel;
+      any = true;
+    }
   }
   return any;
 }

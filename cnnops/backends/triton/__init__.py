@@ -62,6 +62,8 @@ def supports(function: str, problem: Any) -> Support:
         return no(f"takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     if INTERPRETING and problem.dtype == torch.bfloat16:
         return no("tl.dot on bfloat16 is wrong in Triton's interpreter")
+    if problem.pad_mode != "zeros":
+        return no(f"pads with zeros alone, not by {problem.pad_mode}")
     if problem.C == 0:
         return no("the input has no channels")
     return _within_limits(problem)

@@ -45,7 +45,7 @@ _COUNTED = {
 
 def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
     return Conv2dProblem(
-        N, C, H, H, K, R, R, stride, stride, R // 2, R // 2, 1, 1, groups, torch.bfloat16, "cuda", True
+        N, C, H, H, K, R, R, stride, stride, R // 2, R // 2, 1, 1, groups, "zeros", torch.bfloat16, "cuda", True
     )  # fmt: skip
 
 

@@ -320,12 +320,16 @@ def _result(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return t if channels_last else t.contiguous()
 
 
-def conv2d_forward(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups) -> torch.Tensor:
+def conv2d_forward(
+    x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
+) -> torch.Tensor:
     """y [N, K, P, Q] of x [N, C, H, W], weight [K, C/groups, R, S], bias [K] or None; fp32, fp16 or bf16.
 
     channels_last if x or the weight is.
     """
-    problem = Conv2dProblem.of(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups)
+    problem = Conv2dProblem.of(
+        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
+    )
     shape = (problem.N, problem.K, problem.P, problem.Q)
     y = _empty_nhwc(shape, x, problem.channels_last)
     if y.numel():
@@ -336,13 +340,28 @@ def conv2d_forward(x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h
 
 
 def conv2d_backward(
-    dy, x, weight, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, need_dx, need_dweight, need_dbias
+    dy,
+    x,
+    weight,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    groups,
+    pad_mode,
+    need_dx,
+    need_dweight,
+    need_dbias,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients asked for, None for the others, of dy [N, K, P, Q], x [N, C, H, W] and weight [K, C/groups, R, S].
 
     dx is channels_last if x or the weight is; dweight if the weight is.
     """
-    problem = Conv2dProblem.of(x, weight, None, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups)
+    problem = Conv2dProblem.of(
+        x, weight, None, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
+    )
     precision = plan.input_precision(problem.dtype, problem.device)
     empty = problem.N == 0
     dx = dweight = dbias = None
