@@ -47,9 +47,10 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
     content = buffer.getvalue()
     new = hashlib.sha256(content).hexdigest()
     for path in paths:
-        # Two files cannot be renamed at once, so both sums stand while the checkpoint changes.
-        old = _recorded_sums(path)[:1]
-        write_atomically(_sums_path(path), "".join(f"{s}  {path.name}\n" for s in [new, *old]).encode())
+        # Two files cannot be renamed at once, so both sums stand while the checkpoint changes. All old ones are kept:
+        # a save that failed has left more than one, and which of them is right only the checkpoint can say.
+        sums = dict.fromkeys([new, *_recorded_sums(path)])
+        write_atomically(_sums_path(path), "".join(f"{s}  {path.name}\n" for s in sums).encode())
         write_atomically(path, content)
         write_atomically(_sums_path(path), f"{new}  {path.name}\n".encode())
 
@@ -59,8 +60,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if it is missing, damaged, without its SHA-256, or not a checkpoint of this program.
     """
-    path = path / "last.pt" if path.is_dir() else path
     try:
+        path = path / "last.pt" if path.is_dir() else path
+        for file in (path, _sums_path(path)):
+            if file.exists() and not file.is_file():  # a pipe would be waited for
+                raise CheckpointError(f"cannot read checkpoint {path}: {file.name} is not a file")
         content = path.read_bytes()
         sums = _recorded_sums(path)
     except FileNotFoundError:

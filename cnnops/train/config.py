@@ -31,6 +31,7 @@ class TrainConfig:
     pad: int = _option(4, "border in pixels for the random crop; 0 for no augmentation")
     width: float = _option(1.0, "factor on every channel count of the network")
     stem: str = _option("cifar", "start of the network: cifar (keeps the resolution) or imagenet")
+    checkpoint_every: int = _option(0, "steps between checkpoints within an epoch; 0 for one at each epoch's end")
     seed: int = _option(42, "decides weights, order, crops and the split")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where torch sees it")
 
@@ -49,6 +50,7 @@ class TrainConfig:
         check(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         check(self.pad >= 0, "pad", "at least 0")
         check(0 < self.width < math.inf, "width", "positive and finite")
+        check(self.checkpoint_every >= 0, "checkpoint_every", "at least 0")
         check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2**63")
         kind, _, number = self.device.partition(":")
         known = self.device in ("auto", "cpu", "cuda") or (kind == "cuda" and number.isdecimal())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -20,10 +23,36 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(part, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what failed first is what the user must hear
+            part.unlink()
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed have left in `folder`."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; BlockingIOError, naming it, if another one holds it.
+
+    The kernel lets go when the process ends, however it ends. A file system without locks is taken as free.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(error.errno, "another process trains into this folder", str(folder)) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

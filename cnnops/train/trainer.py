@@ -27,7 +27,7 @@ from cnnops.train.checkpoint import (
     seed_everything,
 )
 from cnnops.train.config import TrainConfig
-from cnnops.train.files import write_atomically
+from cnnops.train.files import locked, remove_parts, write_atomically
 from cnnops.train.progress import Reporter
 
 _LOOK_EVERY = 20
@@ -51,7 +51,7 @@ class EpochRecord:
     """One line of metrics.jsonl. Losses are means over images, accuracies shares of 1.
 
     train_loss, train_accuracy: as seen by the steps, in training mode. lr: at the epoch's first step.
-    images_per_s: training only. seconds: training and test.
+    images_per_s: training only. seconds: training and test. Both are of every process that had a part in the epoch.
     """
 
     epoch: int
@@ -91,7 +91,8 @@ class Trainer:
     """Trains one network on one data set, by SGD along a cosine, into a run folder.
 
     The folder holds config.json, metrics.jsonl (an `EpochRecord` a line), best.pt (the highest test accuracy) and
-    last.pt, and after the last epoch curves.png, filters.png and samples.png.
+    last.pt (written before the first step, at each epoch's end, and as often as `checkpoint_every` says), and after the
+    last epoch curves.png, filters.png and samples.png.
     `epoch` counts finished epochs, `step` finished steps of the epoch that runs.
     """
 
@@ -117,7 +118,7 @@ class Trainer:
         self.epoch = self.step = 0
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
-        self._seconds_here, self._images_here = 0.0, 0
+        self._resumed = False
         self._random = random_state()
 
     @classmethod
@@ -132,8 +133,8 @@ class Trainer:
             options = state["config"] if device is None else {**state["config"], "device": device}
             trainer = cls(TrainConfig(**options), path if path.is_dir() else path.parent, reporter)
             trainer.load_state(state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = str(error).split("\n", 1)[0]
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n", 1)[0]
             raise CheckpointError(f"cannot go on from checkpoint {path}: {reason}") from error
         return trainer
 
@@ -156,26 +157,53 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned. For another one, raises what torch does, or ValueError."""
+        epoch, step, records = state["epoch"], state["step"], len(state["history"])
+        if not (0 <= epoch <= self.config.epochs and 0 <= step <= self.batches.steps and records == epoch):
+            raise ValueError(f"no run of these options is in epoch {epoch}, step {step} with {records} records")
+        restore_random_state(state["random"])
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.history = [EpochRecord(**record) for record in state["history"]]
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._sums = state["sums"].to(self.device)
-        self._seconds = state["seconds"]
+        self.epoch, self.step = epoch, step
+        self._sums.copy_(state["sums"])
+        self._seconds = float(state["seconds"])
         self._random = state["random"]
+        self._resumed = True
 
     def fit(self) -> list[EpochRecord]:
         """Train to the last epoch, and return one record for each.
 
         Raises TrainingError if the folder holds another run or the loss is no longer finite, Stopped after SIGINT or
-        SIGTERM, and OSError if the folder cannot be written; the last checkpoint stays good.
+        SIGTERM, and OSError if the folder cannot be written or another process trains into it; the last checkpoint
+        stays good, and `fit` or `resume` goes on from there.
         """
-        if not self.step and not self.history and (self.folder / "last.pt").exists():
-            raise TrainingError(f"{self.folder} holds a run already: resume that one, or choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder):
+            self._prepare_folder()
+            self._train()
+            self._draw()
+        return self.history
+
+    def _prepare_folder(self) -> None:
+        """Write what the folder of a run holds before its first step, or mend what a resume finds there."""
+        last = self.folder / "last.pt"
+        begun = self._resumed or self.step > 0 or bool(self.history)
+        if not begun and last.exists():
+            raise TrainingError(f"{self.folder} holds a run already: resume that one, or choose another folder")
+        remove_parts(self.folder)
         write_atomically(self.folder / "config.json", (json.dumps(asdict(self.config), indent=2) + "\n").encode())
+        self._write_metrics(self.history)
+        if not begun:
+            # From here on a resume works, and a disk that is full is known before any work is done.
+            save_checkpoint(self.state(), last)
+
+    def _write_metrics(self, history: list[EpochRecord]) -> None:
+        lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
+        write_atomically(self.folder / "metrics.jsonl", lines.encode())
+
+    def _train(self) -> None:
         restore_random_state(self._random)
         self.reporter.started(self)
         try:
@@ -189,28 +217,27 @@ class Trainer:
         finally:
             self.reporter.ended()
             self._random = random_state()
-        self._draw()
-        return self.history
 
     @property
     def images_per_s(self) -> float:
-        """Training speed of this process in the epoch that runs."""
-        return self._images_here / self._seconds_here if self._seconds_here else 0.0
+        """Training speed in the epoch that runs; 0 before its first step."""
+        images = min(self.step * self.config.batch_size, len(self.dataset.train_labels))
+        return images / self._seconds if self._seconds else 0.0
 
     def _train_epoch(self, stop: _StopRequest) -> None:
         """Train from the current step to the end of the epoch, or to a stop."""
         self.model.train()
-        self._seconds_here, self._images_here = 0.0, 0
         start = time.perf_counter()
         for images, labels in self.batches.train(self.epoch, self.step):
             self._train_step(images, labels)
-            self._images_here += len(labels)
-            now = time.perf_counter()
-            self._seconds_here += now - start
-            self._seconds += now - start
-            start = now
+            self._seconds += time.perf_counter() - start
             if stop.signum:
                 break
+            every = self.config.checkpoint_every
+            if every and self.step % every == 0 and self.step < self.batches.steps:
+                self._check_finite()
+                save_checkpoint(self.state(), self.folder / "last.pt")
+            start = time.perf_counter()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         logits = self.model(images)
@@ -254,14 +281,22 @@ class Trainer:
             self._seconds + time.perf_counter() - start,
         )
         best = all(test_accuracy > earlier.test_accuracy for earlier in self.history)
-        self.history.append(record)
-        self.epoch, self.step, self._seconds = self.epoch + 1, 0, 0.0
-        self._sums.zero_()
-        lines = "".join(json.dumps(asdict(record)) + "\n" for record in self.history)
-        write_atomically(self.folder / "metrics.jsonl", lines.encode())
+        history = [*self.history, record]
+        ended = {
+            **self.state(),
+            "history": [asdict(record) for record in history],
+            "epoch": self.epoch + 1,
+            "step": 0,
+            "sums": torch.zeros_like(self._sums),
+            "seconds": 0.0,
+        }
+        self._write_metrics(history)
         # best.pt first: if the process dies between the two, the epoch is done again and both are written.
         last = self.folder / "last.pt"
-        save_checkpoint(self.state(), *([self.folder / "best.pt", last] if best else [last]))
+        save_checkpoint(ended, *([self.folder / "best.pt", last] if best else [last]))
+        # Only now: if a file cannot be written, `fit` does the epoch's end again.
+        self.history, self.epoch, self.step, self._seconds = history, self.epoch + 1, 0, 0.0
+        self._sums.zero_()
         self.reporter.epoch_done(record, best)
 
     def _stop(self, signum: int) -> None:
