@@ -55,6 +55,14 @@ def save_checkpoint(state: dict[str, Any], *paths: Path) -> None:
         write_atomically(_sums_path(path), f"{new}  {path.name}\n".encode())
 
 
+def settle_sum(path: Path) -> None:
+    """Leave the right one of the sums beside `path` where a save was cut off and there are two. Raises OSError."""
+    if len(_recorded_sums(path)) > 1:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found in _recorded_sums(path):
+            write_atomically(_sums_path(path), f"{found}  {path.name}\n".encode())
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read the checkpoint `path`, or `last.pt` in the folder `path`, onto the CPU, with torch's `weights_only`.
 

@@ -25,6 +25,7 @@ from cnnops.train.checkpoint import (
     restore_random_state,
     save_checkpoint,
     seed_everything,
+    settle_sum,
 )
 from cnnops.train.config import TrainConfig
 from cnnops.train.files import locked, remove_parts, write_atomically
@@ -118,7 +119,7 @@ class Trainer:
         self.epoch = self.step = 0
         self._sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._seconds = 0.0
-        self._resumed = False
+        self._holds_folder = False
         self._random = random_state()
 
     @classmethod
@@ -133,7 +134,15 @@ class Trainer:
             options = state["config"] if device is None else {**state["config"], "device": device}
             trainer = cls(TrainConfig(**options), path if path.is_dir() else path.parent, reporter)
             trainer.load_state(state)
-        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).split("\n", 1)[0]
             raise CheckpointError(f"cannot go on from checkpoint {path}: {reason}") from error
         return trainer
@@ -170,7 +179,7 @@ class Trainer:
         self._sums.copy_(state["sums"])
         self._seconds = float(state["seconds"])
         self._random = state["random"]
-        self._resumed = True
+        self._holds_folder = True
 
     def fit(self) -> list[EpochRecord]:
         """Train to the last epoch, and return one record for each.
@@ -181,21 +190,24 @@ class Trainer:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
-            self._prepare_folder()
-            self._train()
+            with _StopRequest() as stop:
+                self._prepare_folder()
+                self._train(stop)
             self._draw()
         return self.history
 
     def _prepare_folder(self) -> None:
         """Write what the folder of a run holds before its first step, or mend what a resume finds there."""
         last = self.folder / "last.pt"
-        begun = self._resumed or self.step > 0 or bool(self.history)
-        if not begun and last.exists():
+        if last.exists() and not self._holds_folder:
             raise TrainingError(f"{self.folder} holds a run already: resume that one, or choose another folder")
+        self._holds_folder = True
         remove_parts(self.folder)
+        for path in (self.folder / "best.pt", last):
+            settle_sum(path)
         write_atomically(self.folder / "config.json", (json.dumps(asdict(self.config), indent=2) + "\n").encode())
         self._write_metrics(self.history)
-        if not begun:
+        if not last.exists():
             # From here on a resume works, and a disk that is full is known before any work is done.
             save_checkpoint(self.state(), last)
 
@@ -203,17 +215,17 @@ class Trainer:
         lines = "".join(json.dumps(asdict(record)) + "\n" for record in history)
         write_atomically(self.folder / "metrics.jsonl", lines.encode())
 
-    def _train(self) -> None:
+    def _train(self, stop: _StopRequest) -> None:
+        """Train to the last epoch, or raise Stopped after the step in which a signal came."""
         restore_random_state(self._random)
         self.reporter.started(self)
         try:
-            with _StopRequest() as stop:
-                while self.epoch < self.config.epochs:
-                    self._train_epoch(stop)
-                    if not stop.signum:
-                        self._end_epoch()
-                    if stop.signum:
-                        self._stop(stop.signum)
+            while self.epoch < self.config.epochs:
+                self._train_epoch(stop)
+                if not stop.signum:
+                    self._end_epoch()
+                if stop.signum:
+                    self._stop(stop.signum)
         finally:
             self.reporter.ended()
             self._random = random_state()
