@@ -328,6 +328,15 @@ def test_a_tensor_larger_than_its_storage(tmp_path: Path) -> None:
     assert_refused(path, "is not a checkpoint that can be read")
 
 
+def test_members_that_unpack_to_more_than_the_file_are_not_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint({"x": torch.zeros(4_000_000)}, path)
+    archive_of(path, {}, zipfile.ZIP_DEFLATED)
+    assert torch.load(path, weights_only=True)["x"].numel() == 4_000_000
+    assert path.stat().st_size < 100_000
+    assert_refused(path, "its members unpack to more than the file")
+
+
 @pytest.mark.parametrize("missing", ["data.pkl", "data/0", "version"])
 def test_a_missing_member(tmp_path: Path, missing: str) -> None:
     path = tmp_path / "last.pt"
@@ -585,6 +594,26 @@ def killed(runs: Runs, whole: Path, cuts: list[int]) -> None:
             load_checkpoint(runs.folder)
     runs.finish()
     assert_same_run(runs.folder, whole)
+
+
+def test_what_is_drawn_before_a_run_does_not_matter(tmp_path: Path, whole: Path) -> None:
+    """Not even to the checkpoint that is written before the first step."""
+
+    class Die(Exception):
+        pass
+
+    def die() -> None:
+        raise Die
+
+    trainer = Trainer(CONFIG, tmp_path, At(0, 1, die))
+    torch.randn(3), random.random()
+    with pytest.raises(Die):
+        trainer.fit()
+    torch.randn(3), random.random()
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.step == 0
+    resumed.fit()
+    assert_same_run(tmp_path, whole)
 
 
 def test_a_child_and_this_process_train_alike(runs: Runs, whole: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if hashlib.sha256(content).hexdigest() not in sums:
         raise CheckpointError(f"checkpoint {path} is damaged: its SHA-256 is not the one in {_sums_path(path).name}")
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if sum(member.file_size for member in archive.infolist()) > len(content):
+                raise ValueError("its members unpack to more than the file")  # torch.save never packs them
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types for bytes that are no checkpoint
+    except Exception as error:  # torch and zipfile raise a dozen types for bytes that are no checkpoint
         reason = str(error).split("\n", 1)[0]
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from error
     found = state.get("format") if isinstance(state, dict) else None

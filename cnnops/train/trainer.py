@@ -185,12 +185,13 @@ class Trainer:
         """Train to the last epoch, and return one record for each.
 
         Raises TrainingError if the folder holds another run or the loss is no longer finite, Stopped after SIGINT or
-        SIGTERM, and OSError if the folder cannot be written or another process trains into it; the last checkpoint
-        stays good, and `fit` or `resume` goes on from there.
+        SIGTERM, and OSError if the folder cannot be written or another process trains into it. The last checkpoint
+        stays good for `resume`; after Stopped and OSError, `fit` goes on too.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):
             with _StopRequest() as stop:
+                restore_random_state(self._random)
                 self._prepare_folder()
                 self._train(stop)
             self._draw()
@@ -217,7 +218,6 @@ class Trainer:
 
     def _train(self, stop: _StopRequest) -> None:
         """Train to the last epoch, or raise Stopped after the step in which a signal came."""
-        restore_random_state(self._random)
         self.reporter.started(self)
         try:
             while self.epoch < self.config.epochs:
