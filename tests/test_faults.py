@@ -25,7 +25,7 @@ import torch
 from harm import TRAIN, Cuts, small
 from test_train import At, assert_equal, resum
 
-from cnnops import cli, data
+from cnnops import data
 from cnnops.train import (
     CheckpointError,
     Reporter,
@@ -225,12 +225,13 @@ def test_a_checkpoint_that_may_not_be_read(public: Path) -> None:
         assert_refused(public, "Permission denied")
 
 
-def test_resume_in_a_folder_that_may_not_be_written(public: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_in_a_folder_that_may_not_be_written(public: Path) -> None:
     before = {path: path.read_bytes() for path in public.iterdir()}
     public.chmod(0o555)
-    with without_privileges():
-        assert cli.main(["train", "--resume", str(public)]) == 2
-    assert capsys.readouterr().err == f"cnnops: error: {public / 'config.json'}: Permission denied\n"
+    trainer = Trainer.resume(public)
+    with pytest.raises(PermissionError) as error, without_privileges():
+        trainer.fit()
+    assert error.value.filename == str(public / "config.json")
     assert {path: path.read_bytes() for path in public.iterdir()} == before
 
 

@@ -382,6 +382,7 @@ def test_checkpoint_of_another_network_does_not_fit(tmp_path: Path) -> None:
     [
         *(("model", "alexnet"), ("data", "cifar"), ("stem", "none"), ("epochs", 0), ("batch_size", -1), ("lr", 0.0)),
         *(("lr", float("nan")), ("momentum", 1.0), ("weight_decay", -1.0), ("pad", -1), ("width", 0.0), ("seed", -1)),
+        ("checkpoint_every", -1),
         *(("device", "tpu"), ("device", "cuda:99"), ("device", "cuda:x")),
     ],
 )
