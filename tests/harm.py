@@ -147,6 +147,7 @@ def serve() -> None:
 
     import cnnops.viz  # noqa: F401
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     for line in sys.stdin:
         job = Job(**json.loads(line))
         ours, theirs = os.pipe()
