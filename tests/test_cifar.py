@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import struct
 import subprocess
 import sys
@@ -351,6 +352,7 @@ def hostile_pickles(path: Path) -> dict[str, tuple[bytes, str]]:
         "numpy's own loader": (b"cnumpy\nload\n(S'x'\ntR.", "numpy.load"),
         "dotted name": (b"\x80\x04\x8c\x05numpy\x8c\x09dtype.mro\x93.", "numpy.dtype.mro"),
         "attribute": (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
+        "another encoding": (b"c_codecs\nencode\n(Vx\nVutf-16\ntR.", "UnpicklingError: text in 'utf-16'"),
         "object array": (pickle.dumps({**batch, "data": np.array([Evil(path)])}, 2), "u1|posix.system|O8"),
     }
 
@@ -381,6 +383,8 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         *({"data": PIXELS, "labels": [0, -1]}, {"data": PIXELS, "labels": [0, 2**70]}, {"data": PIXELS, "labels": 2}),
         *({"data": PIXELS.T, "labels": [0, 1]}, {"data": PIXELS.astype(np.float32), "labels": [0, 1]}),
         {"data": PIXELS[:, :10], "labels": [0, 1]},
+        {"data": PIXELS.astype(np.int8), "labels": [0, 1]},
+        {"data": np.asfortranarray(PIXELS), "labels": [0, 1]},
     ],
     ids=repr,
 )
@@ -524,6 +528,18 @@ def test_interrupted_download_leaves_nothing(fake: Fake, server: Server, monkeyp
     with pytest.raises(KeyboardInterrupt):
         fake.read()
     assert not list(fake.folder.iterdir())
+
+
+def test_a_disk_that_fills_up(fake: Fake, server: Server) -> None:
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        fake.assert_refused("cannot download .*: File too large; get ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(fake.folder.iterdir())
+    fake.assert_read()
 
 
 def test_download_to_a_place_that_cannot_be_written(fake: Fake, server: Server) -> None:

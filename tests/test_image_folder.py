@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,10 +143,11 @@ def flipped(path: Path) -> Path:
     return path
 
 
-def huge(path: Path) -> Path:
-    """A header that claims 50,000 x 50,000 pixels."""
+def claiming(pixels: int, path: Path) -> Path:
+    """A header that claims pixels x pixels."""
     content = path.read_bytes()
-    path.write_bytes(content[:16] + (50_000).to_bytes(4, "big") * 2 + content[24:])
+    header = content[12:16] + pixels.to_bytes(4, "big") * 2 + content[24:29]
+    path.write_bytes(content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:])
     return path
 
 
@@ -164,12 +166,20 @@ def dangling(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("harm", [broken, flipped, huge, text, deep, dangling])
+@pytest.mark.parametrize("harm", [broken, flipped, text, deep, dangling])
 def test_images_that_cannot_be_read_are_named(folder: Path, harm: Callable[[Path], Path]) -> None:
     path = harm(folder / "train" / "red" / "1.png")
     with pytest.raises(DataError, match=f"image {path} .*(replace|convert) or remove it$") as error:
         image_folder(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pixels", [11_000, 50_000])
+def test_an_image_too_large_to_be_honest_is_not_read(folder: Path, pixels: int) -> None:
+    """Pillow itself only warns of the smaller one."""
+    path = claiming(pixels, folder / "train" / "red" / "1.png")
+    with pytest.raises(DataError, match=f"image {path} cannot be read: .* bomb .*; replace or remove it$"):
+        image_folder(folder)
 
 
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:

@@ -70,7 +70,8 @@ def small_data(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flip_on_the_command_line(options: list[str], flip: bool, tmp_path: Path) -> None:
     run = ["train", "--data", "synthetic", "--model", "simple_cnn", "--width", "0.125", "--epochs", "1", "--lr", "0.01"]
     assert cli.main([*run, *options, "--out", str(tmp_path / "run")]) == 0
-    assert Trainer.resume(tmp_path / "run").config.flip is flip
+    resumed = Trainer.resume(tmp_path / "run")
+    assert (resumed.config.flip, resumed.batches.flip) == (flip, flip)
 
 
 @pytest.mark.usefixtures("small_data")
