@@ -1,6 +1,6 @@
 """Convolutional-network ops with hand-written kernels: CUDA C++, Triton, and C++ SIMD for the CPU."""
 
-from . import functional, models, nn, settings
+from . import functional, models, nn, settings, teaching
 from .dispatch import UnsupportedError, use_backend
 from .explain import explain, info
 from .version import __version__
@@ -14,5 +14,6 @@ __all__ = [
     "models",
     "nn",
     "settings",
+    "teaching",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from cnnops.train import Trainer
@@ -48,12 +48,13 @@ def _add_config_options(parser: argparse.ArgumentParser, config: type[Any]) -> N
     """One option for each field of a config dataclass. What is not given is absent from the namespace."""
     types = get_type_hints(config)
     for f in fields(config):
+        kind = next(iter(get_args(types[f.name])), types[f.name])  # of X | None, X
+        value: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(
             "--" + f.name.replace("_", "-"),
-            type=types[f.name],
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else value),
             default=argparse.SUPPRESS,
-            metavar=types[f.name].__name__.upper(),
-            help=f"{f.metadata['help']} (default: {f.default})",
+            help=f"{f.metadata['help']} (default: {f.metadata['shown']})",
         )
 
 

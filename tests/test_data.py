@@ -93,7 +93,7 @@ def test_synthetic_can_be_told_apart_without_training() -> None:
 
 
 def test_bad_arguments(small: Dataset) -> None:
-    with pytest.raises(ValueError, match="unknown data set 'cifar'; the data sets are mnist-5k, synthetic"):
+    with pytest.raises(ValueError, match="unknown data set 'cifar'; the data sets are mnist-5k, cifar10, cifar100"):
         data.load("cifar")
     with pytest.raises(ValueError, match="classes must be at least 1, but got classes=0"):
         synthetic(classes=0)
@@ -113,18 +113,50 @@ def test_crop_is_a_window_of_the_padded_image(small: Dataset) -> None:
     assert torch.equal(crops[2], small.train_images[49])
 
 
+def test_mirrored_crops_are_crops_read_from_right_to_left(small: Dataset) -> None:
+    batches = Batches(small, 8, pad=2)
+    chosen, corners = torch.tensor([3, 0, 3, 7]), torch.tensor([[0, 1], [4, 4], [0, 1], [2, 2]])
+    plain = batches.crop(chosen, corners)
+    mirrored = batches.crop(chosen, corners, torch.tensor([True, False, False, True]))
+    assert torch.equal(mirrored[[0, 3]], plain[[0, 3]].flip(3))
+    assert torch.equal(mirrored[[1, 2]], plain[[1, 2]])
+    assert mirrored.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_of_the_images_are_mirrored_anew_in_each_epoch() -> None:
+    """Order and crops stay those of the run without; a test image never turns."""
+    many = synthetic(train=400, test=10, size=8)
+    plain, flipping = Batches(many, 400), Batches(many, 400, flip=True)
+    turned = []
+    for epoch in range(2):
+        ((x, y),), ((x_flip, y_flip),) = plain.train(epoch), flipping.train(epoch)
+        assert torch.equal(y, y_flip)
+        same, mirror = ((a == x_flip).flatten(1).all(1) for a in (x, x.flip(3)))
+        assert (same ^ mirror).all()
+        turned.append(mirror)
+    assert all(160 < int(t.sum()) < 240 for t in turned)
+    assert not torch.equal(*turned)
+    assert torch.equal(next(plain.test())[0], next(flipping.test())[0])
+
+
 def test_every_offset_is_drawn(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     batches, seen = Batches(small, 50, pad=1), set()
     crop = batches.crop
 
-    def spy(chosen: Tensor, corners: Tensor) -> Tensor:
+    def spy(chosen: Tensor, corners: Tensor, mirrored: Tensor | None) -> Tensor:
         seen.update(map(tuple, corners.tolist()))
-        return crop(chosen, corners)
+        return crop(chosen, corners, mirrored)
 
     monkeypatch.setattr(batches, "crop", spy)
     for epoch in range(4):
         list(batches.train(epoch))
     assert seen == {(top, left) for top in range(3) for left in range(3)}
+
+
+def test_statistics_are_those_of_the_pixels(small: Dataset) -> None:
+    std, mean = torch.std_mean(small.train_images.double() / 255, dim=(0, 2, 3), correction=0)
+    assert small.mean == pytest.approx(mean.tolist(), rel=1e-14)
+    assert small.std == pytest.approx(std.tolist(), rel=1e-12)
 
 
 def test_normalised_has_mean_0_and_variance_1(small: Dataset) -> None:
@@ -153,7 +185,7 @@ def test_epoch_has_every_image_once_in_an_order_of_its_own(small: Dataset) -> No
 
 
 def test_an_epoch_goes_on_from_any_step(small: Dataset) -> None:
-    batches = Batches(small, 16)
+    batches = Batches(small, 16, flip=True)
     whole, rest = list(batches.train(3)), list(batches.train(3, start=2))
     assert len(rest) == 2
     for (x, y), (x_rest, y_rest) in zip(whole[2:], rest, strict=True):

@@ -20,7 +20,7 @@ LAYERS = (
     {"backends"},
     {"dispatch"},
     {"ops"},
-    {"functional", "explain"},
+    {"functional", "explain", "teaching"},
     {"nn"},
     {"models"},
     {"convert", "data", "train", "bench", "viz", "cli"},

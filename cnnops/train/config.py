@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +14,57 @@ from cnnops.models import list_models
 from cnnops.models.registry import STEMS
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, shown: str = "") -> Any:
+    """shown: how --help puts a default that depends on the data set."""
+    return field(default=default, metadata={"help": help, "shown": shown or str(default)})
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a data set has for the options that are not given."""
+
+    epochs: int = 10
+    flip: bool = False
+    label_smoothing: float = 0.0
+    data_dir: str | None = None
+    image_size: int | None = None
+
+
+# A mirrored digit is another sign. Label smoothing as in Szegedy et al. 2015 (arXiv:1512.00567, section 7).
+_CIFAR = _Recipe(epochs=20, flip=True, label_smoothing=0.1, data_dir="data")
+_RECIPES = {"cifar10": _CIFAR, "cifar100": _CIFAR, "folder": _Recipe(flip=True, image_size=32)}
+_READS = {"cifar10": ("data_dir",), "cifar100": ("data_dir",), "folder": ("data_dir", "image_size")}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of a run; ValueError, naming the option and its value, for one that is out of range."""
+    """The options of a run; ValueError, naming the option and its value, for one that is out of range.
+
+    What is None is filled in as the data set wants it, and data_dir is made absolute: a run can be resumed from any
+    folder, and under other defaults.
+    """
 
     model: str = _option("resnet18", "name of the network: resnet18, resnet34, resnet50 or simple_cnn")
-    data: str = _option("mnist-5k", "data set: mnist-5k (5,000 real digits) or synthetic")
-    epochs: int = _option(10, "passes over the training set")
+    data: str = _option(
+        "mnist-5k", "data set: mnist-5k (5,000 real digits), cifar10, cifar100, folder (images of yours) or synthetic"
+    )
+    data_dir: str | None = _option(
+        None,
+        "folder of cifar10 and cifar100, which are downloaded if it has them not, or of images: DIR/CLASS/*, "
+        "or DIR/train/CLASS/* and DIR/test/CLASS/*",
+        "data",
+    )
+    image_size: int | None = _option(None, "height and width to which images of a folder are brought", "32")
+    epochs: int = _option(None, "passes over the training set", "10; cifar: 20")
     batch_size: int = _option(64, "images in a step")
     lr: float = _option(0.1, "learning rate at the start; it falls along a cosine to zero")
     momentum: float = _option(0.9, "momentum of SGD")
     weight_decay: float = _option(5e-4, "weight decay of SGD")
-    pad: int = _option(4, "border in pixels for the random crop; 0 for no augmentation")
+    pad: int = _option(4, "border in pixels for the random crop; 0 for none")
+    flip: bool = _option(None, "mirror half of the training images, at random", "cifar and folder: yes; else no")
+    label_smoothing: float = _option(
+        None, "share of each training target that is spread over all classes", "0; cifar: 0.1"
+    )
     width: float = _option(1.0, "factor on every channel count of the network")
     stem: str = _option("cifar", "start of the network: cifar (keeps the resolution) or imagenet")
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch; 0 for one at each epoch's end")
@@ -42,6 +78,16 @@ class TrainConfig:
 
         check(self.model in list_models(), "model", f"one of {', '.join(list_models())}")
         check(self.data in DATASETS, "data", f"one of {', '.join(DATASETS)}")
+        for name, value in asdict(_RECIPES.get(self.data, _Recipe())).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        reads = _READS.get(self.data, ())
+        for name in ("data_dir", "image_size"):
+            check(name in reads or getattr(self, name) is None, name, f"left out with data={self.data}")
+        if "data_dir" in reads:
+            check(bool(self.data_dir), "data_dir", "a folder with a sub-folder for each class")
+            object.__setattr__(self, "data_dir", str(Path(self.data_dir or "").expanduser().absolute()))
+        check(self.image_size is None or self.image_size >= 1, "image_size", "at least 1")
         check(self.stem in STEMS, "stem", f"one of {', '.join(STEMS)}")
         check(self.epochs >= 1, "epochs", "at least 1")
         check(self.batch_size >= 1, "batch_size", "at least 1")
@@ -49,6 +95,7 @@ class TrainConfig:
         check(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         check(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
         check(self.pad >= 0, "pad", "at least 0")
+        check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 < self.width < math.inf, "width", "positive and finite")
         check(self.checkpoint_every >= 0, "checkpoint_every", "at least 0")
         check(0 <= self.seed < 2**63, "seed", "at least 0 and below 2**63")
@@ -58,6 +105,10 @@ class TrainConfig:
         if kind == "cuda":
             seen = torch.cuda.device_count()
             check(int(number or 0) < seen, "device", f"one that torch sees (it sees {seen} CUDA devices)")
+
+    def data_options(self) -> dict[str, Any]:
+        """What `data.load` takes beside name and seed."""
+        return {name: getattr(self, name) for name in _READS.get(self.data, ())}
 
     def torch_device(self) -> torch.device:
         """The device to train on."""

@@ -104,8 +104,8 @@ class Trainer:
         """
         self.config, self.folder, self.reporter = config, folder, reporter or Reporter()
         self.device = config.torch_device()
-        self.dataset = data.load(config.data, seed=config.seed)
-        self.batches = Batches(self.dataset, config.batch_size, self.device, config.pad, config.seed)
+        self.dataset = data.load(config.data, config.seed, **config.data_options())
+        self.batches = Batches(self.dataset, config.batch_size, self.device, config.pad, config.seed, config.flip)
         seed_everything(config.seed)
         self.model = models.create_model(
             config.model, len(self.dataset.classes), self.dataset.channels, config.stem, config.width
@@ -253,7 +253,7 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         logits = self.model(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
