@@ -161,23 +161,35 @@ class PixelWalk {
   int64_t n_, i_, j_;
 };
 
-// Where each pixel finds tap (r, s) of the channels from `channel` on. False if all find it outside.
+inline bool outside(int64_t i, int64_t extent) { return static_cast<uint64_t>(i) >= static_cast<uint64_t>(extent); }
+
+// What a pixel reads (dh, dw) from its own place, beside the input: the pixel that is repeated there, or null for
+// zeros.
+template <class T>
+const T* beside(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, int64_t dw) {
+  if (conv.pad_mode == PadMode::kZeros || pixel.out < 0) return nullptr;
+  const int64_t h = source(conv.pad_mode, pixel.h + dh, conv.h.extent);
+  const int64_t w = source(conv.pad_mode, pixel.w + dw, conv.w.extent);
+  return conv.in + pixel.in + ((h - pixel.h) * conv.w.extent + w - pixel.w) * conv.in_pitch();
+}
+
+// Where each pixel finds tap (r, s) of the channels from `channel` on. False if all find zeros.
 template <class T, int kPixels>
 inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, int s, int64_t channel,
                        const T* (&x)[kPixels]) {
   const int64_t dh = conv.h.offset_step * r, dw = conv.w.offset_step * s;
   const int64_t shift = (dh * conv.w.extent + dw) * conv.in_pitch() + channel;
-  const uint64_t height = static_cast<uint64_t>(conv.h.extent), width = static_cast<uint64_t>(conv.w.extent);
   bool any = false;
   for (int i = 0; i < kPixels; ++i) {
-    const bool inside =
-        static_cast<uint64_t>(pixels[i].h + dh) < height && static_cast<uint64_t>(pixels[i].w + dw) < width;
+    const bool inside = !outside(pixels[i].h + dh, conv.h.extent) && !outside(pixels[i].w + dw, conv.w.extent);
     x[i] = inside ? conv.in + (pixels[i].in + shift) : conv.zeros;
     any |= inside;
-    if (!inside && conv.pad_mode != PadMode::kZeros && pixels[i].out >= 0) {
-      const int64_t up = source(conv.pad_mode, pixels[i].h + dh, conv.h.extent) - pixels[i].h;
-      const int64_t left = source(conv.pad_mode, pixels[i].w + dw, conv.w.extent) - pixels[i].w;
-      x[i] = conv.in + pixels[i].in + (up * conv.w.extent + left) * conv.in_pitch() + channel;
+  }
+  if (conv.pad_mode == PadMode::kZeros) return any;
+  for (int i = 0; i < kPixels; ++i) {
+    if (x[i] != conv.zeros) continue;
+    if (const T* found = beside(conv, pixels[i], dh, dw)) {
+      x[i] = found + channel;
       any = true;
     }
   }
@@ -259,7 +271,8 @@ int64_t depthwise_backward_workspace(const Conv2dProblem&, bool need_dx, bool ne
 template <class T>
 void depthwise_forward(const Conv2dProblem&, const Epilogue&, const T* x, const T* weight, T* y, void* workspace);
 template <class T>
-void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, T* dx, void* workspace);
+void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, const T* bias, T* dx,
+                              void* workspace);
 template <class T>
 void depthwise_backward_weight(const Conv2dProblem&, const T* dy, const T* x, T* dweight, void* workspace);
 
