@@ -271,8 +271,7 @@ int64_t depthwise_backward_workspace(const Conv2dProblem&, bool need_dx, bool ne
 template <class T>
 void depthwise_forward(const Conv2dProblem&, const Epilogue&, const T* x, const T* weight, T* y, void* workspace);
 template <class T>
-void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, const T* bias, T* dx,
-                              void* workspace);
+void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, T* dx, void* workspace);
 template <class T>
 void depthwise_backward_weight(const Conv2dProblem&, const T* dy, const T* x, T* dweight, void* workspace);
 

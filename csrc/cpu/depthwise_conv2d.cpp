@@ -188,11 +188,10 @@ void depthwise_forward(const Conv2dProblem& p, const Epilogue& epilogue, const T
 }
 
 template <class T>
-void depthwise_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, const T* bias, T* dx,
-                              void* workspace) {
+void depthwise_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, void* workspace) {
   const Packed<T> packed = pack(p, weight, workspace);
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
-    convolve(conv, Epilogue{bias, nullptr, Activation::kNone}, packed.weight);
+    convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.weight);
   });
 }
 
@@ -245,7 +244,7 @@ int64_t depthwise_backward_workspace(const Conv2dProblem& p, bool need_dx, bool 
 
 #define CNNOPS_INSTANTIATE(T)                                                                            \
   template void depthwise_forward(const Conv2dProblem&, const Epilogue&, const T*, const T*, T*, void*); \
-  template void depthwise_backward_input(const Conv2dProblem&, const T*, const T*, const T*, T*, void*); \
+  template void depthwise_backward_input(const Conv2dProblem&, const T*, const T*, T*, void*);           \
   template void depthwise_backward_weight(const Conv2dProblem&, const T*, const T*, T*, void*);
 CNNOPS_INSTANTIATE(float)
 CNNOPS_INSTANTIATE(double)
