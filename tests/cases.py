@@ -142,13 +142,13 @@ class ConvTranspose2dCase:
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
-        """From the last tap of the last input to the first of the first, what padding takes and gives."""
-        sides = zip((self.H, self.W), self.stride, self.padding, self.output_padding, self.dilation, (self.R, self.S))
-        P, Q = (
-            len(range(pad, last * step + (taps - 1) * spread + 1 - pad + more))
-            for last, step, pad, more, spread, taps in ((size - 1, *rest) for size, *rest in sides)
-        )
-        return self.N, self.K, P, Q
+        """From the first tap of the first input to the last of the last, less what padding takes."""
+
+        def side(i: int) -> int:
+            last = ((self.H, self.W)[i] - 1) * self.stride[i] + ((self.R, self.S)[i] - 1) * self.dilation[i]
+            return last + 1 - 2 * self.padding[i] + self.output_padding[i]
+
+        return self.N, self.K, side(0), side(1)
 
     @property
     def flops(self) -> int:
@@ -385,7 +385,6 @@ _CONV2D_CORNERS = (
     _conv("empty-batch-depthwise", (0, 6, 6, 5), (6, 3, 3), (2, 2), (1, 1), groups=6),
     _conv("empty-channels", (2, 0, 5, 4), (3, 3, 3), padding=(1, 1)),
 )
-
 
 
 def _padded(case: Conv2dCase, mode: str) -> Conv2dCase | None:

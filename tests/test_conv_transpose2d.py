@@ -203,9 +203,7 @@ def test_double_backward(backend: Backend, case: ConvTranspose2dCase, dtype: tor
     random = helpers.generator("directions of " + case.id)
     directions = [None if t is None else helpers.like(t, random) for t in inputs]
     names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
-    helpers.check_multilinear(
-        ours(case), torchs(case), names, inputs, dy, directions, compute=helpers.evaluate_twice
-    )
+    helpers.check_multilinear(ours(case), torchs(case), names, inputs, dy, directions, compute=helpers.evaluate_twice)
 
 
 def test_it_is_the_gradient_of_a_convolution() -> None:

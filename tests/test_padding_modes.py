@@ -147,13 +147,13 @@ def test_without_padding_every_mode_is_zeros() -> None:
 def test_other_backends_say_that_they_pad_with_zeros_alone() -> None:
     x, weight = torch.randn(2, 8, 6, 7), torch.randn(8, 8, 3, 3)
     for name in ("simt", "triton"):
-        with cnnops.use_backend(name), pytest.raises(cnnops.dispatch.UnsupportedError, match="zeros alone.*reflect"):
+        with cnnops.use_backend(name), pytest.raises(cnnops.dispatch.UnsupportedError, match=r"zeros alone.*reflect"):
             CF.conv2d(x, weight, padding=1, padding_mode="reflect")
 
 
 @pytest.mark.parametrize("function", [CF.conv2d, CF.conv2d_act])
 def test_unknown_mode(function: Any) -> None:
-    expected = "padding_mode must be one of zeros, reflect, replicate, circular, but got padding_mode='wrap'"
+    expected = r"padding_mode must be one of zeros, reflect, replicate, circular, but got padding_mode='wrap'"
     with pytest.raises(ValueError, match=expected):
         function(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 1, 1), padding_mode="wrap")
 
