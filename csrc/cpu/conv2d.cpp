@@ -114,22 +114,33 @@ bool has_runs(const TapConv<T>& conv) {
          w.offset_step == 1 && w.tap_step == 1 && w.taps == conv.filter_width;
 }
 
+// Where a pixel finds the row of its taps dh below it, with the padding mode's pixels beside the input; one that is cut
+// by the input's edge is copied. Out of line: without it the zeros' code is faster.
+template <class T>
+[[gnu::noinline]] const T* repeated_run(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, T* cut) {
+  const int64_t pitch = conv.in_pitch(), taps = conv.w.taps;
+  if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) return repeated(conv, pixel, dh, 0);
+  for (int64_t s = 0; s < taps; ++s) std::copy_n(repeated(conv, pixel, dh, s), pitch, cut + s * pitch);
+  return cut;
+}
+
 // Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are zeros.
 template <class T, int kPixels>
 inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, T (&cut)[kPixels][kRunLength],
                        const T* (&x)[kPixels]) {
-  const int64_t pitch = conv.in_pitch(), taps = conv.w.taps;
+  const int64_t dh = conv.h.offset_step * r, pitch = conv.in_pitch(), taps = conv.w.taps;
+  if (conv.pad_mode != PadMode::kZeros) {
+    for (int i = 0; i < kPixels; ++i)
+      x[i] = pixels[i].out >= 0 ? repeated_run(conv, pixels[i], dh, cut[i]) : conv.zeros;
+    return true;
+  }
   bool any = false;
   for (int i = 0; i < kPixels; ++i) {
     const Pixel& pixel = pixels[i];
     x[i] = conv.zeros;
-    int64_t h = pixel.h + conv.h.offset_step * r;
-    if (outside(h, conv.h.extent)) {
-      if (conv.pad_mode == PadMode::kZeros || pixel.out < 0) continue;
-      h = source(conv.pad_mode, h, conv.h.extent);
-    }
+    if (outside(pixel.h + dh, conv.h.extent)) continue;
     any = true;
-    const T* run = conv.in + (pixel.in + (h - pixel.h) * conv.w.extent * pitch);
+    const T* run = conv.in + (pixel.in + dh * conv.w.extent * pitch);
     if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
       x[i] = run;
       continue;
@@ -139,10 +150,6 @@ inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
     std::fill(cut[i], cut[i] + taps * pitch, T{});
     std::copy(run + begin * pitch, run + end * pitch, cut[i] + begin * pitch);
     x[i] = cut[i];
-    if (conv.pad_mode == PadMode::kZeros) continue;
-    for (int64_t s = 0; s < taps; ++s)
-      if (const int64_t w = pixel.w + s; outside(w, conv.w.extent))
-        std::copy_n(run + (source(conv.pad_mode, w, conv.w.extent) - pixel.w) * pitch, pitch, cut[i] + s * pitch);
   }
   return any;
 }
@@ -473,9 +480,8 @@ class WeightItem {
         const Pixel& pixel = pixel_[at];
         const T* x = conv_.in + (pixel.in + shift);
         if (outside(pixel.h + dh, conv_.h.extent) || outside(pixel.w + dw, conv_.w.extent)) {
-          const T* found = beside(conv_, pixel, dh, dw);
-          if (!found) continue;
-          x = found + group_ * plan_.channels + channel;
+          if (conv_.pad_mode == PadMode::kZeros) continue;
+          x = repeated(conv_, pixel, dh, dw) + group_ * plan_.channels + channel;
         }
         reads.place[reads.count] = at;
         reads.x[reads.count++] = x;
@@ -505,22 +511,25 @@ class WeightItem {
   // Columns (s,c) in [begin, end) of row r of a pixel's taps, outside what the padding mode has there. May write up to
   // a vector more.
   void gather_run(const Pixel& pixel, int64_t r, int64_t begin, int64_t end, T* to) const {
-    const int64_t channels = plan_.channels, pitch = conv_.in_pitch();
-    const int64_t h = source(conv_.pad_mode, pixel.h + conv_.h.offset_step * r, conv_.h.extent);
-    const bool inside = h >= 0;
-    const int64_t at = pixel.in + (h - pixel.h) * conv_.w.extent * pitch + group_ * channels;
+    const int64_t dh = conv_.h.offset_step * r, channels = plan_.channels, pitch = conv_.in_pitch();
+    const bool inside = !outside(pixel.h + dh, conv_.h.extent);
+    const int64_t at = pixel.in + dh * conv_.w.extent * pitch + group_ * channels;
     const bool dense = conv_.w.offset_step == 1 && p_.groups == 1 && at + end + kLanes<T> <= x_size_;
     if (inside && dense && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
       for (int64_t i = 0; i < end - begin; i += kLanes<T>) store(to + i, load(conv_.in + at + begin + i));
       return;
     }
-    std::fill(to, to + (end - begin), T{});
-    if (!inside) return;
+    const bool zeros = conv_.pad_mode == PadMode::kZeros;
+    if (zeros) std::fill(to, to + (end - begin), T{});
+    if (zeros && !inside) return;
     for (int64_t s = begin / channels, c = begin % channels; s * channels + c < end; ++s, c = 0) {
-      const int64_t stop = std::min(channels, end - s * channels);
-      const int64_t w = source(conv_.pad_mode, pixel.w + conv_.w.offset_step * s, conv_.w.extent);
-      const T* from = conv_.in + at + (w - pixel.w) * pitch;
-      if (w >= 0) std::copy(from + c, from + stop, to);
+      const int64_t stop = std::min(channels, end - s * channels), step = conv_.w.offset_step * s;
+      if (!zeros) {
+        const T* from = repeated(conv_, pixel, dh, step) + group_ * channels;
+        std::copy(from + c, from + stop, to);
+      } else if (!outside(pixel.w + step, conv_.w.extent)) {
+        std::copy(conv_.in + at + step * pitch + c, conv_.in + at + step * pitch + stop, to);
+      }
       to += stop - c;
     }
   }

@@ -163,11 +163,9 @@ class PixelWalk {
 
 inline bool outside(int64_t i, int64_t extent) { return static_cast<uint64_t>(i) >= static_cast<uint64_t>(extent); }
 
-// What a pixel reads (dh, dw) from its own place, beside the input: the pixel that is repeated there, or null for
-// zeros.
+// Where the pixel lies that a padding mode other than zeros has (dh, dw) from a pixel's own place.
 template <class T>
-const T* beside(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, int64_t dw) {
-  if (conv.pad_mode == PadMode::kZeros || pixel.out < 0) return nullptr;
+inline const T* repeated(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, int64_t dw) {
   const int64_t h = source(conv.pad_mode, pixel.h + dh, conv.h.extent);
   const int64_t w = source(conv.pad_mode, pixel.w + dw, conv.w.extent);
   return conv.in + pixel.in + ((h - pixel.h) * conv.w.extent + w - pixel.w) * conv.in_pitch();
@@ -186,14 +184,9 @@ inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], i
     any |= inside;
   }
   if (conv.pad_mode == PadMode::kZeros) return any;
-  for (int i = 0; i < kPixels; ++i) {
-    if (x[i] != conv.zeros) continue;
-    if (const T* found = beside(conv, pixels[i], dh, dw)) {
-      x[i] = found + channel;
-      any = true;
-    }
-  }
-  return any;
+  for (int i = 0; i < kPixels; ++i)
+    if (x[i] == conv.zeros && pixels[i].out >= 0) x[i] = repeated(conv, pixels[i], dh, dw) + channel;
+  return true;
 }
 
 // `count` lanes that lie `stride` apart.
