@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import SymInt, Tensor
 
 from .dispatch import scope
-from .geometry import is_channels_last
+from .geometry import PADDING_MODES, is_channels_last, pad_mode_of
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
+from .ops.conv_transpose2d import conv_transpose2d as _conv_transpose2d
 from .ops.pool2d import adaptive_avg_pool2d as _adaptive_avg_pool2d
 from .ops.pool2d import avg_pool2d as _avg_pool2d
 from .ops.pool2d import max_pool2d as _max_pool2d
@@ -29,6 +30,7 @@ __all__ = [
     "batch_norm_act",
     "conv2d",
     "conv2d_act",
+    "conv_transpose2d",
     "max_pool2d",
 ]
 
@@ -82,10 +84,10 @@ def _check_flags(function: str, **flags: Any) -> None:
 
 
 def _padding(
-    function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
+    function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, pad_mode: int
 ) -> tuple[Tensor, tuple[int, int]]:
     """The input and the padding of each side. Padding "same" of an even kernel is uneven: its odd row and column, at the
-    end as in torch, are added to the input."""
+    end as in torch, are added to the input; in another mode than zeros that means all of the padding."""
     if not isinstance(padding, str):
         return input, _pair(function, "padding", padding)
     if padding == "valid":
@@ -96,9 +98,13 @@ def _padding(
         raise RuntimeError(f"{function}: padding='same' needs stride 1, but got stride={stride}")
     _check_dims(function, "weight", weight)
     total_h, total_w = dilation[0] * (weight.shape[2] - 1), dilation[1] * (weight.shape[3] - 1)
+    pad_h, pad_w = total_h // 2, total_w // 2
     if total_h % 2 or total_w % 2:
+        if pad_mode:
+            sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
+            return F.pad(input, sides, PADDING_MODES[pad_mode]), (0, 0)
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
-    return input, (total_h // 2, total_w // 2)
+    return input, (pad_h, pad_w)
 
 
 def _check_dims(function: str, name: str, t: Tensor) -> None:
@@ -114,13 +120,17 @@ def conv2d(
     padding: Pair | str = 0,
     dilation: Pair = 1,
     groups: int = 1,
+    *,
+    padding_mode: str = "zeros",
 ) -> Tensor:
     """2-d convolution (cross-correlation), ``torch.nn.functional.conv2d``.
 
     input: [N, C, H, W] or [C, H, W]; weight: [K, C/groups, R, S]; bias: [K] or None, all of one dtype. stride, padding,
-    dilation: an int or (height, width); padding also "valid" or "same" (stride 1). Returns [.., K, P, Q], P =
-    floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1. Raises RuntimeError where shapes, dtypes or geometry do
-    not fit, TypeError where an argument is of the wrong type.
+    dilation: an int or (height, width); padding also "valid" or "same" (stride 1). padding_mode: what is read beside
+    the input, as in ``torch.nn.Conv2d``: "zeros", "reflect" (padding < extent), "replicate" or "circular" (padding <=
+    extent). Returns [.., K, P, Q], P = floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1. Raises RuntimeError
+    where shapes, dtypes or geometry do not fit, TypeError where an argument is of the wrong type, ValueError for another
+    padding_mode.
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _check_tensor("conv2d", "input", input)
@@ -133,12 +143,16 @@ def conv2d(
     dilation_h, dilation_w = (dilation, dilation) if type(dilation) is int else _pair("conv2d", "dilation", dilation)
     batched = input.dim() != 3
     x = input if batched else input.unsqueeze(0)
+    pad_mode = 0 if padding_mode == "zeros" else pad_mode_of("conv2d", padding_mode)
     if type(padding) is int:
         pad_h = pad_w = padding
     else:
-        x, (pad_h, pad_w) = _padding("conv2d", x, weight, (stride_h, stride_w), padding, (dilation_h, dilation_w))
+        strides, dilations = (stride_h, stride_w), (dilation_h, dilation_w)
+        x, (pad_h, pad_w) = _padding("conv2d", x, weight, strides, padding, dilations, pad_mode)
+    if not (pad_h or pad_w):
+        pad_mode = 0
     y: Tensor = _conv2d(
-        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, 0, scope.backend
+        x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode, scope.backend
     )
     return y if batched else y.squeeze(0)
 
@@ -153,11 +167,13 @@ def conv2d_act(
     groups: int = 1,
     residual: Tensor | None = None,
     activation: str = "relu",
+    *,
+    padding_mode: str = "zeros",
 ) -> Tensor:
     """activation(conv2d(x, weight, bias, ...) + residual) in one pass over the output.
 
     As `conv2d`; residual: like the output, or None; activation: none, relu, relu6, silu, hardswish or sigmoid.
-    Raises ValueError for another activation.
+    Raises ValueError for another activation or padding_mode.
     """
     _check_tensor("conv2d_act", "x", x)
     _check_tensor("conv2d_act", "weight", weight)
@@ -167,11 +183,43 @@ def conv2d_act(
     batch = x.unsqueeze(0) if x.dim() == 3 else x
     if residual is not None and x.dim() == 3:
         residual = residual.unsqueeze(0)
-    batch, padding = _padding("conv2d_act", batch, weight, stride, padding, dilation)
+    pad_mode = pad_mode_of("conv2d_act", padding_mode)
+    batch, padding = _padding("conv2d_act", batch, weight, stride, padding, dilation, pad_mode)
+    if padding == (0, 0):
+        pad_mode = 0
     y: Tensor = _conv2d_act(
-        batch, weight, bias, residual, *stride, *padding, *dilation, groups, 0, activation, False, scope.backend
+        batch, weight, bias, residual, *stride, *padding, *dilation, groups, pad_mode, activation, False, scope.backend
     )[0]
     return y.squeeze(0) if x.dim() == 3 else y
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    output_padding: Pair = 0,
+    groups: int = 1,
+    dilation: Pair = 1,
+) -> Tensor:
+    """2-d transposed convolution, the gradient of `conv2d` by its input, ``torch.nn.functional.conv_transpose2d``.
+
+    input: [N, C, H, W] or [C, H, W]; weight: [C, K/groups, R, S]; bias: [K] or None, all of one dtype. stride, padding,
+    output_padding, dilation: an int or (height, width); output_padding: rows and columns more at the end, fewer than
+    stride or dilation. Returns [.., K, P, Q], P = (H - 1) stride - 2 padding + dilation (R - 1) + output_padding + 1;
+    what no tap reaches is the bias. Raises RuntimeError where shapes, dtypes or geometry do not fit, TypeError where an
+    argument is of the wrong type.
+    """
+    _check_tensor("conv_transpose2d", "input", input)
+    _check_tensor("conv_transpose2d", "weight", weight)
+    _check_optional("conv_transpose2d", bias=bias)
+    groups = _one_int("conv_transpose2d", "groups", groups)
+    pairs = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    strides, pads, output_pads, dilations = (_pair("conv_transpose2d", name, pair) for name, pair in pairs.items())
+    x = input.unsqueeze(0) if input.dim() == 3 else input
+    y: Tensor = _conv_transpose2d(x, weight, bias, *strides, *pads, *output_pads, *dilations, groups, scope.backend)
+    return y.squeeze(0) if input.dim() == 3 else y
 
 
 def _window(

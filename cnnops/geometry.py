@@ -43,6 +43,16 @@ def output_size(size: int, kernel: int, stride: int = 1, pad: int = 0, dilation:
     return out - 1 if (out - 1) * stride >= size + pad else out
 
 
+def transposed_output_size(
+    size: int, kernel: int, stride: int = 1, pad: int = 0, output_pad: int = 0, dilation: int = 1
+) -> int:
+    """Output extent of a transposed convolution: the least that a convolution makes `size` of, plus output_pad.
+
+    ``(size - 1) stride - 2 pad + dilation (kernel - 1) + output_pad + 1``.
+    """
+    return (size - 1) * stride - 2 * pad + dilation * (kernel - 1) + output_pad + 1
+
+
 def is_channels_last(t: Tensor) -> bool:
     """torch's layout rule, by strides alone: channels innermost, then W, H, N.
 
@@ -64,6 +74,33 @@ def is_channels_last(t: Tensor) -> bool:
 
 def _text(sizes: Sequence[int]) -> str:
     return str(list(sizes))
+
+
+def _check_pairs(name: str, groups: int, **pairs: tuple[int, int]) -> None:
+    """Raise RuntimeError unless groups, strides and dilations are at least 1, and paddings not negative."""
+    for argument, (a, b) in pairs.items():
+        least = 0 if "padding" in argument else 1
+        if a < least or b < least:
+            wanted = "at least 1" if least else "not negative"
+            raise RuntimeError(f"{name}: {argument} must be {wanted}, but got {argument}={(a, b)}")
+    if groups < 1:
+        raise RuntimeError(f"{name}: groups must be at least 1, but got groups={groups}")
+
+
+def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, filters: int) -> None:
+    """Raise RuntimeError unless weight and bias [filters] have x's dtype and device."""
+    if x.dtype != weight.dtype:
+        raise RuntimeError(f"{name}: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}")
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != filters:
+            raise RuntimeError(
+                f"{name}: expected bias of shape [{filters}] (one per filter), but got {_text(bias.shape)}"
+            )
+        if bias.dtype != x.dtype:
+            raise RuntimeError(f"{name}: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}")
+    for other, argument in ((weight, "weight"), (bias, "bias")):
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"{name}: {argument} is on {other.device}, but input is on {x.device}")
 
 
 @dataclass(frozen=True)
@@ -121,16 +158,13 @@ class Conv2dProblem:
             raise RuntimeError(
                 f"conv2d: expected weight of 4 dimensions [K, C/groups, R, S], but got {_text(weight.shape)}"
             )
-        for name, (a, b), least in (
-            ("stride", (stride_h, stride_w), 1),
-            ("padding", (pad_h, pad_w), 0),
-            ("dilation", (dilation_h, dilation_w), 1),
-        ):
-            if a < least or b < least:
-                wanted = "at least 1" if least else "not negative"
-                raise RuntimeError(f"conv2d: {name} must be {wanted}, but got {name}={(a, b)}")
-        if groups < 1:
-            raise RuntimeError(f"conv2d: groups must be at least 1, but got groups={groups}")
+        _check_pairs(
+            "conv2d",
+            groups,
+            stride=(stride_h, stride_w),
+            padding=(pad_h, pad_w),
+            dilation=(dilation_h, dilation_w),
+        )
         K, channels, R, S = weight.shape
         if K < 1 or R < 1 or S < 1:
             raise RuntimeError(
@@ -146,22 +180,7 @@ class Conv2dProblem:
                 f"conv2d: with groups={groups} and weight of {_text(weight.shape)}, expected input to have "
                 f"{channels * groups} channels, but got {C} (input of {_text(x.shape)})"
             )
-        if x.dtype != weight.dtype:
-            raise RuntimeError(
-                f"conv2d: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}"
-            )
-        if bias is not None:
-            if bias.dim() != 1 or bias.shape[0] != K:
-                raise RuntimeError(
-                    f"conv2d: expected bias of shape [{K}] (one per filter), but got {_text(bias.shape)}"
-                )
-            if bias.dtype != x.dtype:
-                raise RuntimeError(
-                    f"conv2d: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}"
-                )
-        for other, name in ((weight, "weight"), (bias, "bias")):
-            if other is not None and other.device != x.device:
-                raise RuntimeError(f"conv2d: {name} is on {other.device}, but input is on {x.device}")
+        _check_operands("conv2d", x, weight, bias, K)
         taller, wider = dilation_h * (R - 1) + 1 > H + 2 * pad_h, dilation_w * (S - 1) + 1 > W + 2 * pad_w
         if taller or wider:
             raise RuntimeError(
@@ -193,6 +212,123 @@ class Conv2dProblem:
             dilation_w,
             groups,
             mode,
+            x.dtype,
+            x.device.type,
+            is_channels_last(x) or is_channels_last(weight),
+        )
+
+
+@dataclass(frozen=True)
+class ConvTranspose2dProblem:
+    """y[n,k,p,q] = sum of x[n,c,h,w] * weight[c,k,r,s] over the (c,r,s,h,w) with h*stride_h - pad_h + r*dilation_h = p
+    and so for q: the gradient of a convolution from y to x. K counts all groups' filters."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    output_pad_h: int
+    output_pad_w: int
+    dilation_h: int
+    dilation_w: int
+    groups: int
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+    """The layout of the output: channels_last if x or the weight is."""
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride_h: int,
+        stride_w: int,
+        pad_h: int,
+        pad_w: int,
+        output_pad_h: int,
+        output_pad_w: int,
+        dilation_h: int,
+        dilation_w: int,
+        groups: int,
+    ) -> ConvTranspose2dProblem:
+        """Check a call and describe it. x: [N, C, H, W]; weight: [C, K/groups, R, S]; bias: [K] or None."""
+        name = "conv_transpose2d"
+        if x.dim() != 4:
+            raise RuntimeError(f"{name}: expected input of 4 dimensions [N, C, H, W], but got {_text(x.shape)}")
+        if weight.dim() != 4:
+            raise RuntimeError(
+                f"{name}: expected weight of 4 dimensions [C, K/groups, R, S], but got {_text(weight.shape)}"
+            )
+        _check_pairs(
+            name,
+            groups,
+            stride=(stride_h, stride_w),
+            padding=(pad_h, pad_w),
+            output_padding=(output_pad_h, output_pad_w),
+            dilation=(dilation_h, dilation_w),
+        )
+        if output_pad_h >= max(stride_h, dilation_h) or output_pad_w >= max(stride_w, dilation_w):
+            raise RuntimeError(
+                f"{name}: output_padding must be smaller than stride or dilation, but got "
+                f"output_padding={(output_pad_h, output_pad_w)}, stride={(stride_h, stride_w)} and "
+                f"dilation={(dilation_h, dilation_w)}"
+            )
+        channels, filters, R, S = weight.shape
+        if channels < 1 or filters < 1 or R < 1 or S < 1:
+            raise RuntimeError(
+                f"{name}: weight must have at least one channel, filter and tap, but got {_text(weight.shape)}"
+            )
+        if channels % groups:
+            raise RuntimeError(
+                f"{name}: weight's {channels} channels cannot be divided by groups={groups} "
+                f"(weight of {_text(weight.shape)})"
+            )
+        N, C, H, W = x.shape
+        if channels != C:
+            raise RuntimeError(
+                f"{name}: with weight of {_text(weight.shape)}, expected input to have {channels} channels, but got {C} "
+                f"(input of {_text(x.shape)})"
+            )
+        K = filters * groups
+        _check_operands(name, x, weight, bias, K)
+        if H < 1 or W < 1:
+            raise RuntimeError(f"{name}: expected input with at least one row and column, but got {_text(x.shape)}")
+        P = transposed_output_size(H, R, stride_h, pad_h, output_pad_h, dilation_h)
+        Q = transposed_output_size(W, S, stride_w, pad_w, output_pad_w, dilation_w)
+        if P < 0 or Q < 0:
+            raise RuntimeError(
+                f"{name}: the output would be {P} x {Q}: padding={(pad_h, pad_w)} takes more than input {H} x {W} gives"
+            )
+        return cls(
+            N,
+            C,
+            H,
+            W,
+            K,
+            R,
+            S,
+            P,
+            Q,
+            stride_h,
+            stride_w,
+            pad_h,
+            pad_w,
+            output_pad_h,
+            output_pad_w,
+            dilation_h,
+            dilation_w,
+            groups,
             x.dtype,
             x.device.type,
             is_channels_last(x) or is_channels_last(weight),
@@ -362,6 +498,15 @@ class NormProblem:
         if residual is not None:
             check_residual("batch_norm_act", residual, x.shape, x)
         return cls(N, C, L, training, activation, x.dtype, param_dtype, x.device.type, is_channels_last(x))
+
+
+def pad_mode_of(name: str, padding_mode: str) -> int:
+    """The place of `padding_mode` in `PADDING_MODES`. Raises ValueError for another."""
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(
+            f"{name}: padding_mode must be one of {', '.join(PADDING_MODES)}, but got padding_mode={padding_mode!r}"
+        )
+    return PADDING_MODES.index(padding_mode)
 
 
 def check_activation(name: str, activation: str) -> None:

@@ -325,6 +325,36 @@ Tensor conv2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias
   return std::get<0>(conv2d_act_forward(x, weight, std::move(bias), std::nullopt, CNNOPS_CONV2D_ARGS, "none", false));
 }
 
+// What a convolution's backward gives: each gradient that is wanted, in the layout torch gives it.
+struct ConvGradients {
+  std::optional<Output> dx, dweight;
+  OptionalTensor dbias, dense_dbias;
+
+  ConvGradients(const Tensor& x, const Tensor& weight, int64_t filters, ScalarType compute, bool need_dx,
+                bool need_dweight, bool need_dbias) {
+    if (need_dx) dx.emplace(x.sizes(), x, compute, is_channels_last(x) || is_channels_last(weight));
+    if (need_dweight) dweight.emplace(weight.sizes(), weight, compute, is_channels_last(weight));
+    if (!need_dbias) return;
+    dbias = empty(std::array<int64_t, 1>{filters}, x.scalar_type(), x, false);
+    dense_dbias = x.scalar_type() == compute ? dbias : empty(dbias->sizes(), compute, x, false);
+  }
+
+  // What an empty dy gives.
+  void zero() const {
+    if (dx) dx->zero();
+    if (dweight) dweight->zero();
+    if (dense_dbias) zero_elements(*dense_dbias);
+  }
+
+  std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> finish(Stream stream) const {
+    if (dbias && dbias->data_ptr() != dense_dbias->data_ptr()) copy(*dense_dbias, *dbias, stream);
+    const auto finished = [&](const std::optional<Output>& output) {
+      return output ? OptionalTensor(output->finish(stream)) : std::nullopt;
+    };
+    return {finished(dx), finished(dweight), dbias};
+  }
+};
+
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const Tensor& dy, const Tensor& x,
                                                                            const Tensor& weight, CNNOPS_CONV2D_PARAMS,
                                                                            bool need_dx, bool need_dweight,
@@ -332,31 +362,105 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
   const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
-  std::optional<Output> dx, dweight;
-  OptionalTensor dbias, dense_dbias;
-  if (need_dx) dx.emplace(x.sizes(), x, compute, is_channels_last(x) || is_channels_last(weight));
-  if (need_dweight) dweight.emplace(weight.sizes(), weight, compute, is_channels_last(weight));
-  if (need_dbias) {
-    dbias = empty(std::array<int64_t, 1>{problem.K}, x.scalar_type(), x, false);
-    dense_dbias = x.scalar_type() == compute ? dbias : empty(dbias->sizes(), compute, x, false);
-  }
+  const ConvGradients to(x, weight, problem.K, compute, need_dx, need_dweight, need_dbias);
   if (dy.numel() == 0) {
-    if (dweight) dweight->zero();
-    if (dbias) zero_elements(*dbias);
+    to.zero();
   } else if (need_dx || need_dweight || need_dbias) {
     const Tensor dense_dy = nhwc(dy, compute, launch);
     const OptionalTensor dense_x = need_dweight ? OptionalTensor(nhwc(x, compute, launch)) : std::nullopt;
     const OptionalTensor dense_weight = need_dx ? OptionalTensor(nhwc(weight, compute, launch)) : std::nullopt;
     const Workspace workspace(kernels().conv2d_backward_workspace(problem, need_dx, need_dweight, need_dbias), x);
     kernels().conv2d_backward(problem, dense_dy.data_ptr(), pointer(dense_x), pointer(dense_weight),
-                              dx ? dx->data() : nullptr, dweight ? dweight->data() : nullptr, pointer(dense_dbias),
-                              workspace.data(), launch);
-    if (dbias && dbias->data_ptr() != dense_dbias->data_ptr()) copy(*dense_dbias, *dbias, launch);
+                              to.dx ? to.dx->data() : nullptr, to.dweight ? to.dweight->data() : nullptr,
+                              pointer(to.dense_dbias), workspace.data(), launch);
   }
-  const auto finished = [&](const std::optional<Output>& output) {
-    return output ? OptionalTensor(output->finish(launch)) : std::nullopt;
-  };
-  return {finished(dx), finished(dweight), dbias};
+  return to.finish(launch);
+}
+
+#define CNNOPS_CONV_TRANSPOSE2D_PARAMS                                                                          \
+  int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t output_pad_h, int64_t output_pad_w, \
+      int64_t dilation_h, int64_t dilation_w, int64_t groups
+#define CNNOPS_CONV_TRANSPOSE2D_ARGS \
+  stride_h, stride_w, pad_h, pad_w, output_pad_h, output_pad_w, dilation_h, dilation_w, groups
+
+// The convolution that a transposed one is the gradient of: x is its output, y its input, and the weight its own.
+Conv2dProblem conv_transpose2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute,
+                                       CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
+  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
+  return {dtype_of(compute),
+          narrow(x.size(0)),
+          narrow(weight.size(1) * groups),
+          narrow(transposed_output_size(x.size(2), weight.size(2), stride_h, pad_h, output_pad_h, dilation_h)),
+          narrow(transposed_output_size(x.size(3), weight.size(3), stride_w, pad_w, output_pad_w, dilation_w)),
+          narrow(weight.size(0)),
+          narrow(weight.size(2)),
+          narrow(weight.size(3)),
+          narrow(x.size(2)),
+          narrow(x.size(3)),
+          narrow(stride_h),
+          narrow(stride_w),
+          narrow(pad_h),
+          narrow(pad_w),
+          narrow(dilation_h),
+          narrow(dilation_w),
+          narrow(groups),
+          PadMode::kZeros};
+}
+
+Tensor conv_transpose2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
+                                CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x);
+  const Conv2dProblem problem = conv_transpose2d_problem(x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
+  const Output y(Sizes{problem.N, problem.C, problem.H, problem.W}, x, compute,
+                 is_channels_last(x) || is_channels_last(weight));
+  if (y.numel() > 0) {
+    const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
+    const OptionalTensor dense_bias = vector(bias, compute, launch);
+    const Workspace workspace(kernels().conv2d_backward_workspace(problem, true, false, false), x);
+    kernels().conv_transpose2d_forward(problem, dense_x.data_ptr(), dense_weight.data_ptr(), pointer(dense_bias),
+                                       y.data(), workspace.data(), launch);
+  }
+  return y.finish(launch);
+}
+
+// dx is the convolution of dy, and dweight that convolution's own for x as the gradient of its output.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv_transpose2d_backward(const Tensor& dy, const Tensor& x,
+                                                                                     const Tensor& weight,
+                                                                                     CNNOPS_CONV_TRANSPOSE2D_PARAMS,
+                                                                                     bool need_dx, bool need_dweight,
+                                                                                     bool need_dbias) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x);
+  const Conv2dProblem problem = conv_transpose2d_problem(x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
+  const ConvGradients to(x, weight, problem.C, compute, need_dx, need_dweight, need_dbias);
+  if (dy.numel() == 0) {
+    to.zero();
+    return to.finish(launch);
+  }
+  const Tensor dense_dy = nhwc(dy, compute, launch);
+  if (to.dx) {
+    const Tensor dense_weight = nhwc(weight, compute, launch);
+    const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
+    kernels().conv2d_forward(problem, Epilogue{nullptr, nullptr, Activation::kNone}, dense_dy.data_ptr(),
+                             dense_weight.data_ptr(), to.dx->data(), workspace.data(), launch);
+  }
+  if (to.dweight) {
+    const Tensor dense_x = nhwc(x, compute, launch);
+    const Workspace workspace(kernels().conv2d_backward_workspace(problem, false, true, false), x);
+    kernels().conv2d_backward(problem, dense_x.data_ptr(), dense_dy.data_ptr(), nullptr, nullptr, to.dweight->data(),
+                              nullptr, workspace.data(), launch);
+  }
+  if (to.dbias) {
+    Conv2dProblem sum = problem;  // dbias is a sum over what conv2d_backward calls dy [N,P,Q,K]
+    sum.K = problem.C;
+    sum.P = problem.H;
+    sum.Q = problem.W;
+    const Workspace workspace(kernels().conv2d_backward_workspace(sum, false, false, true), x);
+    kernels().conv2d_backward(sum, dense_dy.data_ptr(), nullptr, nullptr, nullptr, nullptr, pointer(to.dense_dbias),
+                              workspace.data(), launch);
+  }
+  return to.finish(launch);
 }
 
 Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string activation) {
@@ -591,6 +695,8 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
   CNNOPS_IMPL(conv2d_forward, conv2d_forward);
   CNNOPS_IMPL(conv2d_backward, conv2d_backward);
   CNNOPS_IMPL(activation_forward, conv2d_act_forward);
+  CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_forward);
+  CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_backward);
   CNNOPS_IMPL(activation_backward, activation_backward);
   CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
   CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);

@@ -43,6 +43,9 @@ struct Kernels {
                          void* workspace, Stream);
   void (*conv2d_backward)(const Conv2dProblem&, const void* dy, const void* x, const void* weight, void* dx,
                           void* dweight, void* dbias, void* workspace, Stream);
+  // The problem is the convolution from y to x: y is its dx for dy = x, plus bias [C] or null, in the same workspace.
+  void (*conv_transpose2d_forward)(const Conv2dProblem&, const void* x, const void* weight, const void* bias, void* y,
+                                   void* workspace, Stream);
 
   void (*activation_forward)(DType, Activation, int64_t count, const void* z, void* y, Stream);
   // saved: y for none, relu, relu6 and sigmoid; z for silu and hardswish.

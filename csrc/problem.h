@@ -19,6 +19,12 @@ constexpr int64_t output_size(int64_t in, int64_t kernel, int64_t stride, int64_
   return (in + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+// The input size of a convolution with this output: of the `stride` that have it the least, plus output_pad.
+constexpr int64_t transposed_output_size(int64_t in, int64_t kernel, int64_t stride, int64_t pad, int64_t output_pad,
+                                         int64_t dilation) {
+  return (in - 1) * stride - 2 * pad + dilation * (kernel - 1) + output_pad + 1;
+}
+
 // y[n,p,q,k] = sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w, c]
 //                                * weight[k,r,s,c],
 // c over the C / groups channels of k's group. x [N,H,W,C], weight [K,R,S,C/groups], y [N,P,Q,K], all dense.

@@ -4,6 +4,9 @@
 
 #define CNNOPS_CONV2D \
   "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int pad_mode"
+#define CNNOPS_CONV_TRANSPOSE2D                                                                            \
+  "int stride_h, int stride_w, int pad_h, int pad_w, int output_pad_h, int output_pad_w, int dilation_h, " \
+  "int dilation_w, int groups"
 #define CNNOPS_WINDOW "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w"
 #define CNNOPS_MAX_POOL2D CNNOPS_WINDOW ", int dilation_h, int dilation_w"
 #define CNNOPS_AVG_POOL2D CNNOPS_WINDOW ", bool ceil_mode, bool count_include_pad, int divisor_override"
@@ -17,6 +20,11 @@
   _(conv2d_act_forward,                                                                                                \
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z",         \
     "(Tensor, Tensor?)")                                                                                               \
+  _(conv_transpose2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV_TRANSPOSE2D, "Tensor")             \
+  _(conv_transpose2d_backward,                                                                                         \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                                     \
+    ", bool need_dx, bool need_dweight, bool need_dbias",                                                              \
+    "(Tensor?, Tensor?, Tensor?)")                                                                                     \
   _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                          \
   _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")     \
   _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last, " CNNOPS_MAX_POOL2D, "Tensor")  \

@@ -51,6 +51,7 @@ class Conv2dCase:
     groups: int = 1
     bias: bool = False
     suite: str = "corner"
+    padding_mode: str = "zeros"
 
     @property
     def x_shape(self) -> tuple[int, int, int, int]:
@@ -87,8 +88,9 @@ class Conv2dCase:
         return replace(self, N=N)
 
     def arguments(self) -> dict[str, object]:
-        """Keywords that F.conv2d takes beside the tensors."""
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        """Keywords that F.conv2d takes beside the tensors, and the padding mode where it is nn.Conv2d's."""
+        mode = {} if self.padding_mode == "zeros" else {"padding_mode": self.padding_mode}
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups} | mode
 
     def features(self) -> dict[str, Hashable]:
         """What makes cases differ for a kernel; `pairwise` covers each pair of these."""
@@ -106,6 +108,83 @@ class Conv2dCase:
             "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
             "filters": "few" if self.K < 8 else "full" if self.K % 8 == 0 else "ragged",
             "empty": empty,
+            "padding_mode": self.padding_mode,
+        }
+
+
+@dataclass(frozen=True)
+class ConvTranspose2dCase:
+    """x [N, C, H, W] * weight [C, K / groups, R, S], with a bias [K] or none, giving [N, K, P, Q]."""
+
+    id: str
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    output_padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    suite: str = "corner"
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.C, self.K // self.groups, self.R, self.S
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """From the first tap of the first input to the last of the last, less what padding takes."""
+
+        def side(i: int) -> int:
+            last = ((self.H, self.W)[i] - 1) * self.stride[i] + ((self.R, self.S)[i] - 1) * self.dilation[i]
+            return last + 1 - 2 * self.padding[i] + self.output_padding[i]
+
+        return self.N, self.K, side(0), side(1)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one pass, what padding takes counted."""
+        return 2 * self.N * self.H * self.W * self.C * (self.K // self.groups) * self.R * self.S
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.C == self.K and self.groups > 1
+
+    def with_batch(self, N: int) -> ConvTranspose2dCase:
+        return replace(self, N=N)
+
+    def arguments(self) -> dict[str, object]:
+        """Keywords that F.conv_transpose2d takes beside the tensors."""
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "output_padding": self.output_padding,
+            "groups": self.groups,
+            "dilation": self.dilation,
+        }
+
+    def features(self) -> dict[str, Hashable]:
+        """What makes cases differ for a kernel; `pairwise` covers each pair of these."""
+        return {
+            "kernel": "1x1" if self.R == self.S == 1 else "square" if self.R == self.S else "oblong",
+            "stride": _pair_feature(self.stride, 1),
+            "padding": _pair_feature(self.padding, 0),
+            "output_padding": _pair_feature(self.output_padding, 0),
+            "dilation": _pair_feature(self.dilation, 1),
+            "groups": "dense" if self.groups == 1 else "depthwise" if self.depthwise else "grouped",
+            "bias": self.bias,
+            "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+            "filters": "few" if self.K < 8 else "full" if self.K % 8 == 0 else "ragged",
+            "empty": not self.N,
         }
 
 
@@ -305,6 +384,101 @@ _CONV2D_CORNERS = (
     _conv("empty-batch", (0, 3, 6, 5), (4, 3, 3), padding=(1, 1), bias=True),
     _conv("empty-batch-depthwise", (0, 6, 6, 5), (6, 3, 3), (2, 2), (1, 1), groups=6),
     _conv("empty-channels", (2, 0, 5, 4), (3, 3, 3), padding=(1, 1)),
+)
+
+
+def _padded(case: Conv2dCase, mode: str) -> Conv2dCase | None:
+    """The case with padding of that mode, as much of it as the mode can do; None where none is left, or it fits no more."""
+    most = {"reflect": -1, "replicate": 99, "circular": 0}[mode]
+    reach = [d * (k - 1) for d, k in zip(case.dilation, (case.R, case.S), strict=True)]
+    sizes = (case.H, case.W)
+    if case.padding == "same":
+        fits = all(-(-r // 2) <= size + most for r, size in zip(reach, sizes, strict=True))
+        return replace(case, id=f"{mode}/{case.id}", padding_mode=mode) if fits else None
+    wanted = (0, 0) if isinstance(case.padding, str) else case.padding
+    pads = tuple(min(max(pad, 1), size + most) for pad, size in zip(wanted, sizes, strict=True))
+    fits = all(size + 2 * pad > r for size, pad, r in zip(sizes, pads, reach, strict=True))
+    if not fits or pads == (0, 0):
+        return None
+    return replace(case, id=f"{mode}/{case.id}", padding=(pads[0], pads[1]), padding_mode=mode)
+
+
+PADDED: tuple[Conv2dCase, ...] = tuple(
+    padded
+    for mode in ("reflect", "replicate", "circular")
+    for case in (
+        *(case for case in _CONV2D_CORNERS if case.C),
+        _conv("padded-as-far-as-it-goes", (2, 3, 4, 5), (4, 3, 2), padding=(3, 4), bias=True),
+        _conv("padded-twice-over", (1, 9, 3, 4), (5, 3, 3), (1, 2), padding=(3, 4)),
+        _conv("padded-depthwise-as-far-as-it-goes", (1, 9, 3, 4), (9, 3, 2), padding=(3, 4), groups=9),
+    )
+    if (padded := _padded(case, mode)) is not None
+)
+"""The corners of `CONV2D` in nn.Conv2d's other padding modes."""
+
+
+def _transposed(
+    id: str, x: tuple[int, int, int, int], filters: tuple[int, int, int], **rest: object
+) -> ConvTranspose2dCase:
+    return ConvTranspose2dCase(id, *x, *filters, **rest)  # type: ignore[arg-type]
+
+
+# x is (N, C, H, W); the filters are (K, R, S).
+CONV_TRANSPOSE2D: tuple[ConvTranspose2dCase, ...] = (
+    _transposed("3x3", (2, 3, 7, 5), (4, 3, 3)),
+    _transposed("3x3-pad-bias", (2, 5, 7, 9), (6, 3, 3), padding=(1, 1), bias=True),
+    _transposed("3x3-full-tile", (1, 32, 6, 6), (16, 3, 3), padding=(1, 1), bias=True),
+    _transposed("3x3-beyond-tile", (1, 33, 5, 7), (17, 3, 3), padding=(1, 1)),
+    _transposed("3x3-many-filters", (1, 7, 4, 4), (130, 3, 3), padding=(1, 1), bias=True),
+    _transposed("4x4-s2-pad", (2, 8, 5, 6), (16, 4, 4), stride=(2, 2), padding=(1, 1), bias=True),
+    _transposed("2x2-s2", (2, 9, 5, 4), (6, 2, 2), stride=(2, 2), bias=True),
+    _transposed("3x3-s2-more", (2, 6, 5, 4), (8, 3, 3), stride=(2, 2), padding=(1, 1), output_padding=(1, 1)),
+    _transposed("3x3-s3-more", (1, 4, 4, 3), (5, 3, 3), stride=(3, 3), output_padding=(2, 1), bias=True),
+    _transposed("3x3-to-3-channels", (1, 16, 9, 8), (3, 3, 3), padding=(1, 1), bias=True),
+    _transposed("1x1", (2, 7, 5, 6), (9, 1, 1)),
+    _transposed("1x1-s2-unreached", (2, 12, 4, 5), (8, 1, 1), stride=(3, 2), output_padding=(2, 0), bias=True),
+    _transposed("stride-exceeds-kernel", (2, 5, 4, 3), (6, 2, 3), stride=(4, 5), padding=(1, 0), bias=True),
+    _transposed("stride-exceeds-kernel-plain", (2, 5, 4, 3), (6, 2, 3), stride=(4, 5), output_padding=(3, 2)),
+    _transposed(
+        "5x2-uneven-everything",
+        (2, 6, 5, 7),
+        (9, 5, 2),
+        stride=(3, 2),
+        padding=(4, 1),
+        output_padding=(1, 2),
+        dilation=(2, 3),
+        groups=3,
+        bias=True,
+    ),
+    _transposed("3x3-d2", (1, 8, 7, 6), (8, 3, 3), padding=(2, 2), dilation=(2, 2), bias=True),
+    _transposed("3x3-d3-more", (2, 3, 5, 4), (5, 3, 3), output_padding=(2, 1), dilation=(3, 2), bias=True),
+    _transposed("3x3-s2-d3-more", (1, 4, 5, 4), (6, 3, 3), stride=(2, 2), output_padding=(2, 1), dilation=(3, 3)),
+    _transposed("3x3-s4-d2", (1, 3, 4, 5), (4, 3, 3), stride=(4, 4), padding=(1, 1), dilation=(2, 2), bias=True),
+    _transposed("one-row", (2, 8, 1, 13), (8, 3, 3), padding=(1, 1)),
+    _transposed("one-pixel", (2, 8, 1, 1), (8, 3, 3), padding=(1, 1), bias=True),
+    _transposed("one-pixel-grown", (3, 10, 1, 1), (6, 4, 5), bias=True),
+    _transposed("one-channel", (2, 1, 6, 7), (3, 3, 3), padding=(1, 1)),
+    _transposed("one-filter", (2, 6, 6, 7), (1, 3, 3), padding=(1, 1), bias=True),
+    _transposed("padding-takes-inputs", (2, 3, 6, 5), (4, 2, 2), padding=(2, 1), bias=True),
+    _transposed("grouped-2", (2, 8, 5, 6), (12, 3, 3), stride=(2, 2), padding=(1, 1), groups=2, bias=True),
+    _transposed("grouped-4-ragged", (1, 12, 6, 5), (20, 3, 3), padding=(1, 1), groups=4),
+    _transposed("grouped-one-filter-each", (2, 12, 6, 5), (4, 3, 3), padding=(1, 1), groups=4, bias=True),
+    _transposed("grouped-one-channel-each", (2, 4, 6, 5), (12, 3, 3), padding=(1, 1), groups=4, bias=True),
+    _transposed("depthwise-3x3", (2, 8, 5, 7), (8, 3, 3), padding=(1, 1), groups=8),
+    _transposed("depthwise-3x3-ragged", (1, 19, 6, 5), (19, 3, 3), padding=(1, 1), groups=19, bias=True),
+    _transposed(
+        "depthwise-4x4-s2-more",
+        (2, 9, 5, 4),
+        (9, 4, 4),
+        stride=(2, 2),
+        padding=(1, 1),
+        output_padding=(1, 0),
+        groups=9,
+        bias=True,
+    ),
+    _transposed("depthwise-2x2-s3-unreached", (2, 6, 3, 4), (6, 2, 2), stride=(3, 3), groups=6, bias=True),
+    _transposed("empty-batch", (0, 3, 6, 5), (4, 3, 3), stride=(2, 2), padding=(1, 1), bias=True),
+    _transposed("empty-batch-depthwise", (0, 6, 6, 5), (6, 3, 3), groups=6),
 )
 
 # Every distinct convolution of the networks, named by their place in them.

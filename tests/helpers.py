@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, pairwise
+from cases import LAYOUTS, Conv2dCase, ConvTranspose2dCase, NormCase, Pool2dCase, pairwise
 from tolerance import assert_close, assert_same_layout
 from torch import Tensor
 
 from cnnops import dispatch
-from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from cnnops.geometry import (
+    PADDING_MODES,
+    Conv2dProblem,
+    ConvTranspose2dProblem,
+    NormProblem,
+    Pool2dProblem,
+    is_channels_last,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -63,7 +70,12 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
         if isinstance(padding, str):
             reach = [d * (k - 1) for d, k in zip(case.dilation, (case.R, case.S), strict=True)]
             padding = (reach[0] // 2, reach[1] // 2) if padding == "same" else (0, 0)
-        return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups)
+        mode = PADDING_MODES.index(case.padding_mode)
+        return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups, mode)
+    if isinstance(case, ConvTranspose2dCase):
+        weight = laid_out(x.new_empty(case.weight_shape), layout)
+        geometry = (*case.stride, *case.padding, *case.output_padding, *case.dilation, case.groups)
+        return ConvTranspose2dProblem.of(x, weight, x.new_empty(case.K) if case.bias else None, *geometry)
     if isinstance(case, NormCase):
         return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
     if case.op == "adaptive_avg_pool2d":
@@ -76,6 +88,7 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
 PLAINEST: dict[str, Any] = {
     "activation": NormCase("plain", 2, 16, (8, 8)),
     "conv2d": Conv2dCase("plain", 1, 16, 8, 8, 16, 3, 3, padding=(1, 1)),
+    "conv_transpose2d": ConvTranspose2dCase("plain", 1, 16, 8, 8, 16, 3, 3, padding=(1, 1)),
     "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
     "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
     "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
@@ -125,7 +138,7 @@ def _emulated_flops(case: Any) -> int:
 
 def cross(
     function: str,
-    cases: Sequence[Conv2dCase] | Sequence[Pool2dCase] | Sequence[NormCase],
+    cases: Sequence[Any],
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> list[Any]:
@@ -202,7 +215,11 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 
 
 def conv2d_inputs(
-    case: Conv2dCase, dtype: torch.dtype, layout: str, device: str, make: Callable[..., Tensor] = randn
+    case: Conv2dCase | ConvTranspose2dCase,
+    dtype: torch.dtype,
+    layout: str,
+    device: str,
+    make: Callable[..., Tensor] = randn,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, weight and bias; weights scaled so that outputs stay near 1 and no half overflows."""
     random = generator(case.id)
@@ -286,4 +303,19 @@ def check_multilinear(
 
 
 def torch_conv2d(case: Conv2dCase) -> Function:
-    return lambda x, weight, bias: F.conv2d(x, weight, bias, **case.arguments())
+    """torch's conv2d; another padding mode as torch.nn.Conv2d has it, by a padded copy."""
+    if case.padding_mode == "zeros":
+        return lambda x, weight, bias: F.conv2d(x, weight, bias, **case.arguments())
+    sides = []
+    for axis in (1, 0):
+        total = case.dilation[axis] * ((case.R, case.S)[axis] - 1)
+        same = (total // 2, total - total // 2)
+        sides += same if isinstance(case.padding, str) else [case.padding[axis]] * 2
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padded = F.pad(x, sides, case.padding_mode)
+        if is_channels_last(x):  # which torch's circular padding forgets
+            padded = padded.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(padded, weight, bias, case.stride, 0, case.dilation, case.groups)
+
+    return function

@@ -7,7 +7,6 @@ from typing import Any
 import helpers
 import pytest
 import torch
-import torch.nn.functional as F
 from activations import ACTIVATIONS, away_from_kinks
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find
 from helpers import DTYPES, Backend, on, over
@@ -30,7 +29,7 @@ def fused(case: Conv2dCase, activation: str) -> helpers.Function:
 
 def composed(case: Conv2dCase, activation: str) -> helpers.Function:
     def function(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
-        z = F.conv2d(x, weight, bias, **case.arguments())
+        z = helpers.torch_conv2d(case)(x, weight, bias)
         return ACTIVATIONS[activation](z if residual is None else z + residual)
 
     return function

@@ -16,7 +16,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV2D, LAYOUTS, NORM, POOL2D, find, of_suite
+from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
@@ -59,6 +59,7 @@ def test_the_table_is_covered() -> None:
 
 FUNCTIONS = {
     "conv2d": ("conv2d_forward", "conv2d_backward", "conv2d_act_forward"),
+    "conv_transpose2d": ("conv_transpose2d_forward", "conv_transpose2d_backward"),
     "max_pool2d": ("max_pool2d_forward", "max_pool2d_backward", "max_pool2d_indices"),
     "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_backward"),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d_forward", "adaptive_avg_pool2d_backward"),
@@ -67,7 +68,8 @@ FUNCTIONS = {
 
 
 def test_the_cpu_backend_refuses_nothing() -> None:
-    cases = [("conv2d", case) for case in CONV2D if case.C]
+    cases = [("conv2d", case) for case in (*CONV2D, *PADDED) if case.C]
+    cases += [("conv_transpose2d", case) for case in CONV_TRANSPOSE2D]
     cases += [(case.op, case) for case in POOL2D] + [("norm", case) for case in NORM]
     for stem, case in cases:
         for dtype in DTYPES:

@@ -40,6 +40,15 @@ def conv2d(x: Any = (2, 3, 5, 5), weight: Any = (4, 3, 3, 3), bias: Any = None, 
     return lambda library: library.F.conv2d(x, weight, bias, **arguments)
 
 
+def transposed(x: Any = (2, 4, 5, 5), weight: Any = (4, 3, 3, 3), bias: Any = None, **arguments: Any) -> Any:
+    x, weight, bias = (zeros(*t) if isinstance(t, tuple) else t for t in (x, weight, bias))
+    return lambda library: library.F.conv_transpose2d(x, weight, bias, **arguments)
+
+
+def padded(mode: str, padding: Any, x: tuple[int, ...] = (2, 3, 5, 4)) -> Any:
+    return lambda library: library.nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode)(zeros(*x))
+
+
 def max_pool2d(x: Any = (2, 3, 5, 5), kernel_size: Any = 2, **arguments: Any) -> Any:
     x = zeros(*x) if isinstance(x, tuple) else x
     return lambda library: library.F.max_pool2d(x, kernel_size, **arguments)
@@ -127,6 +136,80 @@ WRONG = (
     Wrong("conv2d-numpy", conv2d(np.zeros((2, 3, 5, 5), np.float32)), TypeError, ("input", "ndarray")),
     Wrong("conv2d-weight-none", conv2d(weight=None), TypeError, ("weight", "None")),
     Wrong("conv2d-input-none", conv2d(x=None), TypeError, ("input", "None")),
+    Wrong(
+        "reflect-as-wide-as-input", padded("reflect", (1, 4)), RuntimeError, ("'reflect'", "width of 4", "3", "(1, 4)")
+    ),
+    Wrong(
+        "reflect-as-high-as-input", padded("reflect", (5, 1)), RuntimeError, ("'reflect'", "height of 5", "4", "(5, 1)")
+    ),
+    Wrong("reflect-empty-batch", padded("reflect", 4, (0, 3, 5, 4)), RuntimeError, ("'reflect'", "width of 4")),
+    Wrong(
+        "circular-wider-than-input", padded("circular", (1, 5)), RuntimeError, ("'circular'", "width of 4", "(1, 5)")
+    ),
+    Wrong("circular-unbatched", padded("circular", (6, 1), (3, 5, 4)), RuntimeError, ("'circular'", "height of 5")),
+    Wrong("replicate-no-rows", padded("replicate", 2, (2, 3, 0, 4)), RuntimeError, ("input", "[2, 3, 0, 4]")),
+    Wrong("reflect-no-rows", padded("reflect", 1, (2, 3, 0, 4)), RuntimeError, ("kernel", "3 x 3", "2 x 6")),
+    Wrong("reflect-kernel-exceeds", padded("reflect", 0, (2, 3, 2, 2)), RuntimeError, ("kernel", "3 x 3", "2 x 2")),
+    Wrong(
+        "convT-output-padding-is-stride",
+        transposed(stride=2, output_padding=2),
+        RuntimeError,
+        ("output_padding=(2, 2)", "stride=(2, 2)", "dilation=(1, 1)"),
+    ),
+    Wrong(
+        "convT-output-padding-one-side",
+        transposed(stride=(2, 1), output_padding=1),
+        RuntimeError,
+        ("output_padding=(1, 1)",),
+    ),
+    Wrong("convT-output-padding-negative", transposed(output_padding=-1), RuntimeError, ("output_padding", "(-1, -1)")),
+    Wrong(
+        "convT-output-padding-3-tuple",
+        transposed(output_padding=(1, 1, 1)),
+        RuntimeError,
+        ("output_padding", "1, 1, 1"),
+    ),
+    Wrong("convT-output-padding-float", transposed(stride=2, output_padding=1.0), TypeError, ("output_padding", "1.0")),
+    Wrong("convT-negative-output", transposed((2, 4, 2, 2), padding=3), RuntimeError, ("-2 x -2", "(3, 3)", "2 x 2")),
+    Wrong("convT-negative-output-empty", transposed((0, 4, 2, 2), padding=3), RuntimeError, ("-2 x -2", "(3, 3)")),
+    Wrong("convT-no-channels", transposed((2, 0, 5, 5), (0, 3, 3, 3)), RuntimeError, ("weight", "[0, 3, 3, 3]")),
+    Wrong("convT-no-filters", transposed(weight=(4, 0, 3, 3)), RuntimeError, ("weight", "[4, 0, 3, 3]")),
+    Wrong("convT-no-taps", transposed(weight=(4, 3, 0, 3)), RuntimeError, ("weight", "[4, 3, 0, 3]")),
+    Wrong("convT-no-rows", transposed((2, 4, 0, 5)), RuntimeError, ("input", "[2, 4, 0, 5]")),
+    Wrong("convT-2-d-input", transposed((5, 5)), RuntimeError, ("input", "[5, 5]")),
+    Wrong("convT-5-d-input", transposed((1, 1, 4, 5, 5)), RuntimeError, ("input", "[1, 1, 4, 5, 5]")),
+    Wrong("convT-3-d-weight", transposed(weight=(4, 3, 3)), RuntimeError, ("weight", "[4, 3, 3]")),
+    Wrong("convT-channels", transposed((2, 5, 5, 5)), RuntimeError, ("channels", "4", "5", "[2, 5, 5, 5]")),
+    Wrong("convT-bias-length", transposed(bias=(4,)), RuntimeError, ("bias", "[3]", "[4]")),
+    Wrong("convT-bias-2-d", transposed(bias=(3, 1)), RuntimeError, ("bias", "[3]", "[3, 1]")),
+    Wrong("convT-groups-not-dividing", transposed(groups=3), RuntimeError, ("groups=3", "4")),
+    Wrong("convT-groups-0", transposed(groups=0), RuntimeError, ("groups", "0")),
+    Wrong("convT-groups-float", transposed(groups=1.0), TypeError, ("groups", "1.0")),
+    Wrong("convT-stride-0", transposed(stride=0), RuntimeError, ("stride", "(0, 0)")),
+    Wrong("convT-stride-bool", transposed(stride=True), TypeError, ("stride", "True")),
+    Wrong("convT-dilation-0", transposed(dilation=0), RuntimeError, ("dilation", "(0, 0)")),
+    Wrong("convT-padding-negative", transposed(padding=-1), RuntimeError, ("padding", "(-1, -1)")),
+    Wrong("convT-padding-word", transposed(padding="same"), TypeError, ("padding", "'same'")),
+    Wrong("convT-padding-float", transposed(padding=1.5), TypeError, ("padding", "1.5")),
+    Wrong(
+        "convT-weight-float64", transposed(weight=zeros(4, 3, 3, 3, dtype=DOUBLE)), RuntimeError, ("float32", "float64")
+    ),
+    Wrong("convT-bias-float64", transposed(bias=zeros(3, dtype=DOUBLE)), RuntimeError, ("bias", "float32", "float64")),
+    Wrong(
+        "convT-bool",
+        transposed(zeros(2, 4, 5, 5, dtype=torch.bool), zeros(4, 3, 3, 3, dtype=torch.bool)),
+        NotImplementedError,
+        (),
+    ),
+    Wrong(
+        "convT-int32",
+        transposed(zeros(2, 4, 5, 5, dtype=torch.int32), zeros(4, 3, 3, 3, dtype=torch.int32)),
+        NotImplementedError,
+        (),
+    ),
+    Wrong("convT-numpy", transposed(np.zeros((2, 4, 5, 5), np.float32)), TypeError, ("input", "ndarray")),
+    Wrong("convT-weight-none", transposed(weight=None), TypeError, ("weight", "None")),
+    Wrong("convT-bias-type", transposed(bias=5), TypeError, ("bias", "int")),
     Wrong("max-no-channels", max_pool2d((2, 0, 5, 5)), RuntimeError, ("input", "[2, 0, 5, 5]")),
     Wrong("max-no-channels-unbatched", max_pool2d((0, 5, 5)), RuntimeError, ("input", "0, 5, 5]")),
     Wrong("max-no-rows", max_pool2d((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
@@ -180,6 +263,18 @@ WRONG = (
         ValueError,
         ("padding_mode", "wrap"),
     ),
+    Wrong(
+        "ConvTranspose2d-padding-mode",
+        lambda library: library.nn.ConvTranspose2d(3, 4, 3, padding_mode="reflect"),
+        ValueError,
+        ("zeros",),
+    ),
+    Wrong(
+        "ConvTranspose2d-output-size",
+        lambda library: library.nn.ConvTranspose2d(3, 4, 3, 2)(zeros(1, 3, 5, 5), output_size=(14, 12)),
+        ValueError,
+        ("14, 12", "[11, 11]", "[12, 12]"),
+    ),
     Wrong("BatchNorm2d-3-d", lambda library: library.nn.BatchNorm2d(3)(zeros(2, 3, 4)), ValueError, ("4D", "3D")),
     Wrong("MaxPool2d-stride", lambda library: library.nn.MaxPool2d(2, 0)(zeros(1, 1, 4, 4)), RuntimeError, ("stride",)),
 )
@@ -208,6 +303,17 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "conv2d-uint8": conv2d(zeros(2, 3, 5, 5, dtype=torch.uint8), zeros(4, 3, 3, 3, dtype=torch.uint8)),
     "conv2d-complex64": conv2d(zeros(2, 3, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
     "conv2d-numpy-int": conv2d(stride=np.int64(2), padding=(np.int32(1), 0), groups=np.int64(1)),
+    "conv2d-reflect-no-batch": lambda library: library.nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect")(
+        zeros(0, 3, 5, 5)
+    ),
+    "convT-no-batch": transposed((0, 4, 5, 5)),
+    "convT-unbatched": transposed((4, 5, 5)),
+    "convT-no-output": transposed((2, 4, 2, 2), padding=2),
+    "convT-output-padding-within-dilation": transposed(output_padding=1, dilation=2),
+    "convT-groups-bias": transposed(bias=(6,), groups=2),
+    "convT-int64": transposed(zeros(2, 4, 5, 5, dtype=torch.int64), zeros(4, 3, 3, 3, dtype=torch.int64)),
+    "convT-complex64": transposed(zeros(2, 4, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
+    "convT-numpy-int": transposed(stride=np.int64(2), output_padding=(np.int32(1), 0), groups=np.int64(1)),
     "max-numpy-int": max_pool2d(kernel_size=np.int64(2)),
     "max-no-batch": max_pool2d((0, 3, 5, 5)),
     "max-kernel-exceeds-input-ceil": max_pool2d((2, 3, 2, 2), 3, ceil_mode=True),

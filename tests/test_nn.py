@@ -55,6 +55,15 @@ def test_conv2d_act_adds_the_residual_before_the_activation(padding_mode: str) -
     assert_same(layer(x, residual), F.silu(plain(x) + residual))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
+def test_conv_bn_act_pads(padding_mode: str) -> None:
+    block = cnn.ConvBNAct(4, 6, 3, padding=1, padding_mode=padding_mode).double().eval()
+    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False, padding_mode=padding_mode).double()
+    plain.load_state_dict(block.conv.state_dict())
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    assert_same(block(x), F.relu(plain(x) / (1 + block.bn.eps) ** 0.5))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("track", [True, False])
 @pytest.mark.parametrize("affine", [True, False])

@@ -12,7 +12,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV2D, LAYOUTS, NORM, POOL2D, of_suite
+from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, of_suite
 from helpers import Backend, on
 from tolerance import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,6 +27,8 @@ from cnnops.geometry import ACTIVATIONS
 GEOMETRY = (2, 1, 1, 0, 1, 2, 2, 0)  # stride, padding, dilation, groups, zeros
 WINDOW = (3, 2, 2, 1, 1, 0)  # kernel, stride, padding
 X, WEIGHT, Y = (2, 6, 7, 9), (4, 3, 3, 2), (2, 4, 4, 7)
+GEOMETRY_T = (2, 1, 1, 0, 1, 1, 1, 2, 2)  # stride, padding, output padding, dilation, groups
+WEIGHT_T, Y_T = (6, 2, 3, 2), (2, 4, 14, 12)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "channels_last") -> torch.Tensor:
@@ -46,6 +48,10 @@ def op_arguments(name: str, layout: str = "channels_last") -> Any:
         return ops.conv2d.default, (t(*X), t(*WEIGHT), t(4), *GEOMETRY, "")
     if name == "conv2d_backward":
         return ops.conv2d_backward.default, (t(*Y), t(*X), t(*WEIGHT), *GEOMETRY, True, True, True, "")
+    if name == "conv_transpose2d":
+        return ops.conv_transpose2d.default, (t(*X), t(*WEIGHT_T), t(4), *GEOMETRY_T, "")
+    if name == "conv_transpose2d_backward":
+        return ops.conv_transpose2d_backward.default, (t(*Y_T), t(*X), t(*WEIGHT_T), *GEOMETRY_T, True, True, True, "")
     if name == "conv2d_act":
         return ops.conv2d_act.default, (t(*X), t(*WEIGHT), t(4), t(*Y), *GEOMETRY, "relu", False, "")
     if name == "activation_backward":
@@ -85,6 +91,8 @@ OPS = (
     "conv2d",
     "conv2d_backward",
     "conv2d_act",
+    "conv_transpose2d",
+    "conv_transpose2d_backward",
     "activation_backward",
     "max_pool2d",
     "max_pool2d_backward",
@@ -149,6 +157,15 @@ def _batch_norm_act(activation: str) -> Callable[..., torch.Tensor]:
 CALLS = (
     Call("conv2d", lambda x, w, b: CF.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2), (X, WEIGHT, (4,))),
     Call("conv2d-same-even", lambda x, w: CF.conv2d(x, w, padding="same"), (X, (4, 6, 2, 4))),
+    Call("conv2d-reflect", lambda x, w: CF.conv2d(x, w, padding=(2, 1), padding_mode="reflect"), (X, (4, 6, 3, 3))),
+    Call(
+        "conv2d-reflect-even", lambda x, w: CF.conv2d(x, w, padding="same", padding_mode="reflect"), (X, (4, 6, 2, 3))
+    ),
+    Call(
+        "conv_transpose2d",
+        lambda x, w, b: CF.conv_transpose2d(x, w, b, (2, 1), (1, 0), 1, 2, (1, 2)),
+        (X, WEIGHT_T, (4,)),
+    ),
     Call("max_pool2d", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), (1, 0)), (X,)),
     Call("max_pool2d-indices", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), return_indices=True)[0], (X,)),
     Call("avg_pool2d", lambda x: CF.avg_pool2d(x, (3, 2), (2, 1), (1, 0), True, False), (X,)),
@@ -353,6 +370,7 @@ def test_autocast_lowers_convolutions() -> None:
         for function in (
             lambda x, w, b: CF.conv2d(x, w, b, groups=2),
             lambda x, w, b: CF.conv2d_act(x, w, b, groups=2),
+            lambda x, w, b: CF.conv_transpose2d(x, w.flatten()[:48].view(6, 2, 2, 2), b, groups=2),
         ):
             expected = function(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
             with torch.autocast("cpu", torch.bfloat16):
@@ -384,7 +402,12 @@ def _all_calls() -> list[Any]:
     def conv(case: Any) -> Any:
         return lambda x, weight: CF.conv2d(x, weight, **case.arguments())
 
-    calls = [(case.id, conv(case), case.x_shape, case.weight_shape) for case in of_suite(CONV2D, "corner") if case.C]
+    def transposed(case: Any) -> Any:
+        return lambda x, weight: CF.conv_transpose2d(x, weight, **case.arguments())
+
+    convs = [*of_suite(CONV2D, "corner"), *PADDED[::7]]
+    calls = [(case.id, conv(case), case.x_shape, case.weight_shape) for case in convs if case.C]
+    calls += [(case.id + "-T", transposed(case), case.x_shape, case.weight_shape) for case in CONV_TRANSPOSE2D]
     for case in of_suite(POOL2D, "corner"):
         calls.append((case.id, lambda x, case=case: getattr(CF, case.op)(x, **case.arguments()), case.x_shape, None))
     for case in of_suite(NORM, "corner"):

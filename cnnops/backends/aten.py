@@ -133,6 +133,37 @@ def conv2d_backward(
     return (dx if need_dx else None), (dweight if need_dweight else None), (dbias if need_dbias else None)
 
 
+def conv_transpose2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: int) -> Tensor:
+    stride, padding, output_padding, dilation, groups = _transposed(*geometry)
+    return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _transposed(*geometry: int) -> tuple[Any, Any, Any, Any, int]:
+    """stride, padding, output_padding, dilation and groups of a transposed convolution's nine ints."""
+    return (*[geometry[i : i + 2] for i in range(0, 8, 2)], geometry[8])  # type: ignore[return-value]
+
+
+def conv_transpose2d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *geometry, need_dx, need_dweight, need_dbias = args
+    stride, padding, output_padding, dilation, groups = _transposed(*geometry)
+    dx, dweight, dbias = aten.convolution_backward(
+        dy,
+        x,
+        weight,
+        [weight.shape[1] * groups],
+        stride,
+        padding,
+        dilation,
+        True,
+        output_padding,
+        groups,
+        (need_dx, need_dweight, need_dbias),
+    )
+    return (dx if need_dx else None), (dweight if need_dweight else None), (dbias if need_dbias else None)
+
+
 def conv2d_act_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor | None]:

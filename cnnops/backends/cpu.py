@@ -23,8 +23,6 @@ def supports(function: str, problem: Problem) -> Support:
     """Every function, in every floating dtype; convolutions need an input channel."""
     if problem.dtype not in DTYPES:
         return no(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
-    if isinstance(problem, Conv2dProblem) and problem.pad_mode != "zeros":
-        return no(f"pads with zeros alone, not by {problem.pad_mode}")
     if isinstance(problem, Conv2dProblem) and problem.C == 0:
         return no("a convolution without input channels has nothing to sum")
     return within_limits(problem)

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem, Pool2dProblem
 from ..torch_private import unwrapped
 from . import YES, Support, no
 
-Problem = Conv2dProblem | Pool2dProblem | NormProblem
+Problem = Conv2dProblem | ConvTranspose2dProblem | Pool2dProblem | NormProblem
 
 INT_MAX = 2**31 - 1
 """Extents cross to native code as 32-bit ints."""
@@ -55,8 +55,10 @@ def within_limits(problem: Problem) -> Support:
     """Whether every extent and padded extent fits the structs of problem.h."""
     if isinstance(problem, NormProblem):
         return YES
-    padded = (problem.H + 2 * problem.pad_h, problem.W + 2 * problem.pad_w)
-    filters = problem.K if isinstance(problem, Conv2dProblem) else 0
+    transposed = isinstance(problem, ConvTranspose2dProblem)
+    H, W = (problem.P, problem.Q) if transposed else (problem.H, problem.W)  # of what the kernel pads
+    padded = (H + 2 * problem.pad_h, W + 2 * problem.pad_w)
+    filters = 0 if isinstance(problem, Pool2dProblem) else problem.K
     steps = (problem.stride_h, problem.stride_w, problem.dilation_h, problem.dilation_w)
     if max(problem.N, problem.C, filters, problem.R, problem.S, *padded, *steps) > INT_MAX:
         return no(f"an extent, padded extent, stride or dilation is beyond {INT_MAX}")

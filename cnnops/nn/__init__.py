@@ -1,7 +1,7 @@
 """Modules made of cnnops' ops: torch's own arguments, state_dict keys and results, and the fused ones of ours."""
 
 from cnnops.nn.blocks import ConvBNAct
-from cnnops.nn.conv import Conv2d, Conv2dAct
+from cnnops.nn.conv import Conv2d, Conv2dAct, ConvTranspose2d
 from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
 from cnnops.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
@@ -13,5 +13,6 @@ __all__ = [
     "Conv2d",
     "Conv2dAct",
     "ConvBNAct",
+    "ConvTranspose2d",
     "MaxPool2d",
 ]

@@ -26,9 +26,12 @@ class ConvBNAct(nn.Module):
         groups: int = 1,
         bias: bool = False,
         activation: str = "relu",
+        padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+        )
         self.bn = BatchNormAct2d(out_channels, activation=activation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnops import functional
@@ -18,17 +17,13 @@ class Conv2d(nn.Conv2d):
     """
 
     stride: tuple[int, int]
+    padding: str | tuple[int, int]
     dilation: tuple[int, int]
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        input, padding = self._pad(input)
-        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-    def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
-        """The input and the padding that is left to the kernel: it pads with zeros, torch pads in every other mode."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return functional.conv2d(
+            input, weight, bias, self.stride, self.padding, self.dilation, self.groups, padding_mode=self.padding_mode
+        )
 
 
 class Conv2dAct(Conv2d):
@@ -45,10 +40,37 @@ class Conv2dAct(Conv2d):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None, of x's dtype. Returns [N, K, P, Q]."""
-        x, padding = self._pad(x)
         return functional.conv2d_act(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, residual, self.activation
+            x,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            residual,
+            self.activation,
+            padding_mode=self.padding_mode,
         )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` on cnnops' kernels: same arguments, same parameters, same state_dict."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """input: [N, C, H, W] or [C, H, W], of the weight's dtype; output_size: (height, width) among those that the
+        geometry allows, else ValueError. Returns [.., K, P, Q]."""
+        output_padding: Any = self._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return functional.conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+        )

@@ -10,8 +10,10 @@
 // Engine     forward and backward_input are one convolution over taps (conv2d.h): a tile of pixels times a block of
 //            filters in registers, input broadcast, filters packed so that a block's lanes lie together:
 //            [group][block][r][s][c][lanes]. backward_input is one such convolution for each of the stride_h * stride_w
-//            classes of inputs, with the roles of C and K exchanged. Each pixel brings its own pointer for each tap, a
-//            row of zeros where the tap is outside, so that there is no border case and no im2col.
+//            classes of inputs, with the roles of C and K exchanged; it is the transposed convolution's forward too.
+//            Each pixel brings its own pointer for each tap, which outside goes to a row of zeros or to the pixel that
+//            the padding mode repeats there, so that there is no border case, no im2col and no padded copy. Only
+//            backward_input with a padding mode makes the gradient of a padded input and folds it.
 // Ownership  forward, backward_input: an item owns kChunkPixels pixels of one filter block. backward_weight: an item
 //            owns some columns (r,s,c) of some filters over one slice of the pixels; slices depend on the shape alone,
 //            and their slabs are added in order, so that any number of threads gives the same bits.
@@ -108,21 +110,35 @@ constexpr int kRunChannels = 8, kRunLength = 128;
 template <class T>
 bool has_runs(const TapConv<T>& conv) {
   const TapAxis& w = conv.w;
-  return conv.pad_mode == PadMode::kZeros && conv.in_channels <= kRunChannels &&
-         w.taps * conv.in_channels <= kRunLength && conv.groups == 1 && w.offset_step == 1 && w.tap_step == 1 &&
-         w.taps == conv.filter_width;
+  return conv.in_channels <= kRunChannels && w.taps * conv.in_channels <= kRunLength && conv.groups == 1 &&
+         w.offset_step == 1 && w.tap_step == 1 && w.taps == conv.filter_width;
 }
 
-// Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are outside.
+// Where a pixel finds the row of its taps dh below it, with the padding mode's pixels beside the input; one that is cut
+// by the input's edge is copied. Out of line: without it the zeros' code is faster.
+template <class T>
+[[gnu::noinline]] const T* repeated_run(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, T* cut) {
+  const int64_t pitch = conv.in_pitch(), taps = conv.w.taps;
+  if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) return repeated(conv, pixel, dh, 0);
+  for (int64_t s = 0; s < taps; ++s) std::copy_n(repeated(conv, pixel, dh, s), pitch, cut + s * pitch);
+  return cut;
+}
+
+// Where each pixel finds row r of its taps; one that is cut by the input's edge is copied. False if all are zeros.
 template <class T, int kPixels>
 inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, T (&cut)[kPixels][kRunLength],
                        const T* (&x)[kPixels]) {
   const int64_t dh = conv.h.offset_step * r, pitch = conv.in_pitch(), taps = conv.w.taps;
+  if (conv.pad_mode != PadMode::kZeros) {
+    for (int i = 0; i < kPixels; ++i)
+      x[i] = pixels[i].out >= 0 ? repeated_run(conv, pixels[i], dh, cut[i]) : conv.zeros;
+    return true;
+  }
   bool any = false;
   for (int i = 0; i < kPixels; ++i) {
     const Pixel& pixel = pixels[i];
     x[i] = conv.zeros;
-    if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv.h.extent)) continue;
+    if (outside(pixel.h + dh, conv.h.extent)) continue;
     any = true;
     const T* run = conv.in + (pixel.in + dh * conv.w.extent * pitch);
     if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
@@ -231,16 +247,17 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const
   convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.filters, int64_t{p.R} * p.S * channels);
 }
 
-// Inputs that no tap reaches lie strided among the others: one sweep over all of them is faster than picking them out.
-template <class T>
-void fill_zeros(T* dx, int64_t count) {
-  constexpr int64_t kPiece = 65536;
-  parallel_for(ceil_div(count, kPiece), kPiece,
-               [=](int64_t piece) { std::fill(dx + piece * kPiece, dx + std::min(count, (piece + 1) * kPiece), T{}); });
+// f(dx of a pixel) for each input, shared among threads.
+template <class T, class F>
+void for_inputs(const Conv2dProblem& p, T* dx, const F& f) {
+  const int64_t C = p.C, pixels = int64_t{p.N} * p.H * p.W, piece = ceil_div(65536, C);
+  parallel_for(ceil_div(pixels, piece), piece * C, [&, C, pixels, piece](int64_t i) {
+    for (int64_t at = i * piece; at < std::min(pixels, (i + 1) * piece); ++at) f(dx + at * C);
+  });
 }
 
 template <class T>
-void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, void* workspace) {
+void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, const T* bias, T* dx, void* workspace) {
   const int filters = p.K / p.groups;
   Arena arena(workspace);
   const Packed<T> packed(arena, p, filters, p.C / p.groups);
@@ -248,11 +265,77 @@ void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx,
   pack_filters_backward(p, weight, packed.filters);
   bool all_reached = true;
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) { all_reached &= conv.has_taps(); });
-  if (!all_reached) fill_zeros(dx, int64_t{p.N} * p.H * p.W * p.C);
+  // Inputs that no tap reaches lie strided among the others: a sweep over all is faster than picking them out.
+  if (!all_reached) for_inputs(p, dx, [&](T* to) { bias ? std::copy_n(bias, p.C, to) : std::fill_n(to, p.C, T{}); });
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
     if (conv.has_taps())
-      convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
+      convolve(conv, Epilogue{bias, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
   });
+}
+
+// The same convolution on an input that is padded already.
+Conv2dProblem on_padded(Conv2dProblem p) {
+  p.H += 2 * p.pad_h;
+  p.W += 2 * p.pad_w;
+  p.pad_h = p.pad_w = 0;
+  p.pad_mode = PadMode::kZeros;
+  return p;
+}
+
+// dx[n,h,w,c] = sum of dpadded[n,i,j,c] over the (i,j) where the padding mode repeats (h,w), in order of i, then j.
+template <class T>
+void fold_padding(const Conv2dProblem& p, const T* dpadded, T* dx) {
+  const int64_t H = p.H, W = p.W, C = p.C, width = W + 2 * p.pad_w;
+  const auto add = [](const T* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  };
+  parallel_for(p.N * H, width * C, [=, &p](int64_t item) {
+    const int64_t n = item / H, h = item % H;
+    T* to = dx + item * W * C;
+    std::fill(to, to + W * C, T{});
+    const auto add_row = [&](int64_t i) {
+      if (source(p.pad_mode, i, H) != h) return;
+      const T* from = dpadded + ((n * (H + 2 * p.pad_h) + i + p.pad_h) * width + p.pad_w) * C;
+      for (int64_t j = -p.pad_w; j < 0; ++j) add(from + j * C, C, to + source(p.pad_mode, j, W) * C);
+      add(from, W * C, to);
+      for (int64_t j = W; j < W + p.pad_w; ++j) add(from + j * C, C, to + source(p.pad_mode, j, W) * C);
+    };
+    for (int64_t i = -p.pad_h; i < 0; ++i) add_row(i);
+    add_row(h);
+    for (int64_t i = H; i < H + p.pad_h; ++i) add_row(i);
+  });
+}
+
+template <class T>
+int64_t input_gradient_workspace(const Conv2dProblem& p) {
+  if (p.pad_mode != PadMode::kZeros) {
+    const Conv2dProblem padded = on_padded(p);
+    Arena arena;
+    arena.take<T>(int64_t{padded.N} * padded.H * padded.W * padded.C);
+    return arena.used() + input_gradient_workspace<T>(padded);
+  }
+  if (is_depthwise(p)) return depthwise_backward_workspace(p, true, false);
+  Arena arena;
+  Packed<T>(arena, p, p.K / p.groups, p.C / p.groups);
+  return arena.used();
+}
+
+// dx, plus the bias [C] that a transposed convolution adds and a gradient has not: null there.
+template <class T>
+void input_gradient(const Conv2dProblem& p, const T* dy, const T* weight, const T* bias, T* dx, void* workspace) {
+  if (p.pad_mode != PadMode::kZeros) {
+    const Conv2dProblem padded = on_padded(p);
+    Arena arena(workspace);
+    T* dpadded = arena.take<T>(int64_t{padded.N} * padded.H * padded.W * padded.C);
+    input_gradient<T>(padded, dy, weight, nullptr, dpadded, static_cast<char*>(workspace) + arena.used());
+    return fold_padding(p, dpadded, dx);
+  }
+  if (!is_depthwise(p)) return backward_input(p, dy, weight, bias, dx, workspace);
+  depthwise_backward_input(p, dy, weight, dx, workspace);
+  if (bias)
+    for_inputs(p, dx, [&](T* to) {
+      for (int c = 0; c < p.C; ++c) to[c] += bias[c];
+    });
 }
 
 // backward_weight is a product over pixels: rows are filters, broadcast from dy; columns are (r,s,c), vectors of x.
@@ -299,7 +382,8 @@ struct WeightPlan {
   int64_t items() const { return slices * p.groups * filter_items * panel_items; }
 };
 
-// The pixels of a block that find a tap inside: the row of x there, and the pixel's place in the block.
+// The pixels of a block that find a tap inside, or a pixel repeated: the row of x there, and the pixel's place in the
+// block.
 template <class T>
 struct Reads {
   int count;
@@ -394,11 +478,13 @@ class WeightItem {
       reads.count = 0;
       for (int at = 0; at < pixels_; ++at) {
         const Pixel& pixel = pixel_[at];
-        if (static_cast<uint64_t>(pixel.h + dh) >= static_cast<uint64_t>(conv_.h.extent) ||
-            static_cast<uint64_t>(pixel.w + dw) >= static_cast<uint64_t>(conv_.w.extent))
-          continue;
+        const T* x = conv_.in + (pixel.in + shift);
+        if (outside(pixel.h + dh, conv_.h.extent) || outside(pixel.w + dw, conv_.w.extent)) {
+          if (conv_.pad_mode == PadMode::kZeros) continue;
+          x = repeated(conv_, pixel, dh, dw) + group_ * plan_.channels + channel;
+        }
         reads.place[reads.count] = at;
-        reads.x[reads.count++] = conv_.in + (pixel.in + shift);
+        reads.x[reads.count++] = x;
       }
     }
   }
@@ -422,23 +508,28 @@ class WeightItem {
     }
   }
 
-  // Columns (s,c) in [begin, end) of row r of a pixel's taps, zeros where they are outside. May write up to a vector
-  // more.
+  // Columns (s,c) in [begin, end) of row r of a pixel's taps, outside what the padding mode has there. May write up to
+  // a vector more.
   void gather_run(const Pixel& pixel, int64_t r, int64_t begin, int64_t end, T* to) const {
-    const int64_t h = pixel.h + conv_.h.offset_step * r, channels = plan_.channels, pitch = conv_.in_pitch();
-    const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(conv_.h.extent);
-    const int64_t at = pixel.in + conv_.h.offset_step * r * conv_.w.extent * pitch + group_ * channels;
+    const int64_t dh = conv_.h.offset_step * r, channels = plan_.channels, pitch = conv_.in_pitch();
+    const bool inside = !outside(pixel.h + dh, conv_.h.extent);
+    const int64_t at = pixel.in + dh * conv_.w.extent * pitch + group_ * channels;
     const bool dense = conv_.w.offset_step == 1 && p_.groups == 1 && at + end + kLanes<T> <= x_size_;
     if (inside && dense && pixel.w >= 0 && pixel.w + p_.S <= conv_.w.extent) {
       for (int64_t i = 0; i < end - begin; i += kLanes<T>) store(to + i, load(conv_.in + at + begin + i));
       return;
     }
-    std::fill(to, to + (end - begin), T{});
-    if (!inside) return;
+    const bool zeros = conv_.pad_mode == PadMode::kZeros;
+    if (zeros) std::fill(to, to + (end - begin), T{});
+    if (zeros && !inside) return;
     for (int64_t s = begin / channels, c = begin % channels; s * channels + c < end; ++s, c = 0) {
       const int64_t stop = std::min(channels, end - s * channels), step = conv_.w.offset_step * s;
-      if (static_cast<uint64_t>(pixel.w + step) < static_cast<uint64_t>(conv_.w.extent))
+      if (!zeros) {
+        const T* from = repeated(conv_, pixel, dh, step) + group_ * channels;
+        std::copy(from + c, from + stop, to);
+      } else if (!outside(pixel.w + step, conv_.w.extent)) {
         std::copy(conv_.in + at + step * pitch + c, conv_.in + at + step * pitch + stop, to);
+      }
       to += stop - c;
     }
   }
@@ -532,12 +623,8 @@ int64_t conv2d_backward_workspace(const Conv2dProblem& p, bool need_dx, bool nee
     using T = decltype(t);
     int64_t bytes = 0;
     if (need_dbias) bytes = bias_slices(int64_t{p.N} * p.P * p.Q) * p.K * static_cast<int64_t>(sizeof(T));
-    if (is_depthwise(p)) return std::max(bytes, depthwise_backward_workspace(p, need_dx, need_dweight));
-    if (need_dx) {
-      Arena arena;
-      Packed<T>(arena, p, p.K / p.groups, p.C / p.groups);
-      bytes = std::max(bytes, arena.used());
-    }
+    if (need_dx) bytes = std::max(bytes, input_gradient_workspace<T>(p));
+    if (is_depthwise(p)) return std::max(bytes, depthwise_backward_workspace(p, false, need_dweight));
     if (need_dweight) {
       const WeightPlan<T> plan(p);
       if (!plan.in_place()) bytes = std::max<int64_t>(bytes, plan.slices * plan.slab() * sizeof(T));
@@ -560,14 +647,20 @@ void conv2d_backward(const Conv2dProblem& p, const void* dy, const void* x, cons
   for_conv_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
     const T* gradient = static_cast<const T*>(dy);
-    const bool depthwise = is_depthwise(p);
-    if (dx)
-      (depthwise ? depthwise_backward_input<T> : backward_input<T>)(p, gradient, static_cast<const T*>(weight),
-                                                                    static_cast<T*>(dx), workspace);
+    if (dx) input_gradient<T>(p, gradient, static_cast<const T*>(weight), nullptr, static_cast<T*>(dx), workspace);
     if (dweight)
-      (depthwise ? depthwise_backward_weight<T> : backward_weight<T>)(p, gradient, static_cast<const T*>(x),
-                                                                      static_cast<T*>(dweight), workspace);
+      (is_depthwise(p) ? depthwise_backward_weight<T> : backward_weight<T>)(p, gradient, static_cast<const T*>(x),
+                                                                            static_cast<T*>(dweight), workspace);
     if (dbias) backward_bias<T>(p, gradient, static_cast<T*>(dbias), workspace);
+  });
+}
+
+void conv_transpose2d_forward(const Conv2dProblem& p, const void* x, const void* weight, const void* bias, void* y,
+                              void* workspace, Stream) {
+  for_conv_dtype(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    input_gradient(p, static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<const T*>(bias),
+                   static_cast<T*>(y), workspace);
   });
 }
 

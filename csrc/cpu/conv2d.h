@@ -161,27 +161,32 @@ class PixelWalk {
   int64_t n_, i_, j_;
 };
 
-// Where each pixel finds tap (r, s) of the channels from `channel` on. False if all find it outside.
+inline bool outside(int64_t i, int64_t extent) { return static_cast<uint64_t>(i) >= static_cast<uint64_t>(extent); }
+
+// Where the pixel lies that a padding mode other than zeros has (dh, dw) from a pixel's own place.
+template <class T>
+inline const T* repeated(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, int64_t dw) {
+  const int64_t h = source(conv.pad_mode, pixel.h + dh, conv.h.extent);
+  const int64_t w = source(conv.pad_mode, pixel.w + dw, conv.w.extent);
+  return conv.in + pixel.in + ((h - pixel.h) * conv.w.extent + w - pixel.w) * conv.in_pitch();
+}
+
+// Where each pixel finds tap (r, s) of the channels from `channel` on. False if all find zeros.
 template <class T, int kPixels>
 inline bool locate_tap(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, int s, int64_t channel,
                        const T* (&x)[kPixels]) {
   const int64_t dh = conv.h.offset_step * r, dw = conv.w.offset_step * s;
   const int64_t shift = (dh * conv.w.extent + dw) * conv.in_pitch() + channel;
-  const uint64_t height = static_cast<uint64_t>(conv.h.extent), width = static_cast<uint64_t>(conv.w.extent);
   bool any = false;
   for (int i = 0; i < kPixels; ++i) {
-    const bool inside =
-        static_cast<uint64_t>(pixels[i].h + dh) < height && static_cast<uint64_t>(pixels[i].w + dw) < width;
+    const bool inside = !outside(pixels[i].h + dh, conv.h.extent) && !outside(pixels[i].w + dw, conv.w.extent);
     x[i] = inside ? conv.in + (pixels[i].in + shift) : conv.zeros;
     any |= inside;
-    if (!inside && conv.pad_mode != PadMode::kZeros && pixels[i].out >= 0) {
-      const int64_t up = source(conv.pad_mode, pixels[i].h + dh, conv.h.extent) - pixels[i].h;
-      const int64_t left = source(conv.pad_mode, pixels[i].w + dw, conv.w.extent) - pixels[i].w;
-      x[i] = conv.in + pixels[i].in + (up * conv.w.extent + left) * conv.in_pitch() + channel;
-      any = true;
-    }
   }
-  return any;
+  if (conv.pad_mode == PadMode::kZeros) return any;
+  for (int i = 0; i < kPixels; ++i)
+    if (x[i] == conv.zeros && pixels[i].out >= 0) x[i] = repeated(conv, pixels[i], dh, dw) + channel;
+  return true;
 }
 
 // `count` lanes that lie `stride` apart.

@@ -10,6 +10,7 @@
   _(conv2d_backward_workspace)    \
   _(conv2d_forward)               \
   _(conv2d_backward)              \
+  _(conv_transpose2d_forward)     \
   _(activation_forward)           \
   _(activation_backward)          \
   _(max_pool2d_forward)           \
