@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, pairwise
+from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, Unpool2dCase, pairwise
 from tolerance import assert_close, assert_same_layout
 from torch import Tensor
 
@@ -66,7 +66,9 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
         return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups)
     if isinstance(case, NormCase):
         return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
-    if case.op == "adaptive_avg_pool2d":
+    if isinstance(case, Unpool2dCase):
+        return Pool2dProblem.unpooling(x, torch.empty_like(x, dtype=torch.int64), *case.output_shape[2:])
+    if case.adaptive:
         return Pool2dProblem.adaptive(case.op, x, 2, 2)
     stride = case.stride or case.kernel
     window = (*case.kernel, *stride, *case.padding, *case.dilation, case.ceil_mode)
@@ -79,6 +81,8 @@ PLAINEST: dict[str, Any] = {
     "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
     "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
     "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "adaptive_max_pool2d": Pool2dCase("plain", "adaptive_max_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "max_unpool2d": Unpool2dCase("plain", 1, 16, 4, 4),
     "batch_norm": NormCase("plain", 2, 16, (8, 8)),
 }
 

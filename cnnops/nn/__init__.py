@@ -3,10 +3,11 @@
 from cnnops.nn.blocks import ConvBNAct
 from cnnops.nn.conv import Conv2d, Conv2dAct
 from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
-from cnnops.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from cnnops.nn.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d, MaxUnpool2d
 
 __all__ = [
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
     "AvgPool2d",
     "BatchNorm2d",
     "BatchNormAct2d",
@@ -14,4 +15,5 @@ __all__ = [
     "Conv2dAct",
     "ConvBNAct",
     "MaxPool2d",
+    "MaxUnpool2d",
 ]

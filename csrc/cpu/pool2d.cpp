@@ -4,9 +4,10 @@
 //             dx[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c]
 //   average   y[n,p,q,c]  = 1/divisor(p,q) * sum over (r,s) of x[n, p*stride_h - pad_h + r, q*stride_w - pad_w + s, c]
 //             dx[n,h,w,c] = sum over the windows (p,q) that cover (h,w) of dy[n,p,q,c] / divisor(p,q)
-//   adaptive  the average over rows floor(p*H/P) .. ceil((p+1)*H/P) - 1, and columns likewise
+//   adaptive  either over rows floor(p*H/P) .. ceil((p+1)*H/P) - 1, and columns likewise
 //
-// Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C].
+// Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; S is the window's own width
+//            where windows differ.
 // Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such
 //            rows. Nothing is written outside of it, so every schedule gives the same bits.
 // Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
@@ -105,6 +106,7 @@ struct Sliding {
   int64_t in, out, kernel, stride, pad, dilation;
 
   int64_t first(int64_t p) const { return p * stride - pad; }
+  int64_t taps(int64_t) const { return kernel; }
 
   // The taps of output `p` that lie inside the input.
   Span taps_of(int64_t p) const {
@@ -146,8 +148,14 @@ Sliding cols_of(const Pool2dProblem& p, int dilation) { return {p.W, p.Q, p.S, p
 // One axis of an adaptive window.
 struct Adaptive {
   int64_t in, out;
+  static constexpr int64_t dilation = 1;
 
   Span window_of(int64_t p) const { return {p * in / out, ((p + 1) * in + out - 1) / out}; }
+
+  int64_t first(int64_t p) const { return p * in / out; }
+  int64_t taps(int64_t p) const { return window_of(p).size(); }
+  Span taps_of(int64_t p) const { return {0, taps(p)}; }
+  int64_t tap_of(int64_t p, int64_t h) const { return h - first(p); }
 
   // floor(p*in/out) <= h < ceil((p+1)*in/out), solved for p: the same rule with in and out exchanged.
   Span windows_over(int64_t h) const { return Adaptive{out, in}.window_of(h); }
@@ -171,17 +179,16 @@ void for_offset(const Pool2dProblem& problem, F&& f) {
 
 // A window without a tap inside the input gives -inf and the offset 0. A NaN always replaces what is kept, and nothing
 // replaces a NaN but another; a tie replaces nothing.
-template <class T, class O, bool kKeepOffsets>
-void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
-  const int64_t C = problem.C, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
-  const int64_t dilation_h = problem.dilation_h, dilation_w = problem.dilation_w,
-                inputs = int64_t{problem.N} * problem.H * W * C;
-  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
+template <class T, class O, bool kKeepOffsets, class Axis>
+void max_forward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const T* x, T* y, O* offsets) {
+  const int64_t C = problem.C, W = problem.W, P = problem.P, Q = problem.Q;
+  const int64_t dilation_h = rows.dilation, dilation_w = cols.dilation, inputs = int64_t{problem.N} * problem.H * W * C;
   parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
     const int64_t n = np / P, p = np % P;
     const Span taps_h = rows.taps_of(p);
     for (int64_t q = 0; q < Q; ++q) {
       const Span taps_w = cols.taps_of(q);
+      const int64_t S = cols.taps(q);
       const bool any = taps_h.size() > 0 && taps_w.size() > 0;
       const int64_t first_tap = any ? taps_h.begin * S + taps_w.begin : 0;
       const int64_t h = rows.first(p) + taps_h.begin * dilation_h, w = cols.first(q) + taps_w.begin * dilation_w;
@@ -217,11 +224,11 @@ void max_forward(const Pool2dProblem& problem, const T* x, T* y, O* offsets) {
 }
 
 // One row (n,h) of dx. By value, so that the compiler knows that no store to dx changes the problem.
-template <class T, class O>
-void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets, T* dx, int64_t nh) {
+template <class T, class O, class Axis>
+void max_backward_row(const Pool2dProblem problem, const Axis rows, const Axis cols, const T* dy, const O* offsets,
+                      T* dx, int64_t nh) {
   const int64_t C = problem.C, W = problem.W, Q = problem.Q, n = nh / problem.H, h = nh % problem.H;
   const int64_t after = (problem.N - n) * problem.P * Q * C;  // elements of dy from image n on
-  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   const Span over_h = rows.windows_over(h);
   dy += n * problem.P * Q * C;
   offsets += n * problem.P * Q * C;
@@ -238,7 +245,7 @@ void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets
           const int64_t s = cols.tap_of(q, w);
           if (s < 0) continue;
           const int64_t out = (p * Q + q) * C + c;
-          const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * cols.kernel + s);
+          const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * cols.taps(q) + s);
           for (int u = 0; u < K::kUnroll; ++u) {
             const auto v = K::read(dy + out + u * K::kWidth);
             const auto kept = K::read_offset(offsets + out + u * K::kWidth);
@@ -251,10 +258,11 @@ void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets
   }
 }
 
-template <class T, class O>
-void max_backward(const Pool2dProblem& problem, const T* dy, const O* offsets, T* dx) {
+template <class T, class O, class Axis>
+void max_backward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const T* dy, const O* offsets,
+                  T* dx) {
   parallel_for(int64_t{problem.N} * problem.H, work_of(problem, problem.H),
-               [&](int64_t nh) { max_backward_row(problem, dy, offsets, dx, nh); });
+               [&](int64_t nh) { max_backward_row(problem, rows, cols, dy, offsets, dx, nh); });
 }
 
 // The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
@@ -284,6 +292,24 @@ void max_backward_banded(const Pool2dProblem& problem, const T* dy, const uint8_
           if (h >= begin && h < end && w >= 0 && w < W) plane[(h * W + w) * C + c] += dy[out + c];
         }
       }
+  });
+}
+
+// The offset of a window without a tap inside the input points outside; the nearest position stands for it.
+template <class O, class Axis>
+void max_indices(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const O* offsets, int64_t* indices) {
+  const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q;
+  parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
+    const int64_t first_h = rows.first(np % P);
+    for (int64_t q = 0; q < Q; ++q) {
+      const int64_t first_w = cols.first(q), S = cols.taps(q), out = (np * Q + q) * C;
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t tap = offsets[out + c];
+        const int64_t h = std::clamp<int64_t>(first_h + tap / S * rows.dilation, 0, H - 1);
+        const int64_t w = std::clamp<int64_t>(first_w + tap % S * cols.dilation, 0, W - 1);
+        indices[out + c] = h * W + w;
+      }
+    }
   });
 }
 
@@ -362,15 +388,18 @@ void with_adaptive(const Pool2dProblem& problem, const F& f) {
 }  // namespace
 
 void max_pool2d_forward(const Pool2dProblem& problem, const void* x, void* y, void* offsets, Stream) {
+  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   for_dtype(problem.dtype, [&]<class T>(T) {
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(y);
-    if (!offsets) return max_forward<T, uint8_t, false>(problem, from, to, nullptr);
-    for_offset(problem, [&]<class O>(O) { max_forward<T, O, true>(problem, from, to, static_cast<O*>(offsets)); });
+    if (!offsets) return max_forward<T, uint8_t, false>(problem, rows, cols, from, to, nullptr);
+    for_offset(problem,
+               [&]<class O>(O) { max_forward<T, O, true>(problem, rows, cols, from, to, static_cast<O*>(offsets)); });
   });
 }
 
 void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const void* offsets, void* dx, Stream) {
+  const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   for_dtype(problem.dtype, [&]<class T>(T) {
     const T* from = static_cast<const T*>(dy);
     T* to = static_cast<T*>(dx);
@@ -378,29 +407,36 @@ void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const voi
       const O* kept = static_cast<const O*>(offsets);
       if constexpr (std::is_same_v<T, Acc<T>> && std::is_same_v<O, uint8_t>)
         if (problem.C < kLanes<T>) return max_backward_banded(problem, from, kept, to);
-      max_backward(problem, from, kept, to);
+      max_backward(problem, rows, cols, from, kept, to);
     });
   });
 }
 
-// The offset of a window without a tap inside the input points outside; the nearest position stands for it.
 void max_pool2d_indices(const Pool2dProblem& problem, const void* offsets, int64_t* indices, Stream) {
-  const int64_t C = problem.C, H = problem.H, W = problem.W, P = problem.P, Q = problem.Q, S = problem.S;
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
-  for_offset(problem, [&]<class O>(O) {
-    parallel_for(problem.N * P, work_of(problem, P), [&](int64_t np) {
-      const int64_t first_h = rows.first(np % P);
-      for (int64_t q = 0; q < Q; ++q) {
-        const int64_t first_w = cols.first(q), out = (np * Q + q) * C;
-        for (int64_t c = 0; c < C; ++c) {
-          const int64_t tap = static_cast<const O*>(offsets)[out + c];
-          const int64_t h = std::clamp<int64_t>(first_h + tap / S * problem.dilation_h, 0, H - 1);
-          const int64_t w = std::clamp<int64_t>(first_w + tap % S * problem.dilation_w, 0, W - 1);
-          indices[out + c] = h * W + w;
-        }
-      }
-    });
+  for_offset(problem, [&]<class O>(O) { max_indices(problem, rows, cols, static_cast<const O*>(offsets), indices); });
+}
+
+void adaptive_max_pool2d_forward(const Pool2dProblem& problem, const void* x, void* y, int32_t* offsets, Stream) {
+  const Adaptive rows{problem.H, problem.P}, cols{problem.W, problem.Q};
+  for_dtype(problem.dtype, [&]<class T>(T) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(y);
+    if (!offsets) return max_forward<T, int32_t, false>(problem, rows, cols, from, to, offsets);
+    max_forward<T, int32_t, true>(problem, rows, cols, from, to, offsets);
   });
+}
+
+void adaptive_max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const int32_t* offsets, void* dx,
+                                  Stream) {
+  const Adaptive rows{problem.H, problem.P}, cols{problem.W, problem.Q};
+  for_dtype(problem.dtype, [&]<class T>(T) {
+    max_backward(problem, rows, cols, static_cast<const T*>(dy), offsets, static_cast<T*>(dx));
+  });
+}
+
+void adaptive_max_pool2d_indices(const Pool2dProblem& problem, const int32_t* offsets, int64_t* indices, Stream) {
+  max_indices(problem, Adaptive{problem.H, problem.P}, Adaptive{problem.W, problem.Q}, offsets, indices);
 }
 
 void avg_pool2d_forward(const Pool2dProblem& problem, const void* x, void* y, Stream) {
