@@ -15,6 +15,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -558,9 +559,10 @@ Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, 
 const int64_t* checked_indices(const Unpool2dProblem& problem, const Tensor& indices, Stream stream) {
   const int64_t* pointer = static_cast<const int64_t*>(indices.data_ptr());
   int64_t found = 0;
-  STD_TORCH_CHECK(!kernels().max_unpool2d_misplaced(problem, pointer, &found, stream),
-                  "max_unpool2d: indices must be positions of a ", problem.P, "x", problem.Q,
-                  " plane, at least 0 and below ", problem.P * problem.Q, ", but got ", found);
+  if (kernels().max_unpool2d_misplaced(problem, pointer, &found, stream))  // a user's mistake: no place in our source
+    throw std::runtime_error("max_unpool2d: indices must be positions of a " + std::to_string(problem.P) + "x" +
+                             std::to_string(problem.Q) + " plane, at least 0 and below " +
+                             std::to_string(problem.P * problem.Q) + ", but got " + std::to_string(found));
   return pointer;
 }
 
