@@ -203,11 +203,11 @@ def max_pool2d(
     the window.
     """
     _check_tensor("max_pool2d", "input", input)
-    _check_flags("max_pool2d", ceil_mode=ceil_mode, return_indices=return_indices)
+    _check_flags("max_pool2d", ceil_mode=ceil_mode)
     kernel, stride, padding = _window("max_pool2d", kernel_size, stride, padding)
     window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
     x = input.unsqueeze(0) if input.dim() == 3 else input
-    y, offsets = _max_pool2d(x, *window, ceil_mode, return_indices, scope.backend)
+    y, offsets = _max_pool2d(x, *window, ceil_mode, bool(return_indices), scope.backend)
     indices = None
     if return_indices:
         indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
@@ -270,16 +270,24 @@ def adaptive_max_pool2d(
     """
     _check_tensor("adaptive_max_pool2d", "input", input)
     P, Q = _adaptive_size("adaptive_max_pool2d", input, output_size)
-    x = input.unsqueeze(0) if input.dim() == 3 else input
+    one = _axis_of_one(input)
+    x = input if one is None else input.unsqueeze(one)
     y, offsets = _adaptive_max_pool2d(x, P, Q, bool(return_indices), scope.backend)
     indices = None
     if return_indices:
         indices = _adaptive_max_pool2d_indices(offsets, *x.shape[2:], scope.backend)
         if not is_channels_last(x):
             indices = indices.contiguous()
-    if input.dim() == 3:
-        y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
+    if one is not None:
+        y, indices = y.squeeze(one), None if indices is None else indices.squeeze(one)
     return (y, indices) if return_indices else y
+
+
+def _axis_of_one(input: Tensor) -> int | None:
+    """The axis that makes [C, H, W] a batch: of one image, or of C where that is 0, as torch lets only a batch be empty."""
+    if input.dim() != 3:
+        return None
+    return 0 if input.shape[0] else 1
 
 
 def _unpooled_pair(name: str, value: Any, lacking: type[Exception] = IndexError) -> tuple[Any, Any]:
@@ -292,6 +300,28 @@ def _unpooled_pair(name: str, value: Any, lacking: type[Exception] = IndexError)
     if len(values) < 2:
         raise lacking(f"max_unpool2d: {name} must be a single int or two ints, but got {name}={value}")
     return values[0], values[1]
+
+
+def _unpooled_size(extents: Any, kernel: Any, strides: Any, pads: Any, output_size: Any) -> tuple[Any, Any]:
+    """P and Q: the size that a pool with these windows would have had as its input, or the one asked for near it."""
+    sides = zip(extents, kernel, strides, pads, strict=True)
+    P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
+    if output_size is not None:
+        if not isinstance(output_size, (tuple, list)):
+            raise TypeError(f"max_unpool2d: output_size must be a tuple of ints, but got output_size={output_size!r}")
+        if len(output_size) not in (2, 4):
+            raise ValueError(f"max_unpool2d: output_size must have 2 or 4 elements, but got output_size={output_size}")
+        wanted = _unpooled_pair("output_size", output_size[-2:])
+        for name, size, usual, step in zip(("height", "width"), wanted, (P, Q), strides, strict=True):
+            if not usual - step < size < usual + step:
+                raise ValueError(
+                    f"max_unpool2d: output_size's {name} must be between {usual - step + 1} and {usual + step - 1}, "
+                    f"but got output_size={output_size}"
+                )
+        P, Q = wanted
+    if P < 0 or Q < 0:
+        raise ValueError(f"max_unpool2d: the output's size must not be negative, but is {(P, Q)}")
+    return P, Q
 
 
 def max_unpool2d(
@@ -314,29 +344,18 @@ def max_unpool2d(
     _check_tensor("max_unpool2d", "indices", indices)
     kernel = _unpooled_pair("kernel_size", kernel_size, RuntimeError)
     if isinstance(kernel_size, (tuple, list)) and len(kernel_size) > 2:
-        raise IndexError(f"max_unpool2d: kernel_size must be a single int or two ints, but got kernel_size={kernel_size}")
+        raise IndexError(
+            f"max_unpool2d: kernel_size must be a single int or two ints, but got kernel_size={kernel_size}"
+        )
     strides = kernel if stride is None else _unpooled_pair("stride", stride)
     pads = _unpooled_pair("padding", padding)
     if input.dim() not in (3, 4):
         raise RuntimeError(f"max_unpool2d: expected input of 3 or 4 dimensions, but got {list(input.shape)}")
-    sides = zip(input.shape[-2:], kernel, strides, pads, strict=True)
-    P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
-    if output_size is not None:
-        wanted = output_size[2:] if len(output_size) == 4 else output_size
-        if len(wanted) != 2:
-            raise ValueError(f"max_unpool2d: output_size must have 2 or 4 elements, but got output_size={output_size}")
-        for name, size, usual, step in zip(("height", "width"), wanted, (P, Q), strides, strict=True):
-            if not usual - step < size < usual + step:
-                raise ValueError(
-                    f"max_unpool2d: output_size's {name} must be between {usual - step + 1} and {usual + step - 1}, "
-                    f"but got output_size={output_size}"
-                )
-        P, Q = _unpooled_pair("output_size", wanted)
-    if P < 0 or Q < 0:
-        raise ValueError(f"max_unpool2d: the output's size must not be negative, but is {(P, Q)}")
-    x, where = (input.unsqueeze(0), indices.unsqueeze(0)) if input.dim() == 3 else (input, indices)
+    P, Q = _unpooled_size(input.shape[-2:], kernel, strides, pads, output_size)
+    one = _axis_of_one(input)
+    x, where = (input, indices) if one is None else (input.unsqueeze(one), indices.unsqueeze(one))
     y: Tensor = _max_unpool2d(x, where, P, Q, scope.backend)
-    return y.squeeze(0) if input.dim() == 3 else y
+    return y if one is None else y.squeeze(one)
 
 
 def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:

@@ -290,7 +290,7 @@ class Pool2dProblem:
         N, C, H, W = x.shape
         if H < 1 or W < 1:
             raise RuntimeError(f"{name}: expected input with at least one row and column, but got {_text(x.shape)}")
-        if C < least_channels:
+        if least_channels > C:
             raise RuntimeError(f"{name}: only the batch may be empty, but got input of {_text(x.shape)}")
         if P < 0 or Q < 0:
             raise RuntimeError(f"{name}: output_size must not be negative, but got output_size={(P, Q)}")

@@ -171,7 +171,16 @@ class Pool2dCase:
             "dilation": _pair_feature(self.dilation, 1),
             "ceil": self.ceil_mode,
             "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+            "adaptive": self._adaptive_feature() if self.adaptive else "no",
         }
+
+    def _adaptive_feature(self) -> str:
+        """How the windows of an adaptive pool lie."""
+        outputs = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
+        sides = [(extent, extent if P is None else P) for extent, P in zip((self.H, self.W), outputs, strict=True)]
+        if any(extent < P for extent, P in sides):
+            return "overlapping"
+        return "even" if all(P and extent % P == 0 for extent, P in sides) else "uneven"
 
 
 @dataclass(frozen=True)
@@ -201,6 +210,14 @@ class Unpool2dCase:
             sides = zip((self.H, self.W), self.kernel, self.stride or self.kernel, self.padding, strict=True)
             P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
         return self.N, self.C, P, Q
+
+    def features(self) -> dict[str, Hashable]:
+        return {
+            "stride": _pair_feature(self.stride or self.kernel, 1),
+            "padding": _pair_feature(self.padding, 0),
+            "output_size": self.output_size and len(self.output_size),
+            "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+        }
 
     def arguments(self) -> dict[str, object]:
         """Keywords that F.max_unpool2d takes beside the tensors."""
@@ -532,7 +549,7 @@ UNPOOL2D: tuple[Unpool2dCase, ...] = (
     Unpool2dCase("one-pixel", 3, 8, 1, 1),
     Unpool2dCase("one-channel", 2, 1, 4, 3),
     Unpool2dCase("empty-batch", 0, 3, 3, 2),
-    Unpool2dCase("empty-output", 2, 3, 2, 2, (0, 0), (1, 1), output_size=(0, 0)),
+    Unpool2dCase("empty-output", 2, 3, 1, 1, padding=(1, 1)),
 )
 
 NORM: tuple[NormCase, ...] = (

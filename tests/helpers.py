@@ -181,7 +181,7 @@ def integers(shape: Sequence[int], dtype: torch.dtype, device: str, random: torc
 def laid_out(t: Tensor, layout: str) -> Tensor:
     """`t`'s values in another memory layout. "expanded" repeats the first image, so it changes the values.
 
-    What surrounds a view in memory is NaN: reading beside it shows.
+    What surrounds a view in memory is NaN, or the largest integer: reading beside it shows.
     """
     if t.dim() != 4:
         return t
@@ -194,13 +194,14 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":  # W before H in memory
         return t.transpose(2, 3).contiguous().transpose(2, 3)
     N, C, H, W = t.shape
+    beside = torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
     if layout == "offset":  # starts one element off any 16-byte boundary
-        view = t.new_full((t.numel() + 1,), torch.nan)[1:].view(t.shape)
+        view = t.new_full((t.numel() + 1,), beside)[1:].view(t.shape)
     elif layout == "sliced":
-        view = t.new_full((N, C + 1, H + 2, 2 * W), torch.nan)[:, 1:, 1 : H + 1, ::2]
+        view = t.new_full((N, C + 1, H + 2, 2 * W), beside)[:, 1:, 1 : H + 1, ::2]
     else:
         assert layout == "channels_last_sliced", layout
-        whole = t.new_full((N, C + 3, H + 1, W), torch.nan).contiguous(memory_format=torch.channels_last)
+        whole = t.new_full((N, C + 3, H + 1, W), beside).contiguous(memory_format=torch.channels_last)
         view = whole[:, 2 : C + 2, 1:]
     return view.copy_(t)
 
