@@ -164,19 +164,36 @@ def test_non_finite_averages(backend: Backend, case: Pool2dCase, layout: str) ->
     check_average(case, x)
 
 
+# Windows of an input of 4 x 5 that begin in its padding and whose next tap is beyond it. An axis has one such window or
+# none: where a second one would fit, it begins inside.
+TAPLESS = {
+    "rows": {"kernel_size": (2, 2), "stride": 2, "padding": (1, 0), "dilation": (5, 2)},
+    "columns": {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 1), "dilation": (1, 6)},
+    "both": {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": (5, 6)},
+    "rows-ceil": {"kernel_size": (2, 1), "stride": (3, 1), "padding": (1, 0), "dilation": (7, 1), "ceil_mode": True},
+    "columns-ceil": {"kernel_size": (1, 2), "stride": (2, 3), "padding": (0, 1), "dilation": (1, 8), "ceil_mode": True},
+}
+
+
+@pytest.mark.quick
 @on("max_pool2d_forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_window_without_a_tap_inside(backend: Backend, layout: str) -> None:
+@pytest.mark.parametrize("C", [1, 3, 17, 67])
+@pytest.mark.parametrize("id", TAPLESS)
+def test_window_without_a_tap_inside(backend: Backend, id: str, C: int, dtype: torch.dtype, layout: str) -> None:
     """Such windows give -inf, an index that exists, and no gradient. torch itself writes out of bounds here."""
-    x = helpers.laid_out(helpers.randn((2, 3, 5, 1), torch.float32, backend.device, helpers.generator("x")), layout)
-    x.requires_grad_()
-    window = {"kernel_size": (1, 2), "stride": 1, "padding": (0, 1), "dilation": 2}  # taps in columns -1 and 1 of one
-    y, indices = CF.max_pool2d(x, **window, return_indices=True)
-    assert y.shape == (2, 3, 5, 1)
-    assert (y == -torch.inf).all()
-    assert ((indices >= 0) & (indices < 5)).all()
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert_exact(dx.cpu(), torch.zeros(2, 3, 5, 1, dtype=torch.float64), "dx")
+    x = helpers.laid_out(helpers.randn((2, C, 4, 5), dtype, backend.device, helpers.generator(id)), layout)
+    y, indices = CF.max_pool2d(x.requires_grad_(), **TAPLESS[id], return_indices=True)
+    assert y.numel() > 0
+    for each in (y, CF.max_pool2d(x.detach(), **TAPLESS[id])):
+        assert_exact(each.cpu(), torch.full(y.shape, -torch.inf, dtype=torch.float64), "y")
+    assert ((indices >= 0) & (indices < 20)).all()
+    dy = torch.ones_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    assert_exact(dx.cpu(), torch.zeros(x.shape, dtype=torch.float64), "dx")
+    (ddy,) = torch.autograd.grad(dx, dy, torch.ones_like(dx))
+    assert_exact(ddy.cpu(), torch.zeros(y.shape, dtype=torch.float64), "ddy")
 
 
 @on(*[op + "_forward" for op in OPS], dtype=torch.float64)

@@ -52,8 +52,8 @@ def _describe_backward(dy: Tensor, indices: Tensor, channels_last: bool, *_: Any
             f"max_unpool2d_backward: expected dy [N, C, P, Q] and indices [N, C, H, W] on one device, but got "
             f"{list(dy.shape)} on {dy.device} and {list(indices.shape)} on {indices.device}"
         )
-    sizes = (*indices.shape, 0, 0, *dy.shape[2:])
-    return Pool2dProblem(*sizes, 0, 0, 0, 0, 0, 0, dy.dtype, dy.device.type, channels_last)
+    (N, C, H, W), (P, Q) = indices.shape, dy.shape[2:]
+    return Pool2dProblem(N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 0, 0, dy.dtype, dy.device.type, channels_last)
 
 
 def _fake(problem: Pool2dProblem, x: Tensor, *_: Any) -> Tensor:
