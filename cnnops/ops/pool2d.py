@@ -50,7 +50,14 @@ class MaxPool2dBackward(Function):
     def backward(ctx: Any, ddx: Tensor) -> Any:
         indices = max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
         ddy = ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
-        return (None, ddy, *[None] * 13)
+        return (None, torch.zeros_like(ddy) if _tapless(*ctx.args[:-1]) else ddy, *[None] * 13)
+
+
+def _tapless(H: int, W: int, *window: int) -> bool:
+    """Whether no window has a tap inside the input: along one axis there is one window, which begins in the padding and
+    steps over the input. Where a second one fits, both have a tap inside."""
+    _, _, _, _, pad_h, pad_w, dilation_h, dilation_w = window
+    return -pad_h % dilation_h >= H or -pad_w % dilation_w >= W
 
 
 class AdaptiveMaxPool2d(Function):
