@@ -18,13 +18,17 @@ from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
 from .ops.conv_transpose2d import conv_transpose2d as _conv_transpose2d
+from .ops.max_unpool2d import max_unpool2d as _max_unpool2d
 from .ops.pool2d import adaptive_avg_pool2d as _adaptive_avg_pool2d
+from .ops.pool2d import adaptive_max_pool2d as _adaptive_max_pool2d
+from .ops.pool2d import adaptive_max_pool2d_indices as _adaptive_max_pool2d_indices
 from .ops.pool2d import avg_pool2d as _avg_pool2d
 from .ops.pool2d import max_pool2d as _max_pool2d
 from .ops.pool2d import max_pool2d_indices as _max_pool2d_indices
 
 __all__ = [
     "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
     "batch_norm_act",
@@ -32,6 +36,7 @@ __all__ = [
     "conv2d_act",
     "conv_transpose2d",
     "max_pool2d",
+    "max_unpool2d",
 ]
 
 Pair = int | tuple[int, int]
@@ -246,11 +251,11 @@ def max_pool2d(
     the window.
     """
     _check_tensor("max_pool2d", "input", input)
-    _check_flags("max_pool2d", ceil_mode=ceil_mode, return_indices=return_indices)
+    _check_flags("max_pool2d", ceil_mode=ceil_mode)
     kernel, stride, padding = _window("max_pool2d", kernel_size, stride, padding)
     window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
     x = input.unsqueeze(0) if input.dim() == 3 else input
-    y, offsets = _max_pool2d(x, *window, ceil_mode, return_indices, scope.backend)
+    y, offsets = _max_pool2d(x, *window, ceil_mode, bool(return_indices), scope.backend)
     indices = None
     if return_indices:
         indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
@@ -287,6 +292,120 @@ def avg_pool2d(
     return y.squeeze(0) if input.dim() == 3 else y
 
 
+def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int, int]:
+    """P and Q, with the input's extents for None. Raises as torch does: by kind of mistake, TypeError to RuntimeError."""
+    if isinstance(output_size, (tuple, list)):
+        if input.dim() <= len(output_size):
+            raise ValueError(
+                f"{function}: output_size={output_size} needs an input of at least {len(output_size) + 1} dimensions, "
+                f"but got {list(input.shape)}"
+            )
+        if len(output_size) != 2:
+            raise RuntimeError(f"{function}: output_size must be an int or a pair, but got output_size={output_size}")
+        extents = zip(output_size, input.shape[-2:], strict=True)
+        output_size = [extent if size is None else size for size, extent in extents]
+    return _pair(function, "output_size", output_size)
+
+
+def adaptive_max_pool2d(
+    input: Tensor, output_size: int | tuple[int | None, int | None], return_indices: bool = False
+) -> Any:
+    """Maximum over P x Q windows that cover the input, ``torch.nn.functional.adaptive_max_pool2d``.
+
+    input: [N, C, H, W] or [C, H, W], floating; only N may be 0. output_size: P = Q or (P, Q); None keeps the input's
+    extent. Windows as in `adaptive_avg_pool2d`. Returns [.., P, Q], and with return_indices also int64 flat positions
+    in each H*W plane; ties and NaN as in `max_pool2d`. Raises RuntimeError for a negative size or an empty image.
+    """
+    _check_tensor("adaptive_max_pool2d", "input", input)
+    P, Q = _adaptive_size("adaptive_max_pool2d", input, output_size)
+    one = _axis_of_one(input)
+    x = input if one is None else input.unsqueeze(one)
+    y, offsets = _adaptive_max_pool2d(x, P, Q, bool(return_indices), scope.backend)
+    indices = None
+    if return_indices:
+        indices = _adaptive_max_pool2d_indices(offsets, *x.shape[2:], scope.backend)
+        if not is_channels_last(x):
+            indices = indices.contiguous()
+    if one is not None:
+        y, indices = y.squeeze(one), None if indices is None else indices.squeeze(one)
+    return (y, indices) if return_indices else y
+
+
+def _axis_of_one(input: Tensor) -> int | None:
+    """The axis that makes [C, H, W] a batch: of one image, or of C where that is 0, as torch lets only a batch be empty."""
+    if input.dim() != 3:
+        return None
+    return 0 if input.shape[0] else 1
+
+
+def _unpooled_pair(name: str, value: Any, lacking: type[Exception] = IndexError) -> tuple[Any, Any]:
+    """`value` as two ints, raising what torch raises in computing the output's size; it ignores what comes after two."""
+    try:
+        each = value if isinstance(value, (tuple, list)) else (value, value)
+        values = [v if isinstance(v, (int, SymInt)) else operator.index(v) for v in each]
+    except TypeError:
+        raise TypeError(f"max_unpool2d: {name} must be an int or a pair of ints, but got {name}={value!r}") from None
+    if len(values) < 2:
+        raise lacking(f"max_unpool2d: {name} must be a single int or two ints, but got {name}={value}")
+    return values[0], values[1]
+
+
+def _unpooled_size(extents: Any, kernel: Any, strides: Any, pads: Any, output_size: Any) -> tuple[Any, Any]:
+    """P and Q: the size that a pool with these windows would have had as its input, or the one asked for near it."""
+    sides = zip(extents, kernel, strides, pads, strict=True)
+    P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
+    if output_size is not None:
+        if not isinstance(output_size, (tuple, list)):
+            raise TypeError(f"max_unpool2d: output_size must be a tuple of ints, but got output_size={output_size!r}")
+        if len(output_size) not in (2, 4):
+            raise ValueError(f"max_unpool2d: output_size must have 2 or 4 elements, but got output_size={output_size}")
+        wanted = _unpooled_pair("output_size", output_size[-2:])
+        for name, size, usual, step in zip(("height", "width"), wanted, (P, Q), strides, strict=True):
+            if not usual - step < size < usual + step:
+                raise ValueError(
+                    f"max_unpool2d: output_size's {name} must be between {usual - step + 1} and {usual + step - 1}, "
+                    f"but got output_size={output_size}"
+                )
+        P, Q = wanted
+    if P < 0 or Q < 0:
+        raise ValueError(f"max_unpool2d: the output's size must not be negative, but is {(P, Q)}")
+    return P, Q
+
+
+def max_unpool2d(
+    input: Tensor,
+    indices: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    output_size: Any = None,
+) -> Tensor:
+    """Put each value back where its maximum was, zeros elsewhere, ``torch.nn.functional.max_unpool2d``.
+
+    input: [N, C, H, W] or [C, H, W], floating; indices: like input, int64 flat positions in each P*Q plane, as
+    `max_pool2d` returns them. Of values that share a position the last in row-major order stays, and each gets that
+    position's gradient. P = (H - 1) stride - 2 padding + kernel_size, unless output_size says (P, Q) or a whole shape,
+    less than stride away. Raises ValueError for an output_size out of that range, RuntimeError for an index outside the
+    plane, before anything is written.
+    """
+    _check_tensor("max_unpool2d", "input", input)
+    _check_tensor("max_unpool2d", "indices", indices)
+    kernel = _unpooled_pair("kernel_size", kernel_size, RuntimeError)
+    if isinstance(kernel_size, (tuple, list)) and len(kernel_size) > 2:
+        raise IndexError(
+            f"max_unpool2d: kernel_size must be a single int or two ints, but got kernel_size={kernel_size}"
+        )
+    strides = kernel if stride is None else _unpooled_pair("stride", stride)
+    pads = _unpooled_pair("padding", padding)
+    if input.dim() not in (3, 4):
+        raise RuntimeError(f"max_unpool2d: expected input of 3 or 4 dimensions, but got {list(input.shape)}")
+    P, Q = _unpooled_size(input.shape[-2:], kernel, strides, pads, output_size)
+    one = _axis_of_one(input)
+    x, where = (input, indices) if one is None else (input.unsqueeze(one), indices.unsqueeze(one))
+    y: Tensor = _max_unpool2d(x, where, P, Q, scope.backend)
+    return y if one is None else y.squeeze(one)
+
+
 def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int | None]) -> Tensor:
     """Mean over P x Q windows that cover the input: rows floor(p H / P) to ceil((p + 1) H / P), columns likewise.
 
@@ -294,10 +413,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | tuple[int | None, int 
     [.., P, Q]. Raises RuntimeError for a negative size or an input without rows or columns.
     """
     _check_tensor("adaptive_avg_pool2d", "input", input)
-    sizes: Any = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
-    if input.dim() in (3, 4) and len(sizes) == 2:
-        sizes = tuple(extent if size is None else size for size, extent in zip(sizes, input.shape[-2:], strict=True))
-    P, Q = _pair("adaptive_avg_pool2d", "output_size", sizes)
+    P, Q = _adaptive_size("adaptive_avg_pool2d", input, output_size)
     x = input
     if input.dim() == 3 or (input.dim() == 2 and P == Q == 1):  # to a single value torch takes a bare plane as well
         x = input[(None,) * (4 - input.dim())]

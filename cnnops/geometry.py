@@ -337,7 +337,8 @@ class ConvTranspose2dProblem:
 
 @dataclass(frozen=True)
 class Pool2dProblem:
-    """Windows of R x S taps over x [N, C, H, W], giving [N, C, P, Q]. Adaptive pools have no window (R = S = 0)."""
+    """Windows of R x S taps over x [N, C, H, W], giving [N, C, P, Q]. Adaptive pools and unpooling have no window
+    (R = S = 0)."""
 
     N: int
     C: int
@@ -418,15 +419,37 @@ class Pool2dProblem:
         )
 
     @classmethod
-    def adaptive(cls, name: str, x: Tensor, P: int, Q: int) -> Pool2dProblem:
-        """Check a call of the adaptive pool `name` and describe it. x: [N, C, H, W]."""
+    def adaptive(cls, name: str, x: Tensor, P: int, Q: int, *, least_channels: int = 0) -> Pool2dProblem:
+        """Check a call of the adaptive pool `name` and describe it. x: [N, C, H, W], C at least `least_channels`."""
         if x.dim() != 4:
             raise RuntimeError(f"{name}: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
         N, C, H, W = x.shape
         if H < 1 or W < 1:
             raise RuntimeError(f"{name}: expected input with at least one row and column, but got {_text(x.shape)}")
+        if least_channels > C:
+            raise RuntimeError(f"{name}: only the batch may be empty, but got input of {_text(x.shape)}")
         if P < 0 or Q < 0:
             raise RuntimeError(f"{name}: output_size must not be negative, but got output_size={(P, Q)}")
+        return cls(N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 0, 0, x.dtype, x.device.type, is_channels_last(x))
+
+    @classmethod
+    def unpooling(cls, x: Tensor, indices: Tensor, P: int, Q: int) -> Pool2dProblem:
+        """Check a call of max_unpool2d and describe it. x: [N, C, H, W]; indices: like x, int64 positions in P x Q."""
+        if x.dim() != 4:
+            raise RuntimeError(f"max_unpool2d: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
+        if indices.dtype != torch.int64:
+            raise RuntimeError(f"max_unpool2d: expected indices of dtype torch.int64, but got {indices.dtype}")
+        if indices.shape != x.shape:
+            raise RuntimeError(
+                f"max_unpool2d: expected indices of input's shape {_text(x.shape)}, but got {_text(indices.shape)}"
+            )
+        if indices.device != x.device:
+            raise RuntimeError(f"max_unpool2d: indices are on {indices.device}, but input is on {x.device}")
+        N, C, H, W = x.shape
+        if C < 1 or H < 1 or W < 1:
+            raise RuntimeError(f"max_unpool2d: only the batch may be empty, but got input of {_text(x.shape)}")
+        if P < 0 or Q < 0:
+            raise ValueError(f"max_unpool2d: output_size must not be negative, but got output_size={(P, Q)}")
         return cls(N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 0, 0, x.dtype, x.device.type, is_channels_last(x))
 
 

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -555,6 +556,45 @@ Tensor max_pool2d_indices(const Tensor& offsets, int64_t H, int64_t W, CNNOPS_WI
   return indices;
 }
 
+std::tuple<Tensor, OptionalTensor> adaptive_max_pool2d_forward(const Tensor& x, int64_t P, int64_t Q,
+                                                               bool need_offsets) {
+  const Launch launch(x);
+  const Sizes sizes{x.size(0), x.size(1), P, Q};
+  const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
+  OptionalTensor offsets;
+  if (need_offsets) offsets = empty(sizes, ScalarType::Int, x, true);
+  if (y.numel() > 0)
+    kernels().adaptive_max_pool2d_forward(pool2d_problem(x, x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
+                                          nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(),
+                                          static_cast<int32_t*>(pointer(offsets)), launch);
+  return {y.finish(launch), offsets};
+}
+
+Tensor adaptive_max_pool2d_backward(const Tensor& dy, const Tensor& offsets, int64_t H, int64_t W, bool channels_last) {
+  const Launch launch(dy);
+  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  if (dy.numel() == 0) {
+    dx.zero();
+  } else {
+    kernels().adaptive_max_pool2d_backward(pool2d_problem(dy, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
+                                           nhwc(dy, dy.scalar_type(), launch).data_ptr(),
+                                           static_cast<const int32_t*>(dense_offsets(offsets).data_ptr()), dx.data(),
+                                           launch);
+  }
+  return dx.finish(launch);
+}
+
+Tensor adaptive_max_pool2d_indices(const Tensor& offsets, int64_t H, int64_t W) {
+  const Launch launch(offsets);
+  const Tensor indices = empty(offsets.sizes(), ScalarType::Long, offsets, true);
+  if (indices.numel() > 0)
+    kernels().adaptive_max_pool2d_indices(
+        pool2d_problem(offsets, H, W, offsets.size(2), offsets.size(3), 0, 0, 0, 0, 0, 0),
+        static_cast<const int32_t*>(dense_offsets(offsets).data_ptr()), static_cast<int64_t*>(indices.data_ptr()),
+        launch);
+  return indices;
+}
+
 Tensor avg_pool2d_forward(const Tensor& x, CNNOPS_WINDOW_PARAMS, bool ceil_mode, bool count_include_pad,
                           int64_t divisor_override) {
   const Launch launch(x);
@@ -611,6 +651,48 @@ Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {
 
 OptionalTensor norm_layout(const OptionalTensor& t, bool channels_last, Stream stream) {
   return t ? OptionalTensor(norm_layout(*t, channels_last, stream)) : std::nullopt;
+}
+
+Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, int64_t Q, bool channels_last) {
+  Unpool2dProblem problem{dtype, indices.size(0), indices.size(1), indices.size(2), indices.size(3), P, Q,
+                          {},    channels_last};
+  for (int i = 0; i < 4; ++i) problem.index_stride[i] = indices.stride(i);
+  return problem;
+}
+
+const int64_t* checked_indices(const Unpool2dProblem& problem, const Tensor& indices, Stream stream) {
+  const int64_t* pointer = static_cast<const int64_t*>(indices.data_ptr());
+  int64_t found = 0;
+  if (kernels().max_unpool2d_misplaced(problem, pointer, &found, stream))  // a user's mistake: no place in our source
+    throw std::runtime_error("max_unpool2d: indices must be positions of a " + std::to_string(problem.P) + "x" +
+                             std::to_string(problem.Q) + " plane, at least 0 and below " +
+                             std::to_string(problem.P * problem.Q) + ", but got " + std::to_string(found));
+  return pointer;
+}
+
+Tensor max_unpool2d_forward(const Tensor& x, const Tensor& indices, int64_t P, int64_t Q) {
+  const Launch launch(x);
+  const bool channels_last = is_channels_last(x);
+  const Tensor y = empty(Sizes{x.size(0), x.size(1), P, Q}, x.scalar_type(), x, channels_last);
+  if (y.numel() > 0) {
+    const Unpool2dProblem problem = unpool2d_problem(dtype_of(x), indices, P, Q, channels_last);
+    const int64_t* checked = checked_indices(problem, indices, launch);
+    kernels().max_unpool2d_forward(problem, norm_layout(x, channels_last, launch).data_ptr(), checked, y.data_ptr(),
+                                   launch);
+  }
+  return y;
+}
+
+Tensor max_unpool2d_backward(const Tensor& dy, const Tensor& indices, bool channels_last) {
+  const Launch launch(dy);
+  const Tensor dx = empty(indices.sizes(), dy.scalar_type(), dy, channels_last);
+  if (dx.numel() > 0) {
+    const Unpool2dProblem problem = unpool2d_problem(dtype_of(dy), indices, dy.size(2), dy.size(3), channels_last);
+    const int64_t* checked = checked_indices(problem, indices, launch);
+    kernels().max_unpool2d_backward(problem, norm_layout(dy, channels_last, launch).data_ptr(), checked, dx.data_ptr(),
+                                    launch);
+  }
+  return dx;
 }
 
 NormProblem norm_problem(const Tensor& x, bool training, double momentum, double eps, const std::string& activation) {
@@ -701,6 +783,11 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
   CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
   CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);
   CNNOPS_IMPL(max_pool2d_indices, max_pool2d_indices);
+  CNNOPS_IMPL(adaptive_max_pool2d_forward, adaptive_max_pool2d_forward);
+  CNNOPS_IMPL(adaptive_max_pool2d_backward, adaptive_max_pool2d_backward);
+  CNNOPS_IMPL(adaptive_max_pool2d_indices, adaptive_max_pool2d_indices);
+  CNNOPS_IMPL(max_unpool2d_forward, max_unpool2d_forward);
+  CNNOPS_IMPL(max_unpool2d_backward, max_unpool2d_backward);
   CNNOPS_IMPL(avg_pool2d_forward, avg_pool2d_forward);
   CNNOPS_IMPL(avg_pool2d_backward, avg_pool2d_backward);
   CNNOPS_IMPL(adaptive_avg_pool2d_forward, adaptive_avg_pool2d_forward);

@@ -55,6 +55,14 @@ struct Kernels {
   void (*max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, void* offsets, Stream);
   void (*max_pool2d_backward)(const Pool2dProblem&, const void* dy, const void* offsets, void* dx, Stream);
   void (*max_pool2d_indices)(const Pool2dProblem&, const void* offsets, int64_t* indices, Stream);  // h * W + w
+  // offsets [N,P,Q,C]: r * S + s of the maximum in its own window of S columns.
+  void (*adaptive_max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, int32_t* offsets, Stream);
+  void (*adaptive_max_pool2d_backward)(const Pool2dProblem&, const void* dy, const int32_t* offsets, void* dx, Stream);
+  void (*adaptive_max_pool2d_indices)(const Pool2dProblem&, const int32_t* offsets, int64_t* indices, Stream);
+  // The first index in torch's order that is no position of a P x Q plane; false if there is none.
+  bool (*max_unpool2d_misplaced)(const Unpool2dProblem&, const int64_t* indices, int64_t* found, Stream);
+  void (*max_unpool2d_forward)(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y, Stream);
+  void (*max_unpool2d_backward)(const Unpool2dProblem&, const void* dy, const int64_t* indices, void* dx, Stream);
   void (*avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
   void (*avg_pool2d_backward)(const Pool2dProblem&, const void* dy, void* dx, Stream);
   void (*adaptive_avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);

@@ -44,6 +44,15 @@ struct Pool2dProblem {
   int64_t divisor_override;  // 0: none
 };
 
+// y[n,c,indices[n,c,h,w]] = x[n,c,h,w], the planes of y [N,C,P,Q] being flat; the rest is zero. channels_last: x, y and
+// their gradients are dense [N,H,W,C] and [N,P,Q,C], else [N,C,H,W] and [N,C,P,Q]. indices have strides of their own.
+struct Unpool2dProblem {
+  DType dtype;
+  int64_t N, C, H, W, P, Q;
+  int64_t index_stride[4];  // of N, C, H and W, in elements
+  bool channels_last;
+};
+
 // y = activation((x - mean) * rstd * weight + bias + residual), statistics per channel over N and L (all positions).
 // channels_last: x is [N,L,C], else [N,C,L]; y, residual and the gradients have x's layout.
 struct NormProblem {

@@ -29,6 +29,11 @@
   _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")     \
   _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last, " CNNOPS_MAX_POOL2D, "Tensor")  \
   _(max_pool2d_indices, "Tensor offsets, int H, int W, " CNNOPS_MAX_POOL2D, "Tensor")                                  \
+  _(adaptive_max_pool2d_forward, "Tensor x, int P, int Q, bool need_offsets", "(Tensor, Tensor?)")                     \
+  _(adaptive_max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last", "Tensor")             \
+  _(adaptive_max_pool2d_indices, "Tensor offsets, int H, int W", "Tensor")                                             \
+  _(max_unpool2d_forward, "Tensor x, Tensor indices, int P, int Q", "Tensor")                                          \
+  _(max_unpool2d_backward, "Tensor dy, Tensor indices, bool channels_last", "Tensor")                                  \
   _(avg_pool2d_forward, "Tensor x, " CNNOPS_AVG_POOL2D, "Tensor")                                                      \
   _(avg_pool2d_backward, "Tensor dy, int H, int W, bool channels_last, " CNNOPS_AVG_POOL2D, "Tensor")                  \
   _(adaptive_avg_pool2d_forward, "Tensor x, int P, int Q", "Tensor")                                                   \

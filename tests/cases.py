@@ -190,7 +190,7 @@ class ConvTranspose2dCase:
 
 @dataclass(frozen=True)
 class Pool2dCase:
-    """Windows over x [N, C, H, W]; op is max_pool2d, avg_pool2d or adaptive_avg_pool2d."""
+    """Windows over x [N, C, H, W]; op is max_pool2d, avg_pool2d, adaptive_avg_pool2d or adaptive_max_pool2d."""
 
     id: str
     op: str
@@ -215,7 +215,7 @@ class Pool2dCase:
     @property
     def window(self) -> int:
         """Taps in the largest window."""
-        if self.op != "adaptive_avg_pool2d":
+        if not self.adaptive:
             return self.kernel[0] * self.kernel[1]
         P, Q = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
         return (self.H // max(P or self.H, 1) + 2) * (self.W // max(Q or self.W, 1) + 2)
@@ -223,9 +223,13 @@ class Pool2dCase:
     def with_batch(self, N: int) -> Pool2dCase:
         return replace(self, N=N)
 
+    @property
+    def adaptive(self) -> bool:
+        return self.op.startswith("adaptive")
+
     def arguments(self) -> dict[str, object]:
         """Keywords that the torch function of the same name takes beside the input."""
-        if self.op == "adaptive_avg_pool2d":
+        if self.adaptive:
             return {"output_size": self.output_size}
         window: dict[str, object] = {
             "kernel_size": self.kernel,
@@ -246,6 +250,61 @@ class Pool2dCase:
             "dilation": _pair_feature(self.dilation, 1),
             "ceil": self.ceil_mode,
             "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+            "adaptive": self._adaptive_feature() if self.adaptive else "no",
+        }
+
+    def _adaptive_feature(self) -> str:
+        """How the windows of an adaptive pool lie."""
+        outputs = self.output_size if isinstance(self.output_size, tuple) else (self.output_size, self.output_size)
+        sides = [(extent, extent if P is None else P) for extent, P in zip((self.H, self.W), outputs, strict=True)]
+        if any(extent < P for extent, P in sides):
+            return "overlapping"
+        return "even" if all(P and extent % P == 0 for extent, P in sides) else "uneven"
+
+
+@dataclass(frozen=True)
+class Unpool2dCase:
+    """x [N, C, H, W] and indices like it, to planes of the size that a window of `kernel` makes, or of `output_size`."""
+
+    id: str
+    N: int
+    C: int
+    H: int
+    W: int
+    kernel: Pair = (2, 2)
+    stride: Pair | None = None
+    padding: Pair = (0, 0)
+    output_size: tuple[int, ...] | None = None
+    suite: str = "corner"
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        if self.output_size is not None:
+            P, Q = self.output_size[-2:]
+        else:
+            sides = zip((self.H, self.W), self.kernel, self.stride or self.kernel, self.padding, strict=True)
+            P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
+        return self.N, self.C, P, Q
+
+    def features(self) -> dict[str, Hashable]:
+        return {
+            "stride": _pair_feature(self.stride or self.kernel, 1),
+            "padding": _pair_feature(self.padding, 0),
+            "output_size": self.output_size and len(self.output_size),
+            "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+        }
+
+    def arguments(self) -> dict[str, object]:
+        """Keywords that F.max_unpool2d takes beside the tensors."""
+        return {
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "output_size": self.output_size,
         }
 
 
@@ -626,6 +685,10 @@ _ADAPTIVE_CORNERS = (
     _adaptive("empty-batch", (0, 3, 6, 5), (2, 2)),
     _adaptive("empty-channels", (2, 0, 6, 5), (2, 2)),
 )
+# torch takes no image without channels to its maxima.
+_ADAPTIVE_MAX_CORNERS = tuple(
+    replace(case, op="adaptive_max_pool2d") for case in _ADAPTIVE_CORNERS if case.id != "empty-channels"
+)
 _RESNET_POOLS = (
     _max("max3x3-64@112-s2", (32, 64, 112, 112), (3, 3), (2, 2), padding=(1, 1)),
     _adaptive("global-512@7", (32, 512, 7, 7), 1),
@@ -642,10 +705,25 @@ _CNN_POOLS = (
 POOL2D: tuple[Pool2dCase, ...] = (
     *tuple(
         replace(case, id=f"{case.op.removesuffix('_pool2d')}/{case.id}")
-        for case in (*_MAX_CORNERS, *_AVG_CORNERS, *_ADAPTIVE_CORNERS)
+        for case in (*_MAX_CORNERS, *_AVG_CORNERS, *_ADAPTIVE_CORNERS, *_ADAPTIVE_MAX_CORNERS)
     ),
     *_suite("resnet", _RESNET_POOLS),
     *_suite("pools", _CNN_POOLS),
+)
+
+UNPOOL2D: tuple[Unpool2dCase, ...] = (
+    Unpool2dCase("2x2", 2, 3, 3, 4),
+    Unpool2dCase("2x2-full-tile", 2, 64, 4, 4),
+    Unpool2dCase("2x2-beyond-tile", 1, 67, 3, 2),
+    Unpool2dCase("3x2-uneven", 2, 5, 4, 3, (3, 2), (2, 1), (1, 0)),
+    Unpool2dCase("planes-smaller-than-input", 2, 4, 5, 6, (1, 1), (1, 1), (1, 2)),
+    Unpool2dCase("output-size", 2, 6, 3, 4, output_size=(7, 7)),
+    Unpool2dCase("output-size-whole", 1, 9, 3, 4, (3, 3), (2, 2), (1, 1), (1, 9, 6, 8)),
+    Unpool2dCase("stride-exceeds-kernel", 2, 3, 3, 2, (2, 3), (4, 5)),
+    Unpool2dCase("one-pixel", 3, 8, 1, 1),
+    Unpool2dCase("one-channel", 2, 1, 4, 3),
+    Unpool2dCase("empty-batch", 0, 3, 3, 2),
+    Unpool2dCase("empty-output", 2, 3, 1, 1, padding=(1, 1)),
 )
 
 NORM: tuple[NormCase, ...] = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Conv2dCase, ConvTranspose2dCase, NormCase, Pool2dCase, pairwise
+from cases import LAYOUTS, Conv2dCase, ConvTranspose2dCase, NormCase, Pool2dCase, Unpool2dCase, pairwise
 from tolerance import assert_close, assert_same_layout
 from torch import Tensor
 
@@ -78,7 +78,9 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
         return ConvTranspose2dProblem.of(x, weight, x.new_empty(case.K) if case.bias else None, *geometry)
     if isinstance(case, NormCase):
         return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
-    if case.op == "adaptive_avg_pool2d":
+    if isinstance(case, Unpool2dCase):
+        return Pool2dProblem.unpooling(x, torch.empty_like(x, dtype=torch.int64), *case.output_shape[2:])
+    if case.adaptive:
         return Pool2dProblem.adaptive(case.op, x, 2, 2)
     stride = case.stride or case.kernel
     window = (*case.kernel, *stride, *case.padding, *case.dilation, case.ceil_mode)
@@ -92,6 +94,8 @@ PLAINEST: dict[str, Any] = {
     "max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
     "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
     "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "adaptive_max_pool2d": Pool2dCase("plain", "adaptive_max_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
+    "max_unpool2d": Unpool2dCase("plain", 1, 16, 4, 4),
     "batch_norm": NormCase("plain", 2, 16, (8, 8)),
 }
 
@@ -190,7 +194,7 @@ def integers(shape: Sequence[int], dtype: torch.dtype, device: str, random: torc
 def laid_out(t: Tensor, layout: str) -> Tensor:
     """`t`'s values in another memory layout. "expanded" repeats the first image, so it changes the values.
 
-    What surrounds a view in memory is NaN: reading beside it shows.
+    What surrounds a view in memory is NaN, or the largest integer: reading beside it shows.
     """
     if t.dim() != 4:
         return t
@@ -203,13 +207,14 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":  # W before H in memory
         return t.transpose(2, 3).contiguous().transpose(2, 3)
     N, C, H, W = t.shape
+    beside = torch.nan if t.is_floating_point() else torch.iinfo(t.dtype).max
     if layout == "offset":  # starts one element off any 16-byte boundary
-        view = t.new_full((t.numel() + 1,), torch.nan)[1:].view(t.shape)
+        view = t.new_full((t.numel() + 1,), beside)[1:].view(t.shape)
     elif layout == "sliced":
-        view = t.new_full((N, C + 1, H + 2, 2 * W), torch.nan)[:, 1:, 1 : H + 1, ::2]
+        view = t.new_full((N, C + 1, H + 2, 2 * W), beside)[:, 1:, 1 : H + 1, ::2]
     else:
         assert layout == "channels_last_sliced", layout
-        whole = t.new_full((N, C + 3, H + 1, W), torch.nan).contiguous(memory_format=torch.channels_last)
+        whole = t.new_full((N, C + 3, H + 1, W), beside).contiguous(memory_format=torch.channels_last)
         view = whole[:, 2 : C + 2, 1:]
     return view.copy_(t)
 

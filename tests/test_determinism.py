@@ -30,6 +30,7 @@ POOLS = (
     find(POOL2D, "resnet/max3x3-64@112-s2").with_batch(3),
     find(POOL2D, "pools/avg3x3-192@28-s1").with_batch(3),
     find(POOL2D, "resnet/global-512@7").with_batch(5),
+    find(POOL2D, "adaptive_max/ragged-channels").with_batch(40),
 )
 NORMS = (
     find(NORM, "resnet18_cifar/64@32").with_batch(7),
@@ -71,6 +72,16 @@ def test_pool2d(case: Any) -> None:
         for layout in ("nchw", "channels_last"):
             inputs = [helpers.laid_out(x, layout)]
             same_for_any_thread_count(lambda x: getattr(CF, case.op)(x, **case.arguments()), inputs)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_max_unpool2d(layout: str) -> None:
+    """Positions are taken many times over: which value stays is a matter of order."""
+    random = helpers.generator("unpool")
+    x = helpers.laid_out(helpers.randn((3, 130, 24, 24), torch.float32, "cpu", random), layout)
+    indices = helpers.laid_out(torch.randint(0, 100, x.shape, generator=random), layout)
+    with cnnops.use_backend("cpu"):
+        same_for_any_thread_count(lambda x: CF.max_unpool2d(x, indices, 2), [x])
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

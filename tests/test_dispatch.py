@@ -16,7 +16,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, find, of_suite
+from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, UNPOOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
@@ -63,6 +63,12 @@ FUNCTIONS = {
     "max_pool2d": ("max_pool2d_forward", "max_pool2d_backward", "max_pool2d_indices"),
     "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_backward"),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d_forward", "adaptive_avg_pool2d_backward"),
+    "adaptive_max_pool2d": (
+        "adaptive_max_pool2d_forward",
+        "adaptive_max_pool2d_backward",
+        "adaptive_max_pool2d_indices",
+    ),
+    "max_unpool2d": ("max_unpool2d_forward", "max_unpool2d_backward"),
     "norm": ("batch_norm_act_forward", "batch_norm_act_backward", "activation_backward"),
 }
 
@@ -71,6 +77,7 @@ def test_the_cpu_backend_refuses_nothing() -> None:
     cases = [("conv2d", case) for case in (*CONV2D, *PADDED) if case.C]
     cases += [("conv_transpose2d", case) for case in CONV_TRANSPOSE2D]
     cases += [(case.op, case) for case in POOL2D] + [("norm", case) for case in NORM]
+    cases += [("max_unpool2d", case) for case in UNPOOL2D]
     for stem, case in cases:
         for dtype in DTYPES:
             for function in FUNCTIONS[stem]:

@@ -64,6 +64,18 @@ def adaptive(x: Any = (2, 3, 5, 5), output_size: Any = 2) -> Any:
     return lambda library: library.F.adaptive_avg_pool2d(x, output_size)
 
 
+def adaptive_max(x: Any = (2, 3, 5, 5), output_size: Any = 2, **arguments: Any) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    return lambda library: library.F.adaptive_max_pool2d(x, output_size, **arguments)
+
+
+def unpool(x: Any = (1, 1, 2, 2), indices: Any = (0, 2, 8, 10), kernel_size: Any = 2, **arguments: Any) -> Any:
+    x = zeros(*x) if isinstance(x, tuple) else x
+    if isinstance(indices, tuple):
+        indices = torch.tensor(indices, dtype=torch.int64).view(x.shape)
+    return lambda library: library.F.max_unpool2d(x, indices, kernel_size, **arguments)
+
+
 def batch_norm(
     x: Any = (2, 3, 4, 4), mean: Any = 3, var: Any = 3, weight: Any = None, bias: Any = None, **arguments: Any
 ) -> Any:
@@ -238,6 +250,71 @@ WRONG = (
     Wrong("adaptive-no-rows", adaptive((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
     Wrong("adaptive-negative", adaptive(output_size=-1), RuntimeError, ("output_size", "-1")),
     Wrong("adaptive-int", adaptive(zeros(1, 1, 4, 4, dtype=torch.int64)), NotImplementedError, ()),
+    Wrong("adaptive-1-tuple", adaptive(output_size=(2,)), RuntimeError, ("output_size", "(2,)")),
+    Wrong("adaptive-3-tuple", adaptive(output_size=(2, 2, 2)), RuntimeError, ("output_size", "(2, 2, 2)")),
+    Wrong("adaptive-none", adaptive(output_size=None), TypeError, ("output_size", "None")),
+    Wrong("adaptive-2-d-tuple", adaptive((5, 5), (1, 1)), ValueError, ("output_size", "(1, 1)", "[5, 5]")),
+    Wrong("adaptive-max-no-channels", adaptive_max((2, 0, 5, 5)), RuntimeError, ("input", "[2, 0, 5, 5]")),
+    Wrong("adaptive-max-no-channels-nor-batch", adaptive_max((0, 0, 5, 5)), RuntimeError, ("input", "[0, 0, 5, 5]")),
+    Wrong("adaptive-max-no-rows", adaptive_max((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
+    Wrong("adaptive-max-no-rows-unbatched", adaptive_max((3, 0, 5)), RuntimeError, ("input", "3, 0, 5]")),
+    Wrong("adaptive-max-negative", adaptive_max(output_size=-1), RuntimeError, ("output_size", "-1")),
+    Wrong("adaptive-max-negative-and-0", adaptive_max(output_size=(0, -1)), RuntimeError, ("output_size", "(0, -1)")),
+    Wrong("adaptive-max-1-tuple", adaptive_max(output_size=(2,)), RuntimeError, ("output_size", "(2,)")),
+    Wrong("adaptive-max-3-tuple", adaptive_max(output_size=(2, 2, 2)), RuntimeError, ("output_size", "(2, 2, 2)")),
+    Wrong("adaptive-max-none", adaptive_max(output_size=None), TypeError, ("output_size", "None")),
+    Wrong("adaptive-max-float", adaptive_max(output_size=2.0), TypeError, ("output_size", "2.0")),
+    Wrong("adaptive-max-bool", adaptive_max(output_size=True), TypeError, ("output_size", "True")),
+    Wrong("adaptive-max-2-d", adaptive_max((5, 5), 1), RuntimeError, ("input", "[5, 5]")),
+    Wrong("adaptive-max-2-d-tuple", adaptive_max((5, 5), (1, 1)), ValueError, ("output_size", "(1, 1)", "[5, 5]")),
+    Wrong("adaptive-max-5-d", adaptive_max((1, 1, 3, 5, 5)), RuntimeError, ("input", "[1, 1, 3, 5, 5]")),
+    *(
+        Wrong(f"adaptive-max-{dtype}", adaptive_max(zeros(1, 1, 4, 4, dtype=dtype)), NotImplementedError, ())
+        for dtype in (torch.int64, torch.int32, torch.bool, torch.complex64)
+    ),
+    Wrong(
+        "unpool-indices-shape",
+        unpool(indices=zeros(1, 1, 2, 3, dtype=torch.int64)),
+        RuntimeError,
+        ("indices", "[1, 1, 2, 2]", "[1, 1, 2, 3]"),
+    ),
+    Wrong(
+        "unpool-indices-int32",
+        unpool(indices=zeros(1, 1, 2, 2, dtype=torch.int32)),
+        RuntimeError,
+        ("indices", "int64", "int32"),
+    ),
+    Wrong("unpool-indices-float", unpool(indices=zeros(1, 1, 2, 2)), RuntimeError, ("indices", "int64", "float32")),
+    Wrong("unpool-indices-none", unpool(indices=None), TypeError, ("indices", "None")),
+    Wrong("unpool-index-beyond", unpool(indices=(0, 99, 2, 3)), RuntimeError, ("indices", "99", "4x4")),
+    Wrong("unpool-index-just-beyond", unpool(indices=(0, 15, 16, 3)), RuntimeError, ("indices", "16", "4x4")),
+    Wrong("unpool-index-negative", unpool(indices=(-1, 0, 1, 2)), RuntimeError, ("indices", "-1", "4x4")),
+    Wrong("unpool-output-size", unpool(output_size=(9, 9)), ValueError, ("output_size", "(9, 9)", "3", "5")),
+    Wrong("unpool-output-size-low", unpool(output_size=(2, 4)), ValueError, ("output_size", "(2, 4)", "height", "3")),
+    Wrong("unpool-output-size-wide", unpool(output_size=(4, 6)), ValueError, ("output_size", "(4, 6)", "width", "5")),
+    Wrong("unpool-output-size-3-tuple", unpool(output_size=(1, 4, 4)), ValueError, ("output_size", "(1, 4, 4)")),
+    Wrong("unpool-output-size-1-tuple", unpool(output_size=(4,)), ValueError, ("output_size", "(4,)")),
+    Wrong("unpool-output-size-int", unpool(output_size=4), TypeError, ("output_size", "4")),
+    Wrong("unpool-output-size-float", unpool(output_size=(5.0, 5.0)), TypeError, ("output_size", "5.0")),
+    Wrong("unpool-output-size-word", unpool(output_size=("a", 4)), TypeError, ("output_size", "a")),
+    Wrong("unpool-kernel-1-tuple", unpool(kernel_size=(2,)), RuntimeError, ("kernel_size", "(2,)")),
+    Wrong("unpool-kernel-3-tuple", unpool(kernel_size=(2, 2, 2)), IndexError, ("kernel_size", "(2, 2, 2)")),
+    Wrong("unpool-kernel-float", unpool(kernel_size=2.0), TypeError, ("kernel_size", "2.0")),
+    Wrong("unpool-kernel-word", unpool(kernel_size="2"), TypeError, ("kernel_size", "'2'")),
+    Wrong("unpool-kernel-none", unpool(kernel_size=None), TypeError, ("kernel_size", "None")),
+    Wrong("unpool-stride-empty", unpool(stride=()), IndexError, ("stride", "()")),
+    Wrong("unpool-padding-1-tuple", unpool(padding=(1,)), IndexError, ("padding", "(1,)")),
+    Wrong("unpool-padding-float", unpool(padding=0.5), TypeError, ("padding", "0.5")),
+    Wrong("unpool-padding-too-large", unpool(padding=9), ValueError, ("-14",)),
+    Wrong("unpool-kernel-negative", unpool(kernel_size=-1), ValueError, ("-2",)),
+    Wrong("unpool-2-d", unpool((2, 2)), RuntimeError, ("input", "[2, 2]")),
+    Wrong("unpool-5-d", unpool((1, 1, 1, 2, 2)), RuntimeError, ("input", "[1, 1, 1, 2, 2]")),
+    Wrong("unpool-no-channels", unpool((2, 0, 2, 2), ()), RuntimeError, ("input", "[2, 0, 2, 2]")),
+    Wrong("unpool-no-rows", unpool((2, 1, 0, 2), ()), RuntimeError, ("input", "[2, 1, 0, 2]")),
+    *(
+        Wrong(f"unpool-{dtype}", unpool(zeros(1, 1, 2, 2, dtype=dtype)), NotImplementedError, ())
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64)
+    ),
     Wrong("bn-one-value", batch_norm((1, 3, 1, 1), training=True), ValueError, ("1 value per channel", "[1, 3, 1, 1]")),
     Wrong("bn-eval-without-statistics", batch_norm(mean=None, var=None), RuntimeError, ("running_mean", "None")),
     Wrong("bn-statistics-length", batch_norm(mean=4, var=4), RuntimeError, ("running_mean", "[3]", "[4]")),
@@ -276,6 +353,12 @@ WRONG = (
         ("14, 12", "[11, 11]", "[12, 12]"),
     ),
     Wrong("BatchNorm2d-3-d", lambda library: library.nn.BatchNorm2d(3)(zeros(2, 3, 4)), ValueError, ("4D", "3D")),
+    Wrong(
+        "MaxUnpool2d-output-size",
+        lambda library: library.nn.MaxUnpool2d(2)(zeros(1, 1, 1, 1), zeros(1, 1, 1, 1, dtype=torch.int64), (9, 9)),
+        ValueError,
+        ("output_size", "(9, 9)"),
+    ),
     Wrong("MaxPool2d-stride", lambda library: library.nn.MaxPool2d(2, 0)(zeros(1, 1, 4, 4)), RuntimeError, ("stride",)),
 )
 
@@ -327,6 +410,26 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "adaptive-output-exceeds-input": adaptive((2, 3, 2, 2), 5),
     "adaptive-2-d": adaptive((5, 5), 1),
     "adaptive-none": adaptive(output_size=(None, 2)),
+    "max-return-indices-as-int": lambda library: max_pool2d(return_indices=1)(library)[1],
+    "adaptive-max-no-batch": adaptive_max((0, 3, 5, 5)),
+    "adaptive-max-no-batch-unbatched": adaptive_max((0, 5, 5)),
+    "adaptive-max-output-0": adaptive_max(output_size=0),
+    "adaptive-max-output-0-high": adaptive_max(output_size=(0, 3)),
+    "adaptive-max-output-exceeds-input": adaptive_max((2, 3, 2, 2), 5),
+    "adaptive-max-unbatched": adaptive_max((3, 5, 5)),
+    "adaptive-max-none": adaptive_max(output_size=[None, 2]),
+    "adaptive-max-indices-as-int": lambda library: adaptive_max(return_indices=1)(library)[1],
+    "unpool-unbatched": unpool((1, 2, 2)),
+    "unpool-no-batch": unpool((0, 1, 2, 2), ()),
+    "unpool-no-batch-unbatched": unpool((0, 2, 2), ()),
+    "unpool-output-size": unpool(output_size=[5, 3], indices=(0, 1, 2, 14)),
+    "unpool-output-size-whole": unpool(output_size=torch.Size((7, 7, 5, 5))),
+    "unpool-kernel-0": unpool(kernel_size=0),
+    "unpool-stride-0": unpool(indices=(0, 1, 2, 3), stride=0),
+    "unpool-stride-negative": unpool(indices=(0, 0, 0, 0), stride=-1),
+    "unpool-stride-3-tuple": unpool(stride=(2, 2, 2)),
+    "unpool-padding-negative": unpool(padding=-1),
+    "unpool-kernel-exceeds-stride": unpool(kernel_size=5, stride=2),
     "bn-no-batch-train": batch_norm((0, 3, 2, 2), training=True),
     "bn-no-batch-eval": batch_norm((0, 3, 2, 2)),
     "bn-no-channels": batch_norm((2, 0, 2, 2), mean=None, var=None, training=True),
@@ -378,6 +481,12 @@ def test_wrong_gradient_call() -> None:
         )
     with pytest.raises(RuntimeError, match=r"offsets of dtype torch.uint8.*int64"):
         ops.max_pool2d_backward(x, x.long(), 8, 8, False, 2, 2, 2, 2, 0, 0, 1, 1, "")
+    with pytest.raises(RuntimeError, match=r"offsets of dtype torch.int32.*uint8"):
+        ops.adaptive_max_pool2d_backward(x, x.byte(), 8, 8, False, "")
+    with pytest.raises(RuntimeError, match=r"dy like offsets.*\[2, 3, 4, 3\].*\[2, 3, 4, 4\]"):
+        ops.adaptive_max_pool2d_backward(x, x.int()[..., 1:], 8, 8, False, "")
+    with pytest.raises(RuntimeError, match=r"dy.*\[2, 3, 4, 4\].*\[2, 2, 2, 2\]"):
+        ops.max_unpool2d_backward(x, zeros(2, 2, 2, 2, dtype=torch.int64), False, "")
 
 
 def test_nothing_runs_before_the_check() -> None:

@@ -117,6 +117,8 @@ def test_conv_bn_act() -> None:
         ("AvgPool2d", {"kernel_size": 2, "divisor_override": 3}),
         ("AdaptiveAvgPool2d", {"output_size": (3, None)}),
         ("AdaptiveAvgPool2d", {"output_size": 1}),
+        ("AdaptiveMaxPool2d", {"output_size": (3, None)}),
+        ("AdaptiveMaxPool2d", {"output_size": 2}),
     ],
 )
 def test_pools_are_torchs(name: str, args: dict[str, object]) -> None:
@@ -131,6 +133,22 @@ def test_max_pool_indices() -> None:
     ours, theirs = twins("MaxPool2d", 2, return_indices=True)
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert torch.equal(ours(x)[1], theirs(x)[1])
+
+
+def test_adaptive_max_pool_indices() -> None:
+    ours, theirs = twins("AdaptiveMaxPool2d", (2, 4), return_indices=True)
+    x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    assert torch.equal(ours(x)[1], theirs(x)[1])
+
+
+def test_max_unpool_is_torchs() -> None:
+    ours, theirs = twins("MaxUnpool2d", 3, stride=2, padding=1)
+    assert isinstance(ours, nn.MaxUnpool2d)
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    assert_same(ours(y, indices, output_size=x.shape), theirs(y, indices, output_size=x.shape))
+    y, indices = F.max_pool2d(x[:, :, :, 1:], 3, 2, 1, return_indices=True)
+    assert_same(ours(y[0], indices[0]), theirs(y[0], indices[0]))
 
 
 @pytest.mark.parametrize("layer", [cnn.Conv2dAct(1, 1, 1), cnn.BatchNormAct2d(1), cnn.ConvBNAct(1, 1, 1)])

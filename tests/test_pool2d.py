@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_exact, assert_same_layout
 
 import cnnops.functional as CF
 
-OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d")
+OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 CORNERS = of_suite(POOL2D, "corner")
 NONEMPTY = [case for case in CORNERS if case.N and case.C and case.output_size != (0, 0)]
 SMALL = pairwise(NONEMPTY, lambda case: case.features())
@@ -23,6 +23,10 @@ KINDS = tuple(next(case for case in SMALL if case.op == op) for op in OPS)
 
 def cases_of(op: str, cases: Any = CORNERS) -> list[Pool2dCase]:
     return [case for case in cases if case.op == op]
+
+
+def is_max(case: Pool2dCase) -> bool:
+    return "max" in case.op
 
 
 def pool(library: Any, case: Pool2dCase) -> helpers.Function:
@@ -40,8 +44,9 @@ def check_average(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = N
 
 def check_max(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
     """A maximum is one of the inputs, so it and its index are torch's very own; its gradient is a sum."""
-    y, indices = CF.max_pool2d(x, **case.arguments(), return_indices=True)
-    their_y, their_indices = F.max_pool2d(x, **case.arguments(), return_indices=True)
+    (y, indices), (their_y, their_indices) = (
+        getattr(library, case.op)(x, **case.arguments(), return_indices=True) for library in (CF, F)
+    )
     assert_exact(y.cpu(), their_y.cpu().double(), "y", signed_zeros=True)
     assert_same_layout(y, their_y, "y")
     assert indices.dtype == torch.int64
@@ -58,7 +63,7 @@ def check_max(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None)
 
 
 def check(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
-    (check_max if case.op == "max_pool2d" else check_average)(case, x, dy)
+    (check_max if is_max(case) else check_average)(case, x, dy)
 
 
 @over("max_pool2d_forward", cases_of("max_pool2d"))
@@ -78,6 +83,19 @@ def test_adaptive_avg_pool2d(backend: Backend, case: Pool2dCase, dtype: torch.dt
         assert CF.adaptive_avg_pool2d(x, case.output_size).shape == F.adaptive_avg_pool2d(x, case.output_size).shape
     else:
         check_average(case, x)
+
+
+@over("adaptive_max_pool2d_forward", cases_of("adaptive_max_pool2d"))
+def test_adaptive_max_pool2d(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
+    x = input_of(case, dtype, layout, backend.device)
+    if case.id.endswith("empty-output"):  # torch has no gradient here
+        y, indices = CF.adaptive_max_pool2d(x.requires_grad_(), case.output_size, return_indices=True)
+        their_y, their_indices = F.adaptive_max_pool2d(x, case.output_size, return_indices=True)
+        assert (y.shape, y.dtype) == (their_y.shape, their_y.dtype)
+        assert (indices.shape, indices.dtype) == (their_indices.shape, torch.int64)
+        assert_exact(torch.autograd.grad(y.sum(), x)[0].cpu(), torch.zeros(case.x_shape, dtype=torch.float64), "dx")
+    else:
+        check_max(case, x)
 
 
 @on(*[op + "_forward" for op in OPS])
@@ -123,10 +141,10 @@ def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layo
 
 
 @pytest.mark.quick
-@on("max_pool2d_forward")
+@on("max_pool2d_forward", "adaptive_max_pool2d_forward")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", cases_of("max_pool2d", SMALL), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in SMALL if is_max(case)], ids=lambda case: case.id)
 def test_ties_zeros_and_non_finite(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
     """The first maximum wins, -0.0 and 0.0 tie, the last NaN wins, and -inf is a value like any other."""
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, torch.inf, -torch.inf, -torch.inf, -1.0, torch.nan])
@@ -139,33 +157,50 @@ def test_ties_zeros_and_non_finite(backend: Backend, case: Pool2dCase, dtype: to
 
 @on("avg_pool2d_forward", "adaptive_avg_pool2d_forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [case for case in SMALL if case.op != "max_pool2d"], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in SMALL if not is_max(case)], ids=lambda case: case.id)
 def test_non_finite_averages(backend: Backend, case: Pool2dCase, layout: str) -> None:
     x = input_of(case, torch.float32, layout, backend.device)
     x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, -1, -1, 0] = torch.inf, torch.nan, -torch.inf
     check_average(case, x)
 
 
+# Windows of an input of 4 x 5 that begin in its padding and whose next tap is beyond it. An axis has one such window or
+# none: where a second one would fit, it begins inside.
+TAPLESS = {
+    "rows": {"kernel_size": (2, 2), "stride": 2, "padding": (1, 0), "dilation": (5, 2)},
+    "columns": {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 1), "dilation": (1, 6)},
+    "both": {"kernel_size": 2, "stride": 1, "padding": 1, "dilation": (5, 6)},
+    "rows-ceil": {"kernel_size": (2, 1), "stride": (3, 1), "padding": (1, 0), "dilation": (7, 1), "ceil_mode": True},
+    "columns-ceil": {"kernel_size": (1, 2), "stride": (2, 3), "padding": (0, 1), "dilation": (1, 8), "ceil_mode": True},
+}
+
+
+@pytest.mark.quick
 @on("max_pool2d_forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_window_without_a_tap_inside(backend: Backend, layout: str) -> None:
+@pytest.mark.parametrize("C", [1, 3, 17, 67])
+@pytest.mark.parametrize("id", TAPLESS)
+def test_window_without_a_tap_inside(backend: Backend, id: str, C: int, dtype: torch.dtype, layout: str) -> None:
     """Such windows give -inf, an index that exists, and no gradient. torch itself writes out of bounds here."""
-    x = helpers.laid_out(helpers.randn((2, 3, 5, 1), torch.float32, backend.device, helpers.generator("x")), layout)
-    x.requires_grad_()
-    window = {"kernel_size": (1, 2), "stride": 1, "padding": (0, 1), "dilation": 2}  # taps in columns -1 and 1 of one
-    y, indices = CF.max_pool2d(x, **window, return_indices=True)
-    assert y.shape == (2, 3, 5, 1)
-    assert (y == -torch.inf).all()
-    assert ((indices >= 0) & (indices < 5)).all()
-    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert_exact(dx.cpu(), torch.zeros(2, 3, 5, 1, dtype=torch.float64), "dx")
+    x = helpers.laid_out(helpers.randn((2, C, 4, 5), dtype, backend.device, helpers.generator(id)), layout)
+    y, indices = CF.max_pool2d(x.requires_grad_(), **TAPLESS[id], return_indices=True)
+    assert y.numel() > 0
+    for each in (y, CF.max_pool2d(x.detach(), **TAPLESS[id])):
+        assert_exact(each.cpu(), torch.full(y.shape, -torch.inf, dtype=torch.float64), "y")
+    assert ((indices >= 0) & (indices < 20)).all()
+    dy = torch.ones_like(y).requires_grad_()
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    assert_exact(dx.cpu(), torch.zeros(x.shape, dtype=torch.float64), "dx")
+    (ddy,) = torch.autograd.grad(dx, dy, torch.ones_like(dx))
+    assert_exact(ddy.cpu(), torch.zeros(y.shape, dtype=torch.float64), "ddy")
 
 
 @on(*[op + "_forward" for op in OPS], dtype=torch.float64)
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
 def test_gradcheck(backend: Backend, case: Pool2dCase) -> None:
     x = input_of(case, torch.float64, "channels_last", backend.device)
-    if case.op == "max_pool2d":  # distinct values, further apart than gradcheck's steps
+    if is_max(case):  # distinct values, further apart than gradcheck's steps
         x = helpers.laid_out(x.flatten().argsort().argsort().double().view(x.shape) / x.numel(), "channels_last")
     x.requires_grad_()
     assert torch.autograd.gradcheck(pool(CF, case), [x], fast_mode=True)
@@ -182,7 +217,7 @@ def test_double_backward(backend: Backend, case: Pool2dCase) -> None:
     def twice(function: helpers.Function, x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
         return helpers.evaluate_twice(function, [x], *rest)[:1]
 
-    if case.op == "max_pool2d":  # the windows' choices are x's own, whatever the direction's sign
+    if is_max(case):  # the windows' choices are x's own, whatever the direction's sign
         got, same_dtype = (twice(pool(library, case), x, dy, [direction]) for library in (CF, F))
         exact = helpers.mapped(lambda t: t, (x, dy, [direction]))
         assert_exact(got[0].cpu(), twice(pool(F, case), *exact)[0], "ddy")

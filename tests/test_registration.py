@@ -35,6 +35,11 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "chann
     return helpers.laid_out(helpers.randn(shape, dtype, "cpu", helpers.generator(str(shape))), layout)
 
 
+def _positions(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices below `count`, like x; a position may occur twice."""
+    return torch.arange(x.numel()).view(x.shape) * 7 % count
+
+
 def op_arguments(name: str, layout: str = "channels_last") -> Any:
     """(op, its arguments) for each registered op; floating tensors want gradients where the op has them."""
 
@@ -65,6 +70,19 @@ def op_arguments(name: str, layout: str = "channels_last") -> Any:
         if name == "max_pool2d_indices":
             return ops.max_pool2d_indices.default, (offsets, *X[2:], *WINDOW, 1, 1, "")
         return ops.max_pool2d_backward.default, (t(*pooled), offsets, *X[2:], last, *WINDOW, 1, 1, "")
+    if name.startswith("adaptive_max_pool2d"):
+        forward = (t(*X), 3, 4, True, "")
+        if name == "adaptive_max_pool2d":
+            return ops.adaptive_max_pool2d.default, forward
+        offsets = ops.adaptive_max_pool2d(*forward)[1]
+        if name == "adaptive_max_pool2d_indices":
+            return ops.adaptive_max_pool2d_indices.default, (offsets, *X[2:], "")
+        return ops.adaptive_max_pool2d_backward.default, (t(2, 6, 3, 4), offsets, *X[2:], last, "")
+    if name.startswith("max_unpool2d"):
+        indices = _positions(t(*X), 8 * 10)
+        if name == "max_unpool2d":
+            return ops.max_unpool2d.default, (t(*X), indices, 8, 10, "")
+        return ops.max_unpool2d_backward.default, (t(2, 6, 8, 10), indices, last, "")
     if name == "avg_pool2d":
         return ops.avg_pool2d.default, (t(*X), *WINDOW, False, False, 0, "")
     if name == "avg_pool2d_backward":
@@ -97,6 +115,11 @@ OPS = (
     "max_pool2d",
     "max_pool2d_backward",
     "max_pool2d_indices",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_backward",
+    "adaptive_max_pool2d_indices",
+    "max_unpool2d",
+    "max_unpool2d_backward",
     "avg_pool2d",
     "avg_pool2d_backward",
     "adaptive_avg_pool2d",
@@ -169,6 +192,9 @@ CALLS = (
     Call("max_pool2d", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), (1, 0)), (X,)),
     Call("max_pool2d-indices", lambda x: CF.max_pool2d(x, (3, 2), (2, 1), return_indices=True)[0], (X,)),
     Call("avg_pool2d", lambda x: CF.avg_pool2d(x, (3, 2), (2, 1), (1, 0), True, False), (X,)),
+    Call("adaptive_max_pool2d", lambda x: CF.adaptive_max_pool2d(x, (3, None)), (X,)),
+    Call("adaptive_max_pool2d-indices", lambda x: CF.adaptive_max_pool2d(x, 4, return_indices=True)[0], (X,)),
+    Call("max_unpool2d", lambda x: CF.max_unpool2d(x, _positions(x, 35), (2, 3), 1, 1), (X,)),
     Call("adaptive_avg_pool2d", lambda x: CF.adaptive_avg_pool2d(x, (3, None)), (X,)),
     Call("batch_norm", _batch_norm, (X, (6,), (6,))),
     *(Call(f"conv2d_act-{name}", _conv2d_act(name), (X, WEIGHT, (4,), Y)) for name in ACTIVATIONS),

@@ -251,6 +251,47 @@ def max_pool2d_indices(offsets: Tensor, H: int, W: int, kernel_h: int, kernel_w:
     return _taps_to_plane(offsets, H, W, kernel_w, *window)
 
 
+def _windows(size: int, windows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each adaptive window begins along an axis, and how long it is."""
+    at = torch.arange(windows, device=device)
+    begin, end = at * size // max(windows, 1), ((at + 1) * size + windows - 1) // max(windows, 1)
+    return begin, end - begin
+
+
+def adaptive_max_pool2d_forward(x: Tensor, P: int, Q: int, need_offsets: bool) -> tuple[Tensor, Tensor | None]:
+    y, indices = aten.adaptive_max_pool2d(x, (P, Q))
+    if not need_offsets:
+        return y, None
+    (top, _), (left, width) = _windows(x.shape[2], P, x.device), _windows(x.shape[3], Q, x.device)
+    offsets = (indices // x.shape[3] - top[:, None]) * width + indices % x.shape[3] - left
+    return y, offsets.to(torch.int32).contiguous(memory_format=torch.channels_last)
+
+
+def adaptive_max_pool2d_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool) -> Tensor:
+    x = _pooled(dy, H, W, channels_last)
+    if dy.numel() == 0:
+        return x.zero_()
+    return aten.adaptive_max_pool2d_backward(dy, x, adaptive_max_pool2d_indices(offsets, H, W))
+
+
+def adaptive_max_pool2d_indices(offsets: Tensor, H: int, W: int) -> Tensor:
+    (top, _), (left, width) = (
+        _windows(size, count, offsets.device) for size, count in zip((H, W), offsets.shape[2:], strict=True)
+    )
+    taps = offsets.long()
+    return (top[:, None] + taps // width) * W + left + taps % width
+
+
+def max_unpool2d_forward(x: Tensor, indices: Tensor, P: int, Q: int) -> Tensor:
+    return aten.max_unpool2d(x, indices, (P, Q))
+
+
+def max_unpool2d_backward(dy: Tensor, indices: Tensor, channels_last: bool) -> Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dx = dy.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+    return dx.contiguous(memory_format=layout)
+
+
 def avg_pool2d_forward(
     x: Tensor,
     kernel_h: int,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..geometry import Conv2dProblem
+from ..geometry import Conv2dProblem, Pool2dProblem
 from . import Support, no
-from .native import Library, Problem, within_limits
+from .native import INT_MAX, Library, Problem, within_limits
 
 NAME = "cpu"
 devices = ("cpu",)
@@ -25,4 +25,8 @@ def supports(function: str, problem: Problem) -> Support:
         return no(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
     if isinstance(problem, Conv2dProblem) and problem.C == 0:
         return no("a convolution without input channels has nothing to sum")
+    if isinstance(problem, Pool2dProblem) and "max_pool2d" in function:
+        window = problem.R * problem.S or problem.H * problem.W  # an adaptive window has no more taps than the input
+        if window > INT_MAX:
+            return no(f"a window of {window} taps is beyond 32-bit offsets")
     return within_limits(problem)

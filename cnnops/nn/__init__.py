@@ -3,10 +3,11 @@
 from cnnops.nn.blocks import ConvBNAct
 from cnnops.nn.conv import Conv2d, Conv2dAct, ConvTranspose2d
 from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
-from cnnops.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from cnnops.nn.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d, MaxUnpool2d
 
 __all__ = [
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
     "AvgPool2d",
     "BatchNorm2d",
     "BatchNormAct2d",
@@ -15,4 +16,5 @@ __all__ = [
     "ConvBNAct",
     "ConvTranspose2d",
     "MaxPool2d",
+    "MaxUnpool2d",
 ]

@@ -1,4 +1,4 @@
-"""Maximum, average and adaptive average pooling, and their gradients."""
+"""Maximum and average pooling, over sliding and adaptive windows, and their gradients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,51 @@ class MaxPool2dBackward(Function):
     def backward(ctx: Any, ddx: Tensor) -> Any:
         indices = max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
         ddy = ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
-        return (None, ddy, *[None] * 13)
+        return (None, torch.zeros_like(ddy) if _tapless(*ctx.args[:-1]) else ddy, *[None] * 13)
+
+
+def _tapless(H: int, W: int, *window: int) -> bool:
+    """Whether no window has a tap inside the input: along one axis there is one window, which begins in the padding and
+    steps over the input. Where a second one fits, both have a tap inside."""
+    _, _, _, _, pad_h, pad_w, dilation_h, dilation_w = window
+    return -pad_h % dilation_h >= H or -pad_w % dilation_w >= W
+
+
+class AdaptiveMaxPool2d(Function):
+    """Keeps where each maximum was, as offsets inside its window."""
+
+    @staticmethod
+    def forward(run: Any, x: Tensor, *args: Any) -> Any:
+        P, Q, _, backend = args
+        return run(x, P, Q, True, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, x, *_, backend = inputs
+        ctx.args = (*x.shape[2:], is_channels_last(x), backend)
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> Any:
+        dx = None if dy is None else adaptive_max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.args)
+        return None, dx, None, None, None, None
+
+
+class AdaptiveMaxPool2dBackward(Function):
+    """Scatters dy to the maxima; so its gradient gathers from there."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, offsets, H, W, _, backend = inputs
+        ctx.args = (H, W, backend)
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> Any:
+        indices = adaptive_max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
+        return None, ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape), None, None, None, None, None
 
 
 class AvgPool2d(Function):
@@ -141,6 +185,26 @@ def _describe_max_indices(offsets: Tensor, H: int, W: int, *args: Any) -> Pool2d
     return Pool2dProblem(N, C, H, W, R, S, P, Q, *_six(geometry), torch.float32, offsets.device.type, True)
 
 
+def _describe_adaptive_max(x: Tensor, P: int, Q: int, *_: Any) -> Pool2dProblem:
+    return Pool2dProblem.adaptive("adaptive_max_pool2d", x, P, Q, least_channels=1)
+
+
+def _describe_adaptive_max_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, *_: Any) -> Any:
+    if offsets.dtype != torch.int32:
+        raise RuntimeError(
+            f"adaptive_max_pool2d_backward: expected offsets of dtype torch.int32, but got {offsets.dtype}"
+        )
+    if dy.shape != offsets.shape:
+        raise RuntimeError(
+            f"adaptive_max_pool2d_backward: expected dy like offsets, {list(offsets.shape)}, but got {list(dy.shape)}"
+        )
+    return _of_gradient("adaptive_max_pool2d_backward", dy, H, W, channels_last, (0,) * 8)
+
+
+def _describe_adaptive_max_indices(offsets: Tensor, H: int, W: int, *_: Any) -> Pool2dProblem:
+    return _describe_max_indices(offsets, H, W, *(0,) * 8)
+
+
 def _describe_avg_backward(dy: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Pool2dProblem:
     return _of_gradient("avg_pool2d_backward", dy, H, W, channels_last, (*args[:6], 1, 1))
 
@@ -158,6 +222,11 @@ def _fake_max(problem: Pool2dProblem, x: Tensor, *args: Any) -> Any:
     if args[-2]:
         dtype = _offset_dtype(problem.R, problem.S)
         offsets = empty(x, (problem.N, problem.C, problem.P, problem.Q), True, dtype)
+    return _fake(problem, x), offsets
+
+
+def _fake_adaptive_max(problem: Pool2dProblem, x: Tensor, P: int, Q: int, need_offsets: bool, backend: str) -> Any:
+    offsets = empty(x, (problem.N, problem.C, P, Q), True, torch.int32) if need_offsets else None
     return _fake(problem, x), offsets
 
 
@@ -193,6 +262,32 @@ max_pool2d_indices = register(
     tensors=1,
     kernel="max_pool2d_indices",
     describe=_describe_max_indices,
+    fake=_fake_indices,
+)
+adaptive_max_pool2d = register(
+    "adaptive_max_pool2d",
+    "(Tensor x, int P, int Q, bool need_offsets, str backend) -> (Tensor, Tensor?)",
+    tensors=1,
+    kernel="adaptive_max_pool2d_forward",
+    describe=_describe_adaptive_max,
+    fake=_fake_adaptive_max,
+    function=AdaptiveMaxPool2d,
+)
+adaptive_max_pool2d_backward = register(
+    "adaptive_max_pool2d_backward",
+    "(Tensor dy, Tensor offsets, int H, int W, bool channels_last, str backend) -> Tensor",
+    tensors=2,
+    kernel="adaptive_max_pool2d_backward",
+    describe=_describe_adaptive_max_backward,
+    fake=_fake_gradient,
+    function=AdaptiveMaxPool2dBackward,
+)
+adaptive_max_pool2d_indices = register(
+    "adaptive_max_pool2d_indices",
+    "(Tensor offsets, int H, int W, str backend) -> Tensor",
+    tensors=1,
+    kernel="adaptive_max_pool2d_indices",
+    describe=_describe_adaptive_max_indices,
     fake=_fake_indices,
 )
 avg_pool2d = register(

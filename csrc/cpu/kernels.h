@@ -16,6 +16,12 @@
   _(max_pool2d_forward)           \
   _(max_pool2d_backward)          \
   _(max_pool2d_indices)           \
+  _(adaptive_max_pool2d_forward)  \
+  _(adaptive_max_pool2d_backward) \
+  _(adaptive_max_pool2d_indices)  \
+  _(max_unpool2d_misplaced)       \
+  _(max_unpool2d_forward)         \
+  _(max_unpool2d_backward)        \
   _(avg_pool2d_forward)           \
   _(avg_pool2d_backward)          \
   _(adaptive_avg_pool2d_forward)  \
