@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
 
@@ -17,6 +18,7 @@ from .geometry import is_channels_last
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
+from .ops.conv2d_bn_act import conv2d_bn_act as _conv2d_bn_act
 from .ops.pool2d import adaptive_avg_pool2d as _adaptive_avg_pool2d
 from .ops.pool2d import avg_pool2d as _avg_pool2d
 from .ops.pool2d import max_pool2d as _max_pool2d
@@ -29,6 +31,7 @@ __all__ = [
     "batch_norm_act",
     "conv2d",
     "conv2d_act",
+    "conv2d_bn_act",
     "max_pool2d",
 ]
 
@@ -79,6 +82,12 @@ def _check_flags(function: str, **flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{function}: {name} must be a bool, but got {name}={value!r}")
+
+
+def _check_floats(function: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"{function}: {name} must be a float, but got {name}={value!r}")
 
 
 def _padding(
@@ -171,6 +180,69 @@ def conv2d_act(
     y: Tensor = _conv2d_act(
         batch, weight, bias, residual, *stride, *padding, *dilation, groups, 0, activation, False, scope.backend
     )[0]
+    return y.squeeze(0) if x.dim() == 3 else y
+
+
+def conv2d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """activation(batch_norm(conv2d(x, weight, bias, ...), ...) + residual): `batch_norm_act` of `conv2d`.
+
+    With training=False in one pass over the output, which is rounded once: activation(conv(x) * scale + shift +
+    residual), scale = bn_weight / sqrt(running_var + eps), shift = (bias - running_mean) * scale + bn_bias. These are
+    computed anew by each call, in float32 or wider. Where a gradient is wanted (a frozen batch norm) or a torch.func
+    transform is active it is two ops, and rounds after each. With training=True it is always the two, and moves the
+    running statistics.
+
+    x, weight, bias, stride, padding, dilation, groups: as `conv2d`; running_mean, running_var, bn_weight, bn_bias: [K]
+    or None, of one dtype, x's or float32; training, momentum, eps: as `batch_norm`; residual: like the output, or None;
+    activation: none, relu, relu6, silu, hardswish or sigmoid. Returns [.., K, P, Q]. Autocast lowers x, weight, bias and
+    residual. Raises what `conv2d` and `batch_norm` raise: RuntimeError for running statistics that are None with
+    training=False, ValueError for another activation.
+    """
+    _check_tensor("conv2d_bn_act", "x", x)
+    _check_tensor("conv2d_bn_act", "weight", weight)
+    _check_optional(
+        "conv2d_bn_act",
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+        residual=residual,
+    )
+    _check_flags("conv2d_bn_act", training=training)
+    _check_floats("conv2d_bn_act", momentum=momentum, eps=eps)
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    if residual is not None and x.dim() == 3:
+        residual = residual.unsqueeze(0)
+    if training or running_mean is None or running_var is None:
+        z = conv2d(batch, weight, bias, stride, padding, dilation, groups)
+        if residual is not None and torch.is_autocast_enabled(z.device.type):
+            residual = residual.to(z.dtype)
+        statistics = (running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        y = batch_norm_act(z, *statistics, residual, activation)
+    else:
+        groups = _one_int("conv2d_bn_act", "groups", groups)
+        stride, dilation = _pair("conv2d_bn_act", "stride", stride), _pair("conv2d_bn_act", "dilation", dilation)
+        batch, padding = _padding("conv2d_bn_act", batch, weight, stride, padding, dilation)
+        tensors = (batch, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias)
+        y = _conv2d_bn_act(*tensors, *stride, *padding, *dilation, groups, 0, eps, activation, scope.backend)
     return y.squeeze(0) if x.dim() == 3 else y
 
 
@@ -297,8 +369,7 @@ def batch_norm_act(
         "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
     )
     _check_flags("batch_norm", training=training)
-    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
-        raise TypeError(f"batch_norm: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
+    _check_floats("batch_norm", momentum=momentum, eps=eps)
     y: Tensor = _batch_norm_act(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, scope.backend
     )[0]
