@@ -67,8 +67,8 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run ``call(*args, **kwargs)`` and its gradients, and why each other one would not.
 
     call: a function made of cnnops ops, e.g. ``cnnops.functional.conv2d`` or a module. Nothing is computed: the call
-    runs on fake tensors. A gradient is explained where a floating tensor argument or parameter could require one.
-    A wrong call raises as it would.
+    runs on fake tensors, once as in inference and once for its gradients, which are explained where a floating tensor
+    argument or parameter could require one. A wrong call raises as it would.
     """
     seen: dict[tuple[str, Problem, str], Decision] = {}
 
@@ -86,14 +86,18 @@ def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     observers.append(observe)
     try:
-        with mode, torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        with mode, torch.autograd.set_multithreading_enabled(False):
+            run: Callable[..., Any] = call
+            args, kwargs = tree_map(fake, (args, kwargs))
             if isinstance(call, torch.nn.Module):
                 state = {name: fake(t) for name, t in call.state_dict(keep_vars=True).items()}
                 buffers = {name for name, _ in call.named_buffers()}
                 state = {name: t.detach() if name in buffers else t for name, t in state.items()}
-                result = torch.func.functional_call(call, state, *tree_map(fake, (args, kwargs)))
-            else:
-                result = call(*tree_map(fake, args), **tree_map(fake, kwargs))
+                run, args, kwargs = torch.func.functional_call, (call, state, args, kwargs), {}
+            with torch.no_grad():
+                run(*args, **kwargs)  # as inference does: with gradients, an op may be made of others
+            with torch.enable_grad():
+                result = run(*args, **kwargs)
             total = [y.sum() for y in tree_leaves(result) if isinstance(y, Tensor) and y.requires_grad]
             if total:
                 torch.autograd.backward(total)

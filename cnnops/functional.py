@@ -9,14 +9,16 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
 
 from .dispatch import scope
-from .geometry import PADDING_MODES, is_channels_last, pad_mode_of
+from .geometry import is_channels_last, pad_mode_of
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
+from .ops.conv2d_bn_act import conv2d_bn_act as _conv2d_bn_act
 from .ops.conv_transpose2d import conv_transpose2d as _conv_transpose2d
 from .ops.max_unpool2d import max_unpool2d as _max_unpool2d
 from .ops.pool2d import adaptive_avg_pool2d as _adaptive_avg_pool2d
@@ -34,6 +36,7 @@ __all__ = [
     "batch_norm_act",
     "conv2d",
     "conv2d_act",
+    "conv2d_bn_act",
     "conv_transpose2d",
     "max_pool2d",
     "max_unpool2d",
@@ -88,15 +91,24 @@ def _check_flags(function: str, **flags: Any) -> None:
             raise TypeError(f"{function}: {name} must be a bool, but got {name}={value!r}")
 
 
+def _check_floats(function: str, **numbers: Any) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"{function}: {name} must be a float, but got {name}={value!r}")
+
+
 def _padding(
-    function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, pad_mode: int
-) -> tuple[Tensor, tuple[int, int]]:
-    """The input and the padding of each side. Padding "same" of an even kernel is uneven: its odd row and column, at the
-    end as in torch, are added to the input; in another mode than zeros that means all of the padding."""
+    function: str, input: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, padding_mode: str
+) -> tuple[Tensor, tuple[int, int], int]:
+    """The input, the padding of each side and the mode's place in `PADDING_MODES`. Padding "same" of an even kernel is
+    uneven: its odd row and column, at the end as in torch, are added to the input; in another mode than zeros that means
+    all of the padding."""
+    pad_mode = pad_mode_of(function, padding_mode)
     if not isinstance(padding, str):
-        return input, _pair(function, "padding", padding)
+        pads = _pair(function, "padding", padding)
+        return input, pads, 0 if pads == (0, 0) else pad_mode
     if padding == "valid":
-        return input, (0, 0)
+        return input, (0, 0), 0
     if padding != "same":
         raise RuntimeError(f"{function}: padding must be 'same', 'valid' or numbers, but got padding={padding!r}")
     if stride != (1, 1):
@@ -107,9 +119,9 @@ def _padding(
     if total_h % 2 or total_w % 2:
         if pad_mode:
             sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
-            return F.pad(input, sides, PADDING_MODES[pad_mode]), (0, 0)
+            return F.pad(input, sides, padding_mode), (0, 0), 0
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
-    return input, (pad_h, pad_w)
+    return input, (pad_h, pad_w), 0 if (pad_h, pad_w) == (0, 0) else pad_mode
 
 
 def _check_dims(function: str, name: str, t: Tensor) -> None:
@@ -148,14 +160,11 @@ def conv2d(
     dilation_h, dilation_w = (dilation, dilation) if type(dilation) is int else _pair("conv2d", "dilation", dilation)
     batched = input.dim() != 3
     x = input if batched else input.unsqueeze(0)
-    pad_mode = 0 if padding_mode == "zeros" else pad_mode_of("conv2d", padding_mode)
-    if type(padding) is int:
-        pad_h = pad_w = padding
+    if type(padding) is int and padding_mode == "zeros":
+        pad_h, pad_w, pad_mode = padding, padding, 0
     else:
         strides, dilations = (stride_h, stride_w), (dilation_h, dilation_w)
-        x, (pad_h, pad_w) = _padding("conv2d", x, weight, strides, padding, dilations, pad_mode)
-    if not (pad_h or pad_w):
-        pad_mode = 0
+        x, (pad_h, pad_w), pad_mode = _padding("conv2d", x, weight, strides, padding, dilations, padding_mode)
     y: Tensor = _conv2d(
         x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode, scope.backend
     )
@@ -188,10 +197,7 @@ def conv2d_act(
     batch = x.unsqueeze(0) if x.dim() == 3 else x
     if residual is not None and x.dim() == 3:
         residual = residual.unsqueeze(0)
-    pad_mode = pad_mode_of("conv2d_act", padding_mode)
-    batch, padding = _padding("conv2d_act", batch, weight, stride, padding, dilation, pad_mode)
-    if padding == (0, 0):
-        pad_mode = 0
+    batch, padding, pad_mode = _padding("conv2d_act", batch, weight, stride, padding, dilation, padding_mode)
     y: Tensor = _conv2d_act(
         batch, weight, bias, residual, *stride, *padding, *dilation, groups, pad_mode, activation, False, scope.backend
     )[0]
@@ -225,6 +231,71 @@ def conv_transpose2d(
     x = input.unsqueeze(0) if input.dim() == 3 else input
     y: Tensor = _conv_transpose2d(x, weight, bias, *strides, *pads, *output_pads, *dilations, groups, scope.backend)
     return y.squeeze(0) if input.dim() == 3 else y
+
+
+def conv2d_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    *,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """activation(batch_norm(conv2d(x, weight, bias, ...), ...) + residual): `batch_norm_act` of `conv2d`.
+
+    With training=False in one pass over the output, which is rounded once: activation(conv(x) * scale + shift +
+    residual), scale = bn_weight / sqrt(running_var + eps), shift = (bias - running_mean) * scale + bn_bias. These are
+    computed anew by each call, in float32 or wider. Where a gradient is wanted (a frozen batch norm) or a torch.func
+    transform is active it is two ops, and rounds after each. With training=True it is always the two, and moves the
+    running statistics.
+
+    x, weight, bias, stride, padding, dilation, groups, padding_mode: as `conv2d`; running_mean, running_var, bn_weight, bn_bias: [K]
+    or None, of one dtype, x's or float32; training, momentum, eps: as `batch_norm`; residual: like the output, or None;
+    activation: none, relu, relu6, silu, hardswish or sigmoid. Returns [.., K, P, Q]. Autocast lowers x, weight, bias and
+    residual. Raises what `conv2d` and `batch_norm` raise: RuntimeError for running statistics that are None with
+    training=False, ValueError for another activation.
+    """
+    _check_tensor("conv2d_bn_act", "x", x)
+    _check_tensor("conv2d_bn_act", "weight", weight)
+    _check_optional(
+        "conv2d_bn_act",
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+        residual=residual,
+    )
+    _check_flags("conv2d_bn_act", training=training)
+    _check_floats("conv2d_bn_act", momentum=momentum, eps=eps)
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    if residual is not None and x.dim() == 3:
+        residual = residual.unsqueeze(0)
+    if training or running_mean is None or running_var is None:
+        z = conv2d(batch, weight, bias, stride, padding, dilation, groups, padding_mode=padding_mode)
+        if residual is not None and torch.is_autocast_enabled(z.device.type):
+            residual = residual.to(z.dtype)
+        statistics = (running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        y = batch_norm_act(z, *statistics, residual, activation)
+    else:
+        groups = _one_int("conv2d_bn_act", "groups", groups)
+        stride, dilation = _pair("conv2d_bn_act", "stride", stride), _pair("conv2d_bn_act", "dilation", dilation)
+        batch, padding, pad_mode = _padding("conv2d_bn_act", batch, weight, stride, padding, dilation, padding_mode)
+        tensors = (batch, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias)
+        y = _conv2d_bn_act(*tensors, *stride, *padding, *dilation, groups, pad_mode, eps, activation, scope.backend)
+    return y.squeeze(0) if x.dim() == 3 else y
 
 
 def _window(
@@ -461,8 +532,7 @@ def batch_norm_act(
         "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
     )
     _check_flags("batch_norm", training=training)
-    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
-        raise TypeError(f"batch_norm: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
+    _check_floats("batch_norm", momentum=momentum, eps=eps)
     y: Tensor = _batch_norm_act(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, scope.backend
     )[0]

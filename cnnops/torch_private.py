@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import _C
+from torch import _C, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "unwrapped",
+    "watched",
 ]
 
 below_autograd = _C._AutoDispatchBelowAutograd
@@ -46,6 +48,19 @@ autocasting = _C._is_any_autocast_enabled
 def unwrapped(op: OpOverload) -> Callable[..., Any]:
     """What calling `op` calls, without the Python frame in between."""
     return op._op
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks of its own or of all modules, or a forward
+    that was set on it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+        or "forward" in module.__dict__
+    )
 
 
 def autocast_keys(device: str) -> _C.DispatchKeySet:

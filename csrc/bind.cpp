@@ -356,6 +356,33 @@ struct ConvGradients {
   }
 };
 
+Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, OptionalTensor residual,
+                             const Tensor& running_mean, const Tensor& running_var, OptionalTensor bn_weight,
+                             OptionalTensor bn_bias, CNNOPS_CONV2D_PARAMS, double eps, std::string activation) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x), acc = accumulation(x.scalar_type());
+  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const bool channels_last = is_channels_last(x) || is_channels_last(weight);
+  const Output y(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  if (y.numel() == 0) return y.finish(launch);
+  const std::array<int64_t, 1> channels{problem.K};
+  const Tensor scale = empty(channels, acc, x, false), shift = empty(channels, acc, x, false);
+  const OptionalTensor conv_bias = vector(bias, acc, launch), mean = vector(running_mean, acc, launch),
+                       var = vector(running_var, acc, launch), w = vector(bn_weight, acc, launch),
+                       b = vector(bn_bias, acc, launch);
+  kernels().fold_batch_norm(
+      problem.dtype, problem.K, eps,
+      {pointer(conv_bias), pointer(mean), pointer(var), pointer(w), pointer(b), scale.data_ptr(), shift.data_ptr()},
+      launch);
+  const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
+  const OptionalTensor dense_residual = nhwc(residual, compute, launch);
+  const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
+  const Epilogue epilogue{shift.data_ptr(), pointer(dense_residual), activation_of(activation), scale.data_ptr()};
+  kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y.data(), workspace.data(),
+                           launch);
+  return y.finish(launch);
+}
+
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const Tensor& dy, const Tensor& x,
                                                                            const Tensor& weight, CNNOPS_CONV2D_PARAMS,
                                                                            bool need_dx, bool need_dweight,
@@ -779,6 +806,7 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
   CNNOPS_IMPL(activation_forward, conv2d_act_forward);
   CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_forward);
   CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_backward);
+  CNNOPS_IMPL(fold_batch_norm, conv2d_bn_act_forward);
   CNNOPS_IMPL(activation_backward, activation_backward);
   CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
   CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);

@@ -14,11 +14,12 @@ namespace cnnops {
 
 using Stream = void*;  // cudaStream_t on CUDA; null on a CPU
 
-// Applied to the convolution's sum before it is rounded: activation(sum + bias[k] + residual[n,p,q,k]).
+// Applied to the convolution's sum before it is rounded: activation(sum * scale[k] + bias[k] + residual[n,p,q,k]).
 struct Epilogue {
   const void* bias;      // [K] or null
   const void* residual;  // like y, or null
   Activation activation;
+  const void* scale = nullptr;  // [K] or null; bias and scale are then in the accumulation type. See fold_batch_norm.
 };
 
 struct BatchNormForward {
@@ -26,6 +27,13 @@ struct BatchNormForward {
   const void *weight, *bias;         // [C] or null
   void *running_mean, *running_var;  // [C] or null; updated when training, read otherwise
   void *y, *mean, *rstd;             // mean and rstd [C]: the statistics that were used
+};
+
+// The epilogue's part of batch norm with running statistics, after a convolution with conv_bias:
+// scale = weight / sqrt(running_var + eps), shift = (conv_bias - running_mean) * scale + bias.
+struct BatchNormFold {
+  const void *conv_bias, *running_mean, *running_var, *weight, *bias;  // [C]; all but the statistics may be null
+  void *scale, *shift;                                                 // [C]
 };
 
 struct BatchNormBackward {
@@ -70,6 +78,8 @@ struct Kernels {
 
   void (*batch_norm_act_forward)(const NormProblem&, const BatchNormForward&, Stream);
   void (*batch_norm_act_backward)(const NormProblem&, const BatchNormBackward&, Stream);
+  // A backend that has it applies Epilogue::scale in conv2d_forward.
+  void (*fold_batch_norm)(DType, int64_t channels, double eps, const BatchNormFold&, Stream);
 
   void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
 

@@ -25,6 +25,10 @@
     "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                                     \
     ", bool need_dx, bool need_dweight, bool need_dbias",                                                              \
     "(Tensor?, Tensor?, Tensor?)")                                                                                     \
+  _(conv2d_bn_act_forward,                                                                                             \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "               \
+    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                                \
+    "Tensor")                                                                                                          \
   _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                          \
   _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")     \
   _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last, " CNNOPS_MAX_POOL2D, "Tensor")  \

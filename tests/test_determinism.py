@@ -65,6 +65,21 @@ def test_conv2d(case: Any, dtype: torch.dtype) -> None:
         same_for_any_thread_count(lambda x, w, b: CF.conv2d(x, w, b, **case.arguments()), inputs)
 
 
+@pytest.mark.parametrize("case", CONVS, ids=lambda case: case.id)
+def test_conv2d_bn_act(case: Any) -> None:
+    x, weight, bias = helpers.conv2d_inputs(case, torch.float32, "channels_last", "cpu")
+    random = helpers.generator(case.id)
+    vectors = [helpers.randn((case.K,), torch.float32, "cpu", random) for _ in range(4)]
+    vectors[1] = vectors[1].square() + 0.1
+    found = []
+    with cnnops.use_backend("cpu"):
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(CF.conv2d_bn_act(x, weight, bias, *vectors, **case.arguments()))
+    for y in found[1:]:
+        assert_same_bits(y, found[0])
+
+
 @pytest.mark.parametrize("case", POOLS, ids=lambda case: case.id)
 def test_pool2d(case: Any) -> None:
     x = helpers.randn(case.x_shape, torch.float32, "cpu", helpers.generator(case.id))

@@ -58,7 +58,7 @@ def test_the_table_is_covered() -> None:
 
 
 FUNCTIONS = {
-    "conv2d": ("conv2d_forward", "conv2d_backward", "conv2d_act_forward"),
+    "conv2d": ("conv2d_forward", "conv2d_backward", "conv2d_act_forward", "conv2d_bn_act_forward"),
     "conv_transpose2d": ("conv_transpose2d_forward", "conv_transpose2d_backward"),
     "max_pool2d": ("max_pool2d_forward", "max_pool2d_backward", "max_pool2d_indices"),
     "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_backward"),
@@ -271,7 +271,9 @@ def test_lower_isa_levels(level: str) -> None:
     """Every level's kernels against torch, over the quick tests; the best level runs all the others."""
     program = f"import cnnops; assert cnnops.info()['backends']['cpu']['built']['isa'] == {level!r}"
     assert python(program, CNNOPS_CPU_ISA=level).returncode == 0
-    files = [str(TESTS / f"test_{stem}.py") for stem in ("conv2d", "conv2d_act", "pool2d", "batch_norm")]
+    files = [
+        str(TESTS / f"test_{stem}.py") for stem in ("conv2d", "conv2d_act", "conv2d_bn_act", "pool2d", "batch_norm")
+    ]
     command = [
         sys.executable,
         "-m",

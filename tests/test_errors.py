@@ -449,7 +449,7 @@ def test_call_at_the_edge(id: str) -> None:
 
 
 @pytest.mark.parametrize("id", ["residual-shape", "residual-dtype", "activation"])
-@pytest.mark.parametrize("op", ["conv2d_act", "batch_norm_act"])
+@pytest.mark.parametrize("op", ["conv2d_act", "conv2d_bn_act", "batch_norm_act"])
 def test_wrong_fused_call(op: str, id: str) -> None:
     x, residual, activation = zeros(2, 4, 5, 5), zeros(2, 4, 5, 5), "relu"
     expected: tuple[type[Exception], tuple[str, ...]] = (RuntimeError, ("residual",))
@@ -464,12 +464,87 @@ def test_wrong_fused_call(op: str, id: str) -> None:
         expected = ValueError, ("activation", "gelu", "relu", "silu")
     calls = {
         "conv2d_act": lambda: CF.conv2d_act(x, zeros(4, 4, 1, 1), residual=residual, activation=activation),
+        "conv2d_bn_act": lambda: CF.conv2d_bn_act(
+            x, zeros(4, 4, 1, 1), None, *[torch.ones(4)] * 4, residual=residual, activation=activation
+        ),
         "batch_norm_act": lambda: CF.batch_norm_act(x, *[torch.ones(4)] * 4, False, 0.1, 1e-5, residual, activation),
     }
     with pytest.raises(expected[0]) as raised:
         calls[op]()
     for word in expected[1]:
         assert word in str(raised.value)
+
+
+def _composed(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    bn_weight: Any,
+    bn_bias: Any,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+    **geometry: Any,
+) -> torch.Tensor:
+    """conv2d_bn_act by torch."""
+    z = F.conv2d(x, weight, bias, **geometry)
+    return F.relu(F.batch_norm(z, mean, var, bn_weight, bn_bias, training, momentum, eps))
+
+
+def _differentiable(x: Any, weight: Any, *rest: Any, **arguments: Any) -> torch.Tensor:
+    """conv2d_bn_act where it is two ops."""
+    weight = weight.detach().requires_grad_() if isinstance(weight, torch.Tensor) else weight
+    return CF.conv2d_bn_act(x, weight, *rest, **arguments).detach()
+
+
+def conv2d_bn_act(
+    x: Any = (2, 3, 5, 5), weight: Any = (4, 3, 3, 3), bias: Any = None, mean: Any = 4, var: Any = 4, bn_weight: Any = 4,
+    bn_bias: Any = 4, **arguments: Any,
+) -> Any:  # fmt: skip
+    x, weight = (zeros(*t) if isinstance(t, tuple) else t for t in (x, weight))
+    vectors = [torch.ones(t) if isinstance(t, int) else t for t in (mean, var, bn_weight, bn_bias)]
+    return lambda function: function(x, weight, bias, *vectors, **arguments)
+
+
+WRONG_FOLD = (
+    Wrong("x-type", conv2d_bn_act(x=None), TypeError, ("x", "None")),
+    Wrong("weight-type", conv2d_bn_act(weight=[1.0]), TypeError, ("weight", "list")),
+    Wrong("mean-type", conv2d_bn_act(mean=[1.0]), TypeError, ("running_mean", "list")),
+    Wrong("training-type", conv2d_bn_act(training=1), TypeError, ("training", "1")),
+    Wrong("eps-type", conv2d_bn_act(eps=None), TypeError, ("eps", "None")),
+    Wrong("stride-type", conv2d_bn_act(stride=1.5), TypeError, ("stride", "1.5")),
+    Wrong("groups-type", conv2d_bn_act(groups=1.0), TypeError, ("groups", "1.0")),
+    Wrong("no-statistics", conv2d_bn_act(mean=None, var=None), RuntimeError, ("running_mean", "None")),
+    Wrong("mean-length", conv2d_bn_act(mean=3), RuntimeError, ("running_mean", "[4]", "[3]")),
+    Wrong("var-length", conv2d_bn_act(var=5), RuntimeError, ("running_var", "[4]", "[5]")),
+    Wrong("weight-length", conv2d_bn_act(bn_weight=5), RuntimeError, ("weight", "[4]", "[5]")),
+    Wrong("bias-length", conv2d_bn_act(bn_bias=1), RuntimeError, ("bias", "[4]", "[1]")),
+    Wrong("conv-bias-length", conv2d_bn_act(bias=zeros(3)), RuntimeError, ("bias", "[4]", "[3]")),
+    Wrong("channels", conv2d_bn_act((2, 4, 5, 5)), RuntimeError, ("channels", "4", "3")),
+    Wrong("kernel", conv2d_bn_act((2, 3, 2, 2)), RuntimeError, ("kernel", "3 x 3", "2 x 2")),
+    Wrong("padding-word", conv2d_bn_act(padding="full"), RuntimeError, ("padding", "'full'")),
+    Wrong("dtypes", conv2d_bn_act(zeros(2, 3, 5, 5, dtype=BFLOAT)), RuntimeError, ("bfloat16", "float32")),
+    Wrong("one-value", conv2d_bn_act((1, 3, 3, 3), training=True), ValueError, ("1 value per channel",)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("ours", [CF.conv2d_bn_act, _differentiable], ids=["one-pass", "two-ops"])
+@pytest.mark.parametrize("wrong", WRONG_FOLD, ids=lambda wrong: wrong.id)
+def test_wrong_folded_call(wrong: Wrong, ours: Callable[..., torch.Tensor]) -> None:
+    with pytest.raises(wrong.raises):
+        wrong.call(_composed)
+    with pytest.raises(wrong.raises) as raised:
+        wrong.call(ours)
+    for word in wrong.words:
+        assert word in str(raised.value), f"{word!r} is not in: {raised.value}"
+
+
+@pytest.mark.parametrize("ours", [CF.conv2d_bn_act, _differentiable], ids=["one-pass", "two-ops"])
+def test_folded_call_at_the_edge(ours: Callable[..., torch.Tensor]) -> None:
+    for call in (conv2d_bn_act((0, 3, 5, 5)), conv2d_bn_act(eps=0), conv2d_bn_act(padding="valid", stride=(2,))):
+        assert torch.equal(call(ours), call(_composed))
 
 
 def test_wrong_gradient_call() -> None:

@@ -15,6 +15,8 @@ half a unit each and independent, add 4 u magnitude / sqrt(length): four standar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,6 +80,20 @@ def assert_close(
             f"{ours.flatten()[worst].item()!r} where {reference.flatten()[worst].item()!r} was expected "
             f"within {allowed.flatten()[worst].item():.3g} ({_where(wrong)})"
         )
+
+
+def assert_close_in_double(ours: Sequence[Tensor], theirs: Sequence[Tensor], in_float: Sequence[Tensor]) -> None:
+    """Assert that ours is torch's where both computed in float64 and no formula gives the error: a network, a training
+    run.
+
+    in_float: torch's own float32 results, whose worst error over all tensors shows how rounding grows on the way; a unit
+    of float64 grows as much. torch may be off by one such error and we by two.
+    """
+    units = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    allowed = 3 * units * max((a.double() - b).abs().max() for a, b in zip(in_float, theirs, strict=True))
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        error = (a - b).abs().max()
+        assert error <= allowed, f"result {i} of shape {tuple(a.shape)}: off by {error:.3g}, beyond {allowed:.3g}"
 
 
 def assert_exact(ours: Tensor, reference: Tensor, what: str = "result", signed_zeros: bool = False) -> None:

@@ -175,6 +175,23 @@ def conv2d_act_forward(
     return (y.clone() if y is z else y), (z if need_z else None)
 
 
+def conv2d_bn_act_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *args: Any,
+) -> Tensor:
+    *geometry, eps, activation = args
+    z = conv2d_forward(x, weight, bias, *geometry)
+    z = F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, eps=eps)
+    return activate(z if residual is None else z + residual, activation)
+
+
 def activation_backward(dy: Tensor, saved: Tensor, activation: str) -> Tensor:
     if activation == "sigmoid":
         return dy * saved * (1 - saved)

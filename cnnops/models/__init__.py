@@ -2,8 +2,19 @@
 
 from cnnops.models import torch_layers
 from cnnops.models.registry import Layers, create_model, list_models, register_model
-from cnnops.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet34, resnet50
+from cnnops.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    torchvision_state_dict,
+)
 from cnnops.models.simple_cnn import SimpleCNN, simple_cnn
+from cnnops.models.vgg_style import VGGStyleCNN, vgg_style
 
 __all__ = [
     "BasicBlock",
@@ -11,12 +22,17 @@ __all__ = [
     "Layers",
     "ResNet",
     "SimpleCNN",
+    "VGGStyleCNN",
     "create_model",
     "list_models",
     "register_model",
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
     "simple_cnn",
     "torch_layers",
+    "torchvision_state_dict",
+    "vgg_style",
 ]

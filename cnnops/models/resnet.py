@@ -1,4 +1,8 @@
-"""Residual networks (He et al. 2015, arXiv:1512.03385); the stride of a Bottleneck is on its 3x3 convolution (v1.5)."""
+"""Residual networks (He et al. 2015, arXiv:1512.03385); the stride of a Bottleneck is on its 3x3 convolution (v1.5).
+
+Names are torchvision's, but for the blocks' projection, there `downsample` and here `shortcut`: `load_state_dict` takes
+either name, and `torchvision_state_dict` gives torchvision's.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,44 @@ from torch import Tensor, nn
 
 from cnnops import nn as cnn
 from cnnops.models.registry import Layers, initialise, register_model, scaled
+from cnnops.nn import conv_bn
 
 
-def _projection(in_channels: int, out_channels: int, stride: int, layers: Layers) -> nn.Module | None:
-    """The shortcut's 1x1 convolution where the block changes its input's shape; None where x itself is added."""
+class Projection(nn.Sequential):
+    """bn(conv1x1(x)): the shortcut of a block that changes its input's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_bn(self[0], self[1], x)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, layers: Layers) -> Projection | None:
+    """None where x itself is added."""
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(
+    return Projection(
         layers.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), layers.BatchNorm2d(out_channels)
     )
 
 
+def _take_torchvision_names(block: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a block loads: hand its shortcut the entries that torchvision calls downsample. Others keep their names, so
+    that what is missing or unexpected is reported as the file has it."""
+    if block.shortcut is None:
+        return
+    for key in block.shortcut.state_dict():
+        theirs, ours = f"{prefix}downsample.{key}", f"{prefix}shortcut.{key}"
+        if theirs in state_dict and ours not in state_dict:
+            state_dict[ours] = state_dict.pop(theirs)
+
+
+def torchvision_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of a `ResNet` under torchvision's names."""
+    return {key.replace(".shortcut.", ".downsample."): t for key, t in model.state_dict().items()}
+
+
 class BasicBlock(nn.Module):
-    """relu(bn(conv3x3(relu(bn(conv3x3(x))))) + shortcut(x)), with addition and activation fused into the last bn.
+    """relu(bn(conv3x3(relu(bn(conv3x3(x))))) + shortcut(x)): addition and activation are part of the last bn, and in
+    eval mode that of its convolution.
 
     [N, in_channels, H, W] to [N, channels, H / stride, W / stride].
     """
@@ -34,12 +63,13 @@ class BasicBlock(nn.Module):
         self.bn1 = layers.BatchNormAct2d(channels)
         self.conv2 = layers.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = layers.BatchNormAct2d(channels)
-        self.shortcut = _projection(in_channels, channels, stride, layers)
+        self.shortcut = _shortcut(in_channels, channels, stride, layers)
+        self.register_load_state_dict_pre_hook(_take_torchvision_names)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x)
-        x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x), residual)
+        x = conv_bn(self.conv1, self.bn1, x)
+        return conv_bn(self.conv2, self.bn2, x, residual)
 
 
 class Bottleneck(nn.Module):
@@ -59,13 +89,14 @@ class Bottleneck(nn.Module):
         self.bn2 = layers.BatchNormAct2d(channels)
         self.conv3 = layers.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = layers.BatchNormAct2d(out_channels)
-        self.shortcut = _projection(in_channels, out_channels, stride, layers)
+        self.shortcut = _shortcut(in_channels, out_channels, stride, layers)
+        self.register_load_state_dict_pre_hook(_take_torchvision_names)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x)
-        x = self.bn1(self.conv1(x))
-        x = self.bn2(self.conv2(x))
-        return self.bn3(self.conv3(x), residual)
+        x = conv_bn(self.conv1, self.bn1, x)
+        x = conv_bn(self.conv2, self.bn2, x)
+        return conv_bn(self.conv3, self.bn3, x, residual)
 
 
 class ResNet(nn.Module):
@@ -73,7 +104,8 @@ class ResNet(nn.Module):
 
     block: BasicBlock or Bottleneck. depths: blocks in each stage. stem: "cifar", a 3x3 convolution that keeps the
     resolution, or "imagenet", a 7x7 one with stride 2 and a max pool. width: factor on every channel count.
-    Takes [N, in_chans, H, W]; returns logits [N, num_classes].
+    Takes [N, in_chans, H, W]; returns logits [N, num_classes]. Loads torchvision's checkpoints of the same depth (stem
+    "imagenet", 1000 classes).
     """
 
     def __init__(
@@ -115,10 +147,12 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(conv_bn(self.conv1, self.bn1, x))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, H, W] to the last feature map, [N, num_features, h, w]."""
-        x = self.maxpool(self.bn1(self.conv1(x)))
-        x = self.layer1(x)
+        x = self.layer1(self._stem(x))
         x = self.layer2(x)
         x = self.layer3(x)
         return self.layer4(x)
@@ -147,3 +181,15 @@ def resnet34(**options: Any) -> ResNet:
 def resnet50(**options: Any) -> ResNet:
     """ResNet-50: 23,520,842 parameters with the CIFAR stem and 10 classes."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+@register_model
+def resnet101(**options: Any) -> ResNet:
+    """ResNet-101: 42,512,970 parameters with the CIFAR stem and 10 classes."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), **options)
+
+
+@register_model
+def resnet152(**options: Any) -> ResNet:
+    """ResNet-152: 58,156,618 parameters with the CIFAR stem and 10 classes."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), **options)

@@ -1,7 +1,7 @@
 """Modules made of cnnops' ops: torch's own arguments, state_dict keys and results, and the fused ones of ours."""
 
-from cnnops.nn.blocks import ConvBNAct
-from cnnops.nn.conv import Conv2d, Conv2dAct, ConvTranspose2d
+from cnnops.nn.blocks import ConvBNAct, conv_bn
+from cnnops.nn.conv import Conv2d, Conv2dAct, ConvTranspose2d, DepthwiseConv2d
 from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
 from cnnops.nn.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d, MaxUnpool2d
 
@@ -15,6 +15,8 @@ __all__ = [
     "Conv2dAct",
     "ConvBNAct",
     "ConvTranspose2d",
+    "DepthwiseConv2d",
     "MaxPool2d",
     "MaxUnpool2d",
+    "conv_bn",
 ]

@@ -1,16 +1,43 @@
-"""Modules made of several of ours."""
+"""Modules made of several of ours, and the fusion of neighbours."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
-from cnnops.nn.conv import Conv2d
-from cnnops.nn.norm import BatchNormAct2d
+from cnnops import functional
+from cnnops.nn.conv import Conv2d, DepthwiseConv2d
+from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
+from cnnops.torch_private import watched
+
+
+def conv_bn(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """bn(conv(x)), or bn(conv(x), residual): in one pass where that computes the same.
+
+    It does for a `Conv2d` or `DepthwiseConv2d` before a `BatchNorm2d` or `BatchNormAct2d` in eval mode. In training, with
+    hooks on either module (they are then called as usual), and for modules of any other class, subclasses included, it
+    is the two calls. Nothing is kept between calls, so new weights and statistics count at once.
+
+    x: [N, C, H, W]; residual: [N, K, P, Q] or None, for `BatchNormAct2d`. Returns [N, K, P, Q].
+    """
+    fits = not bn.training and x.dim() == 4 and (residual is None or isinstance(bn, BatchNormAct2d))
+    if fits and isinstance(conv, Conv2d) and isinstance(bn, BatchNorm2d) and _known(conv) and _known(bn):
+        padded, padding = conv._pad(x)
+        geometry = (conv.stride, padding, conv.dilation, conv.groups)
+        activation = bn.activation if isinstance(bn, BatchNormAct2d) else "none"
+        statistics = (*bn._statistics(), bn.eps)
+        return functional.conv2d_bn_act(padded, conv.weight, conv.bias, *statistics, *geometry, residual, activation)
+    y: Tensor = bn(conv(x)) if residual is None else bn(conv(x), residual)
+    return y
+
+
+def _known(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class does, and its class is one of ours."""
+    return type(module) in (Conv2d, DepthwiseConv2d, BatchNorm2d, BatchNormAct2d) and not watched(module)
 
 
 class ConvBNAct(nn.Module):
-    """act(bn(conv(x)) + residual): children `conv` (`Conv2d`) and `bn` (`BatchNormAct2d`).
+    """act(bn(conv(x)) + residual): children `conv` (`Conv2d`) and `bn` (`BatchNormAct2d`), fused in eval mode.
 
     Raises ValueError for an activation that is not in `cnnops.geometry.ACTIVATIONS`.
     """
@@ -36,4 +63,4 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q]."""
-        return self.bn(self.conv(x), residual)
+        return conv_bn(self.conv, self.bn, x, residual)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 
 from cnnops import functional
 from cnnops.geometry import check_activation
@@ -24,6 +26,51 @@ class Conv2d(nn.Conv2d):
         return functional.conv2d(
             input, weight, bias, self.stride, self.padding, self.dilation, self.groups, padding_mode=self.padding_mode
         )
+
+
+class DepthwiseConv2d(Conv2d):
+    """Depthwise convolution: `multiplier` filters for each channel, which see that channel alone.
+
+    `torch.nn.Conv2d` with groups=channels and channels * multiplier outputs, output c * multiplier + m from channel c;
+    same parameters, same state_dict. Raises ValueError for channels or multiplier below 1.
+
+    input: [N, channels, H, W] or [channels, H, W], of the weight's dtype. Returns [.., channels * multiplier, P, Q].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: _size_2_t,
+        stride: _size_2_t = 1,
+        padding: str | _size_2_t = 0,
+        dilation: _size_2_t = 1,
+        multiplier: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, value in (("channels", channels), ("multiplier", multiplier)):
+            if value < 1:
+                raise ValueError(f"DepthwiseConv2d: {name} must be at least 1, but got {name}={value}")
+        super().__init__(
+            channels,
+            channels * multiplier,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups=channels,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    @property
+    def multiplier(self) -> int:
+        """Filters for each channel."""
+        return self.out_channels // self.groups
 
 
 class Conv2dAct(Conv2d):

@@ -127,7 +127,8 @@ def register(
 
     def call(*args: Any) -> Any:
         operands = args[:tensors]
-        if composite is not None and (transforming() or _needs_gradient(operands)):
+        # Under autocast the dispatcher first: it casts what a composite's ops would each cast for themselves alone.
+        if composite is not None and (transforming() or _needs_gradient(operands)) and not autocasting():
             return composite(*args)
         if _eager(operands):
             if function is not None and _needs_gradient(operands):

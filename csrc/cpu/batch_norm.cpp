@@ -55,6 +55,21 @@ void batch_norm_act_forward(const NormProblem& problem, const BatchNormForward& 
   for_dtype(problem.dtype, [&]<class T>(T) { forward<T>(problem, args); });
 }
 
+void fold_batch_norm(DType dtype, int64_t channels, double eps, const BatchNormFold& args, Stream) {
+  for_dtype(dtype, [&]<class T>(T) {
+    using A = Acc<T>;
+    const auto at = [](const void* array, int64_t c, double otherwise) {
+      return array ? double{static_cast<const A*>(array)[c]} : otherwise;
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      const A scale = static_cast<A>(at(args.weight, c, 1) / std::sqrt(at(args.running_var, c, 1) + eps));
+      const double mean = at(args.running_mean, c, 0);
+      static_cast<A*>(args.scale)[c] = scale;
+      static_cast<A*>(args.shift)[c] = static_cast<A>((at(args.conv_bias, c, 0) - mean) * scale + at(args.bias, c, 0));
+    }
+  });
+}
+
 void batch_norm_act_backward(const NormProblem& problem, const BatchNormBackward& args, Stream) {
   for_dtype(problem.dtype, [&]<class T>(T) {
     for_activation(problem.activation, [&](auto activation) { backward<T, activation.value>(problem, args); });

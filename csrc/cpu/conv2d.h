@@ -208,9 +208,11 @@ inline void write_lanes(T* p, Vec<T> v, int64_t stride, int count) {
   }
 }
 
-// y[at + i * stride] = activation(sum[i] + bias[channel + i * stride] + residual[at + i * stride]) for `count` lanes i.
+// y[at + i * stride] = activation(sum[i] * scale[k] + bias[k] + residual[at + i * stride]), k = channel + i * stride,
+// for `count` lanes i.
 template <class T>
 inline void finish(const Epilogue& epilogue, Vec<T> sum, T* y, int64_t at, int64_t channel, int64_t stride, int count) {
+  if (epilogue.scale) sum *= read_lanes(static_cast<const T*>(epilogue.scale) + channel, stride, count);
   if (epilogue.bias) sum += read_lanes(static_cast<const T*>(epilogue.bias) + channel, stride, count);
   if (epilogue.residual) sum += read_lanes(static_cast<const T*>(epilogue.residual) + at, stride, count);
   write_lanes(y + at, activate(epilogue.activation, sum), stride, count);

@@ -28,4 +28,5 @@
   _(adaptive_avg_pool2d_backward) \
   _(batch_norm_act_forward)       \
   _(batch_norm_act_backward)      \
+  _(fold_batch_norm)              \
   _(copy)
