@@ -261,11 +261,11 @@ def conv2d_bn_act(
     transform is active it is two ops, and rounds after each. With training=True it is always the two, and moves the
     running statistics.
 
-    x, weight, bias, stride, padding, dilation, groups, padding_mode: as `conv2d`; running_mean, running_var, bn_weight, bn_bias: [K]
-    or None, of one dtype, x's or float32; training, momentum, eps: as `batch_norm`; residual: like the output, or None;
-    activation: none, relu, relu6, silu, hardswish or sigmoid. Returns [.., K, P, Q]. Autocast lowers x, weight, bias and
-    residual. Raises what `conv2d` and `batch_norm` raise: RuntimeError for running statistics that are None with
-    training=False, ValueError for another activation.
+    x, weight, bias, stride, padding, dilation, groups, padding_mode: as `conv2d`; running_mean, running_var, bn_weight,
+    bn_bias: [K] or None, of one dtype, x's or float32; training, momentum, eps: as `batch_norm`; residual: like the
+    output, or None; activation: none, relu, relu6, silu, hardswish or sigmoid. Returns [.., K, P, Q]. Autocast lowers
+    x, weight, bias and residual. Raises what `conv2d` and `batch_norm` raise: RuntimeError for running statistics that
+    are None with training=False, ValueError for another activation.
     """
     _check_tensor("conv2d_bn_act", "x", x)
     _check_tensor("conv2d_bn_act", "weight", weight)
