@@ -22,6 +22,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int kTile = kVectorRegisters == 32 ? 14 : 7;  // columns; networks' maps are 7, 14, 28, 56 and 112 wide
+constexpr int kHalfTile = 7;                            // where no more are left
 constexpr int kMaxTaps = 7;                             // of a row of the filter that fits in registers beside them
 constexpr int64_t kStripBytes = 1 << 18;                // of the input: a part of L2
 constexpr int kSumRows = 4;
@@ -140,81 +141,94 @@ inline int64_t tap_source(const TapAxis& axis, PadMode mode, int64_t i, int64_t 
   return source(mode, axis.in_step * i + axis.offset + axis.offset_step * t, axis.extent);
 }
 
-// kTaps, kStep: taps of w, one pixel apart, and its in_step; kTaps = 0 where they are others. kInside: the columns are
-// kTile, and no tap lies beside the input.
-template <class T, Access kAccess, int kTaps, int kStep, bool kInside>
+// A row of zeros for the columns beside the input.
+template <class T>
+alignas(64) constexpr T kZeros[kLanes<T>] = {};
+
+// kWidth: columns in registers. kTaps, kStep: taps of w, one pixel apart, and its in_step; kTaps = 0 where they are
+// others. Input is fetched from memory once, while the block before is at work: the lines of a block lie far apart, and
+// the processor does not see them coming.
+template <class T, Access kAccess, int kWidth, int kTaps, int kStep>
 void convolve_tile(const Tile<T>& tile) {
   const TapAxis &h = tile.taps.h, &w = tile.taps.w;
-  constexpr int kColumns = (kTile - 1) * kStep + kTaps;
+  constexpr int kColumns = (kWidth - 1) * kStep + kTaps;
   const int64_t left = w.in_step * tile.first + w.offset, pitch = tile.in_pitch;
   int64_t column[kTaps ? kColumns : 1];
-  if constexpr (kTaps && !kInside)
+  if constexpr (kTaps)
     for (int j = 0; j < kColumns; ++j) {
       const int64_t from = j < (tile.count - 1) * kStep + kTaps ? source(tile.pad_mode, left + j, w.extent) : -1;
       column[j] = from < 0 ? -1 : from * pitch;
     }
+  const bool plain = tile.lanes == kLanes<T> && !tile.epilogue.bias && !tile.epilogue.residual &&
+                     tile.epilogue.activation == Activation::kNone;
   for (int64_t i = tile.begin; i < tile.end; ++i) {
-    Vec<T> sum[kTile] = {};
+    Vec<T> sum[kWidth] = {};
     const T* weight = tile.weight;
     for (int r = 0; r < h.taps; ++r, weight += w.taps * kLanes<T>) {
       const int64_t from = tap_source(h, tile.pad_mode, i, r);
       if (from < 0) continue;
       const T* row = tile.in + from * w.extent * pitch;
       if constexpr (kTaps) {
+        if (i == tile.begin || r + h.in_step >= h.taps)
+          for (int j = 0; j < kColumns; ++j) __builtin_prefetch(row + column[j] + kLanes<T>);
         Vec<T> filter[kTaps];
         unroll<kTaps>([&](auto s) { filter[s] = load(weight + s * kLanes<T>); });
         unroll<kColumns>([&](auto j) {
-          if (!kInside && column[j] < 0) return;
-          const Vec<T> x = tile.reader.template read<kAccess>(row + (kInside ? (left + j) * pitch : column[j]));
+          const Vec<T> x = tile.reader.template read<kAccess>(column[j] < 0 ? kZeros<T> : row + column[j]);
           unroll<kTaps>([&](auto s) {
             constexpr int reach = j.value - s.value, to = reach / kStep;
-            if constexpr (reach >= 0 && reach % kStep == 0 && to < kTile) sum[to] += x * filter[s.value];
+            if constexpr (reach >= 0 && reach % kStep == 0 && to < kWidth) sum[to] += x * filter[s.value];
           });
         });
       } else {
         for (int s = 0; s < w.taps; ++s) {
           const Vec<T> filter = load(weight + s * kLanes<T>);
-          unroll<kTile>([&](auto j) {
+          unroll<kWidth>([&](auto j) {
             const int64_t at = j < tile.count ? tap_source(w, tile.pad_mode, tile.first + j, s) : -1;
-            if (at >= 0) sum[j] += tile.reader.template read<kAccess>(row + at * pitch) * filter;
+            sum[j] += tile.reader.template read<kAccess>(at < 0 ? kZeros<T> : row + at * pitch) * filter;
           });
         }
       }
     }
-    Vec<T> result[kTile];
-    unroll<kTile>([&](auto j) { result[j] = sum[j]; });
+    T* out = tile.out + tile.at + i * tile.row_pitch;
+    if (plain) {
+      unroll<kWidth>([&](auto j) {
+        if (j < tile.count) store(out + j * tile.pitch, sum[j]);
+      });
+      continue;
+    }
+    Vec<T> result[kWidth];
+    unroll<kWidth>([&](auto j) { result[j] = sum[j]; });
     for (int j = 0; j < tile.count; ++j)
       finish<T>(tile.epilogue, result[j], tile.out, tile.at + i * tile.row_pitch + j * tile.pitch, tile.channel, 1,
                 tile.lanes);
   }
 }
 
-template <class T, Access kAccess, int kTaps, int kStep>
+template <class T, Access kAccess, int kWidth>
 void convolve_tile(const Tile<T>& tile) {
   const TapAxis& w = tile.taps.w;
-  const int64_t left = w.in_step * tile.first + w.offset, right = left + (kTile - 1) * kStep + kTaps;
-  if (kTaps && tile.count == kTile && left >= 0 && right <= w.extent)
-    convolve_tile<T, kAccess, kTaps, kStep, true>(tile);
-  else
-    convolve_tile<T, kAccess, kTaps, kStep, false>(tile);
+  const int taps = w.offset_step == 1 || w.taps == 1 ? w.taps : 0;
+  bool done = false;
+  const auto run = [&](auto taps, auto step) {
+    convolve_tile<T, kAccess, kWidth, taps.value, step.value>(tile);
+    done = true;
+  };
+  if (w.in_step == 1)
+    choose<1, 2, 3, 4, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 1>{}); });
+  else if (w.in_step == 2)
+    choose<3, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 2>{}); });
+  if (!done) convolve_tile<T, kAccess, kWidth, 0, 0>(tile);
 }
 
 template <class T>
 void convolve_tile(const Tile<T>& tile) {
-  const TapAxis& w = tile.taps.w;
-  if (tile.reader.access == Access::kFew) return convolve_tile<T, Access::kFew, 0, 0>(tile);
+  if (tile.reader.access == Access::kFew) return convolve_tile<T, Access::kFew, kTile, 0, 0>(tile);
   choose<Access::kWhole, Access::kSpread>(tile.reader.access, [&](auto access) {
-    const int taps = w.offset_step == 1 || w.taps == 1 ? w.taps : 0;
-    bool done = false;
-    const auto run = [&](auto taps, auto step) {
-      convolve_tile<T, access.value, taps.value, step.value>(tile);
-      done = true;
-    };
-    if (w.in_step == 1)
-      choose<1, 2, 3, 4, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 1>{}); });
-    else if (w.in_step == 2)
-      choose<3, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 2>{}); });
-    if (!done) convolve_tile<T, access.value, 0, 0>(tile);
+    if (tile.count <= kHalfTile)
+      convolve_tile<T, access.value, kHalfTile>(tile);
+    else
+      convolve_tile<T, access.value, kTile>(tile);
   });
 }
 
@@ -365,7 +379,7 @@ void add_row(const RowTaps<T>& row, const T* dy, const T* const* rows, T* const*
   unroll<kRows>([&](auto r) { unroll<kTaps>([&](auto s) { sum[r][s] = load(slabs[r] + s * kLanes<T>); }); });
   constexpr Access kDyAccess = kAccess == Access::kFew ? Access::kFew : Access::kWhole;
   const auto gradient = [&](int64_t q) { return row.dy_reader.template read<kDyAccess>(dy + q * row.dy_pitch); };
-  const auto border = [&](int64_t q) {
+  const auto border = [&](int64_t q) __attribute__((always_inline)) {
     const Vec<T> d = gradient(q);
     unroll<kTaps>([&](auto s) {
       const int64_t from = tap_source(w, row.pad_mode, q, row.first + s);
