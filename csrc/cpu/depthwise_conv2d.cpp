@@ -149,7 +149,7 @@ alignas(64) constexpr T kZeros[kLanes<T>] = {};
 // others. Input is fetched from memory once, while the block before is at work: the lines of a block lie far apart, and
 // the processor does not see them coming.
 template <class T, Access kAccess, int kWidth, int kTaps, int kStep>
-void convolve_tile(const Tile<T>& tile) {
+[[gnu::flatten]] void convolve_tile(const Tile<T>& tile) {
   const TapAxis &h = tile.taps.h, &w = tile.taps.w;
   constexpr int kColumns = (kWidth - 1) * kStep + kTaps;
   const int64_t left = w.in_step * tile.first + w.offset, pitch = tile.in_pitch;
@@ -350,91 +350,122 @@ struct WeightPlan {
   }
 };
 
-// Some taps [first, first + taps) of the filter's rows along a row of outputs.
-template <class T>
-struct RowTaps {
-  const TapAxis& w;
-  PadMode pad_mode;
-  Reader<T> reader, dy_reader;
-  int64_t x_pitch, dy_pitch;
-  int first, taps;
-};
-
-// The outputs in [begin, end) have all the taps inside the input.
 struct Span {
   int64_t begin, end;
 };
-inline Span outputs_inside(const TapAxis& axis, int first_tap, int taps) {
-  const int64_t first = axis.offset + axis.offset_step * first_tap, last = first + axis.offset_step * (taps - 1);
-  const int64_t begin = first >= 0 ? 0 : std::min(axis.count, ceil_div(-first, axis.in_step));
-  const int64_t end = last >= axis.extent ? 0 : std::min(axis.count, ceil_div(axis.extent - last, axis.in_step));
+
+// The outputs that have all of `taps` taps from `first` on inside the input.
+inline Span outputs_inside(const TapAxis& axis, int64_t first, int taps) {
+  const int64_t left = axis.offset + axis.offset_step * first, right = left + axis.offset_step * (taps - 1);
+  const int64_t begin = left >= 0 ? 0 : std::min(axis.count, ceil_div(-left, axis.in_step));
+  const int64_t end = right >= axis.extent ? 0 : std::min(axis.count, ceil_div(axis.extent - right, axis.in_step));
   return {begin, std::max(begin, end)};
 }
 
-// slab[r][s] += the products of a row of outputs with the row of inputs x[r].
-template <class T, Access kAccess, int kTaps, int kRows>
-void add_row(const RowTaps<T>& row, const T* dy, const T* const* rows, T* const* slabs) {
-  const TapAxis& w = row.w;
-  Vec<T> sum[kRows][kTaps];
-  unroll<kRows>([&](auto r) { unroll<kTaps>([&](auto s) { sum[r][s] = load(slabs[r] + s * kLanes<T>); }); });
-  constexpr Access kDyAccess = kAccess == Access::kFew ? Access::kFew : Access::kWhole;
-  const auto gradient = [&](int64_t q) { return row.dy_reader.template read<kDyAccess>(dy + q * row.dy_pitch); };
-  const auto border = [&](int64_t q) __attribute__((always_inline)) {
-    const Vec<T> d = gradient(q);
-    unroll<kTaps>([&](auto s) {
-      const int64_t from = tap_source(w, row.pad_mode, q, row.first + s);
-      if (from < 0) return;
-      unroll<kRows>(
-          [&](auto r) { sum[r][s] += row.reader.template read<kAccess>(rows[r] + from * row.x_pitch) * d; });
-    });
-  };
-  const Span inside = outputs_inside(w, row.first, kTaps);
-  for (int64_t q = 0; q < inside.begin; ++q) border(q);
-  const int64_t step = w.in_step * row.x_pitch, tap = w.offset_step * row.x_pitch;
-  const int64_t start = w.offset + w.offset_step * row.first;
-  const T* x[kRows];
-  unroll<kRows>([&](auto r) { x[r] = rows[r] + (start + w.in_step * inside.begin) * row.x_pitch; });
-  for (int64_t q = inside.begin; q < inside.end; ++q) {
-    const Vec<T> d = gradient(q);
-    unroll<kRows>([&](auto r) {
-      unroll<kTaps>([&](auto s) { sum[r][s] += row.reader.template read<kAccess>(x[r] + s * tap) * d; });
-      x[r] += step;
-    });
+// Rows of outputs in a row, and the rows of the filter that all of them have inside the input.
+struct Run {
+  Span p, r;
+};
+inline std::vector<Run> runs_of(const TapAxis& h, PadMode mode) {
+  if (mode != PadMode::kZeros) return {{{0, h.count}, {0, h.taps}}};
+  std::vector<Run> runs;
+  for (int64_t p = 0; p < h.count; ++p) {
+    const int64_t top = h.in_step * p + h.offset;
+    const int64_t begin = top >= 0 ? 0 : std::min<int64_t>(h.taps, ceil_div(-top, h.offset_step));
+    const int64_t end = top >= h.extent ? 0 : std::min<int64_t>(h.taps, ceil_div(h.extent - top, h.offset_step));
+    if (runs.empty() || runs.back().r.begin != begin || runs.back().r.end != end) runs.push_back({{p, p}, {begin, end}});
+    runs.back().p.end = p + 1;
   }
-  for (int64_t q = inside.end; q < w.count; ++q) border(q);
-  unroll<kRows>([&](auto r) { unroll<kTaps>([&](auto s) { store(slabs[r] + s * kLanes<T>, sum[r][s]); }); });
+  return runs;
+}
+
+// What one vector of filters adds up: rows [begin, end) of outputs, numbered through all images, of which each image's
+// rows p; the taps [s, s + kTaps) of kRows rows of the filter from r on.
+template <class T>
+struct Products {
+  const TapAxis &h, &w;
+  PadMode pad_mode;
+  Reader<T> x_reader, dy_reader;
+  const T *x, *dy;
+  int64_t x_pitch, dy_pitch, begin, end;
+  T* slab;
+  Span p{};
+  int64_t r = 0, s = 0;
+};
+
+template <class T, Access kAccess, int kTaps, int kRows>
+[[gnu::flatten]] void add_products(const Products<T>& a) {
+  constexpr Access kDyAccess = kAccess == Access::kFew ? Access::kFew : Access::kWhole;
+  const TapAxis &h = a.h, &w = a.w;
+  T* slab = a.slab + (a.r * w.taps + a.s) * kLanes<T>;
+  const int64_t slab_pitch = w.taps * kLanes<T>, step = w.in_step * a.x_pitch, tap = w.offset_step * a.x_pitch;
+  const int64_t left = w.offset + w.offset_step * a.s;
+  const Span inside = outputs_inside(w, a.s, kTaps);
+  Vec<T> sum[kRows][kTaps];
+  unroll<kRows>([&](auto r) {
+    unroll<kTaps>([&](auto s) { sum[r][s] = load(slab + r * slab_pitch + s * kLanes<T>); });
+  });
+  for (int64_t n = a.begin / h.count; n * h.count < a.end; ++n) {
+    const int64_t last = std::min(a.p.end, a.end - n * h.count);
+    for (int64_t p = std::max(a.p.begin, a.begin - n * h.count); p < last; ++p) {
+      const T* rows[kRows];
+      for (int r = 0; r < kRows; ++r)
+        rows[r] = a.x + (n * h.extent + tap_source(h, a.pad_mode, p, a.r + r)) * w.extent * a.x_pitch;
+      const T* dy = a.dy + (n * h.count + p) * w.count * a.dy_pitch;
+      for (int64_t q = 0; q < w.count; ++q) {
+        if (q == inside.begin) {
+          const T* x[kRows];
+          unroll<kRows>([&](auto r) { x[r] = rows[r] + left * a.x_pitch + q * step; });
+          for (; q < inside.end; ++q) {
+            const T* gradient = dy + q * a.dy_pitch;
+            __builtin_prefetch(gradient + kLanes<T>);
+            __builtin_prefetch(x[kRows - 1] + kLanes<T>);
+            const Vec<T> d = a.dy_reader.template read<kDyAccess>(gradient);
+            unroll<kRows>([&](auto r) {
+              unroll<kTaps>([&](auto s) {
+                sum[r][s] += a.x_reader.template read<kAccess>(x[r] + s * tap) * d;
+              });
+              x[r] += step;
+            });
+          }
+          if (q == w.count) break;
+        }
+        const Vec<T> d = a.dy_reader.template read<kDyAccess>(dy + q * a.dy_pitch);
+        unroll<kTaps>([&](auto s) {
+          const int64_t from = tap_source(w, a.pad_mode, q, a.s + s);
+          unroll<kRows>([&](auto r) {
+            sum[r][s] += a.x_reader.template read<kAccess>(from < 0 ? kZeros<T> : rows[r] + from * a.x_pitch) * d;
+          });
+        });
+      }
+    }
+  }
+  unroll<kRows>([&](auto r) {
+    unroll<kTaps>([&](auto s) { store(slab + r * slab_pitch + s * kLanes<T>, sum[r][s]); });
+  });
 }
 
 // As many rows of the filter as registers hold the sums of, and no more than a square filter has.
 constexpr int rows_at_once(int taps) { return std::min(taps, std::max(1, (kVectorRegisters - 3) / taps)); }
 
 template <class T, Access kAccess, int kTaps, int kRows = rows_at_once(kTaps)>
-void add_rows(const RowTaps<T>& row, const T* dy, int count, const T* const* rows, T* const* slabs) {
-  if (count == kRows) return add_row<T, kAccess, kTaps, kRows>(row, dy, rows, slabs);
-  if constexpr (kRows > 1) add_rows<T, kAccess, kTaps, kRows - 1>(row, dy, count, rows, slabs);
+void add_products(const Products<T>& a, int64_t rows) {
+  if (rows >= kRows) return add_products<T, kAccess, kTaps, kRows>(a);
+  if constexpr (kRows > 1) add_products<T, kAccess, kTaps, kRows - 1>(a, rows);
 }
 
-// The products of one row p of outputs with every tap.
+// The products with every tap, some at a time.
 template <class T>
-void add_output_row(RowTaps<T> row, const TapAxis& h, int64_t p, const T* image, const T* dy, T* slab) {
-  for (row.first = 0; row.first < row.w.taps; row.first += kMaxTaps) {
-    row.taps = std::min(kMaxTaps, row.w.taps - row.first);
-    const T* rows[kMaxTaps];
-    T* slabs[kMaxTaps];
-    int count = 0;
-    for (int r = 0; r < h.taps; ++r) {
-      const int64_t from = tap_source(h, row.pad_mode, p, r);
-      if (from >= 0) {
-        rows[count] = image + from * row.w.extent * row.x_pitch;
-        slabs[count++] = slab + (int64_t{r} * row.w.taps + row.first) * kLanes<T>;
-      }
-      if (count == 0 || (count < rows_at_once(row.taps) && r + 1 < h.taps)) continue;
-      choose<Access::kWhole, Access::kSpread, Access::kFew>(row.reader.access, [&](auto access) {
-        choose<1, 2, 3, 4, 5, 6, 7>(row.taps, [&](auto taps) {
-          add_rows<T, access.value, taps.value>(row, dy, count, rows, slabs);
+void add_products(Products<T> a, const std::vector<Run>& runs) {
+  for (const Run& run : runs) {
+    a.p = run.p;
+    for (a.s = 0; a.s < a.w.taps; a.s += kMaxTaps) {
+      const int taps = static_cast<int>(std::min<int64_t>(kMaxTaps, a.w.taps - a.s));
+      for (a.r = run.r.begin; a.r < run.r.end; a.r += rows_at_once(taps))
+        choose<Access::kWhole, Access::kSpread, Access::kFew>(a.x_reader.access, [&](auto access) {
+          choose<1, 2, 3, 4, 5, 6, 7>(
+              taps, [&](auto taps) { add_products<T, access.value, taps.value>(a, run.r.end - a.r); });
         });
-      });
-      count = 0;
     }
   }
 }
@@ -491,18 +522,21 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
   const TapAxis w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
   const int64_t C = p.C, K = p.K, vectors = blocks.vectors(), vector_size = plan.taps * kLanes<T>;
   const int64_t work = plan.slice_rows * p.Q * plan.taps * kItemBlocks * vectors * kLanes<T>;
+  const std::vector<Run> runs = runs_of(h, p.pad_mode);
+  const int64_t strip = std::max<int64_t>(1, kStripBytes / (kItemBlocks * kLanes<T> * p.W * p.stride_h * sizeof(T)));
   parallel_for(plan.slices * plan.pieces, work, [&](int64_t item) {
     const int64_t slice = item / plan.pieces, begin = item % plan.pieces * kItemBlocks;
     const int64_t end = std::min<int64_t>(begin + kItemBlocks, blocks.count());
     T* slab = slabs + slice * plan.size;
     std::fill(slab + begin * vectors * vector_size, slab + end * vectors * vector_size, T{});
-    for (int64_t at = slice * plan.slice_rows; at < std::min((slice + 1) * plan.slice_rows, plan.rows); ++at)
+    const int64_t last = std::min((slice + 1) * plan.slice_rows, plan.rows);
+    for (int64_t row = slice * plan.slice_rows; row < last; row += strip)
       for (int64_t block = begin; block < end; ++block)
-        for (int64_t v = 0; v < vectors; ++v) {
-          const RowTaps<T> row{w, p.pad_mode, Reader<T>(blocks, v), Reader<T>(blocks.filters(v)), C, K, 0, 0};
-          add_output_row(row, h, at % p.P, x + at / p.P * p.H * p.W * C + blocks.first(block),
-                         dy + at * p.Q * K + blocks.first_filter(block, v), slab + (block * vectors + v) * vector_size);
-        }
+        for (int64_t v = 0; v < vectors; ++v)
+          add_products(Products<T>{h, w, p.pad_mode, Reader<T>(blocks, v), Reader<T>(blocks.filters(v)),
+                                   x + blocks.first(block), dy + blocks.first_filter(block, v), C, K, row,
+                                   std::min(row + strip, last), slab + (block * vectors + v) * vector_size},
+                       runs);
   });
   parallel_for(C, plan.slices * plan.taps * blocks.multiplier, [&](int64_t c) {
     const int64_t block = c / kLanes<T>;
