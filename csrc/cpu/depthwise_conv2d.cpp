@@ -5,177 +5,493 @@
 //   dx[n,h,w,c]    = sum over (r,s,m) of dy[n,p,q,k] * weight[k,r,s], (p,q) the outputs whose tap (r,s) is (h,w)
 //   dweight[k,r,s] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //
-// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are channels c; weights are repacked to
-//            [r][s][m][c] for that. With M > 1 lanes of y and dy lie M apart.
-// Engine     forward and backward_input are the convolution over taps of conv2d.h: kTilePixels pixels times a block of
-//            channels in registers, a row of zeros where a tap is outside.
-// Ownership  forward, backward_input: an item owns all channels of kChunkPixels pixels. backward_weight: an item owns a
-//            block of channels over one slice of the rows of y; slabs are added in order.
-// Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once: overlapping taps meet in
-//            cache.
+// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory. Where
+//            M > 1 a vector of x is spread, each channel over its M filters, and one of dx is the sum of M neighbours.
+// Engine     forward and backward_input are the convolution over taps of conv2d.h: one vector of filters, kTile columns
+//            in registers, down the rows. A row of the filter lies in registers too, and each vector of x that is loaded
+//            meets all its taps. backward_weight keeps some rows of the filter in registers along a row of outputs.
+// Ownership  forward, backward_input: an item owns some rows of one image. backward_weight: an item owns a block of
+//            channels over one slice of the rows of y; slabs are added in order.
+// Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once: what overlaps meets in cache.
+
+#include <vector>
 
 #include "conv2d.h"
 
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
-constexpr int kTilePixels = 4;
-constexpr int kBlockVectors = kVectorRegisters / 8;  // of channels; their sums take half of the registers
-constexpr int kChunkPixels = 64;
+constexpr int kTile = kVectorRegisters == 32 ? 14 : 7;  // columns; networks' maps are 7, 14, 28, 56 and 112 wide
+constexpr int kHalfTile = 7;                            // where no more are left
+constexpr int kMaxTaps = 7;                             // of a row of the filter that fits in registers beside them
+constexpr int64_t kStripBytes = 1 << 18;                // of the input: a part of L2
+constexpr int kSumRows = 4;
+constexpr int kItemBlocks = 4;
 constexpr int64_t kItems = 32;  // wanted, so that the work divides evenly among threads
 
 template <class T>
-constexpr int kBlock = kBlockVectors * kLanes<T>;
+using Index = std::conditional_t<std::is_same_v<T, double>, VecOf<int64_t>, VecOf<int32_t>>::type;
 
-// packed[(r,s)][m][c] = weight[k][(r,s)]
-template <class T>
-void pack_weight(const Conv2dProblem& p, const T* weight, T* packed) {
-  const int64_t taps = int64_t{p.R} * p.S, multiplier = p.K / p.C, channels = p.C;
-  parallel_for(taps * multiplier, 2 * channels, [=](int64_t row) {
-    const int64_t tap = row / multiplier, m = row % multiplier;
-    for (int64_t c = 0; c < channels; ++c) packed[row * channels + c] = weight[(c * multiplier + m) * taps + tap];
-  });
+// How a vector of lanes lies in memory: as it is, or fewer channels spread over it, or fewer lanes than a vector has.
+enum class Access { kWhole, kSpread, kFew };
+
+// f(constant) for the one of `values` that equals `value`.
+template <auto... values, class V, class F>
+void choose(V value, const F& f) {
+  ((value == values ? (f(std::integral_constant<decltype(values), values>{}), true) : false) || ...);
 }
 
-// Pixels of one tile, channels [c, c + kVectors * lanes), or `count` lanes of them where kVectors is 1.
-template <class T, int kVectors, bool kDense>
-void convolve_tile(const TapConv<T>& conv, const Epilogue& epilogue, const T* weight,
-                   const Pixel (&pixels)[kTilePixels], int64_t c, int count) {
-  const int64_t in_stride = kDense ? 1 : conv.in_channels, out_stride = kDense ? 1 : conv.out_channels;
-  for (int m_out = 0; m_out < out_stride; ++m_out) {
-    Vec<T> sum[kTilePixels][kVectors] = {};
-    for (int r = 0; r < conv.h.taps; ++r)
-      for (int s = 0; s < conv.w.taps; ++s) {
-        const T* x[kTilePixels];
-        if (!locate_tap(conv, pixels, r, s, c * in_stride, x)) continue;
-        const int64_t tap =
-            int64_t{conv.h.tap + conv.h.tap_step * r} * conv.filter_width + conv.w.tap + conv.w.tap_step * s;
-        for (int m_in = 0; m_in < in_stride; ++m_in) {
-          const T* filter = weight + (tap * in_stride * out_stride + m_in + m_out) * conv.groups + c;
-          unroll<kVectors>([&](auto v) {
-            const Vec<T> w = kDense ? load(filter + v * kLanes<T>) : load(filter, count);
-            unroll<kTilePixels>([&](auto i) {
-              sum[i][v] += w * (kDense ? load(x[i] + v * kLanes<T>) : read_lanes(x[i] + m_in, in_stride, count));
-            });
-          });
-        }
-      }
-    Vec<T> result[kTilePixels][kVectors];
-    unroll<kTilePixels>([&](auto i) { unroll<kVectors>([&](auto v) { result[i][v] = sum[i][v]; }); });
-    for (int i = 0; i < kTilePixels && pixels[i].out >= 0; ++i)
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t channel = (c + v * kLanes<T>)*out_stride + m_out;
-        finish<T>(epilogue, result[i][v], conv.out, pixels[i].out + channel, channel, out_stride,
-                  kDense ? kLanes<T> : count);
-      }
+// Channels in blocks of one vector, and the filters of a block in vectors of theirs: k = (first + c) * M + m. The last
+// block starts early enough to be whole, and repeats some channels of the one before it.
+template <class T>
+struct Blocks {
+  int64_t channels, multiplier;
+
+  explicit Blocks(const Conv2dProblem& p) : channels(p.C), multiplier(p.K / p.C) {}
+  int64_t count() const { return ceil_div(channels, kLanes<T>); }
+  int64_t width() const { return std::min<int64_t>(channels, kLanes<T>); }
+  int64_t first(int64_t block) const { return std::min(block * kLanes<T>, channels - width()); }
+  int64_t vectors() const { return ceil_div(width() * multiplier, kLanes<T>); }
+  int64_t first_filter(int64_t block, int64_t v) const { return first(block) * multiplier + v * kLanes<T>; }
+  int filters(int64_t v) const {
+    return static_cast<int>(std::min<int64_t>(kLanes<T>, width() * multiplier - v * kLanes<T>));
   }
-}
+};
 
-// f(vectors, c, lanes) over the channels [begin, end): blocks of kVectors whole vectors, then smaller ones; a vector
-// that is not whole, or all of them where lanes are not neighbours in memory, come with vectors = 0.
-template <class T, int kVectors = kBlockVectors, class F>
-void for_channels(bool dense, int64_t begin, int64_t end, const F& f) {
-  constexpr int kWidth = kVectors * kLanes<T>;
-  if (dense)
-    for (; begin + kWidth <= end; begin += kWidth) f(std::integral_constant<int, kVectors>{}, begin, kLanes<T>);
-  if constexpr (kVectors > 1)
-    return for_channels<T, kVectors / 2>(dense, begin, end, f);
-  else
-    for (; begin < end; begin += kLanes<T>)
-      f(std::integral_constant<int, 0>{}, begin, static_cast<int>(std::min<int64_t>(kLanes<T>, end - begin)));
-}
-
+// Reads one vector of lanes: `channels` of them, of which lane i takes number index[i].
 template <class T>
-void convolve(const TapConv<T>& conv, const Epilogue& epilogue, const T* weight) {
-  const bool dense = conv.in_channels == 1 && conv.out_channels == 1;
-  const int64_t products = int64_t{conv.h.taps} * conv.w.taps * conv.in_pitch() * conv.out_channels;
-  parallel_for(ceil_div(conv.pixels(), kChunkPixels), kChunkPixels * products, [&, dense](int64_t chunk) {
-    const int64_t begin = chunk * kChunkPixels, end = std::min(begin + kChunkPixels, conv.pixels());
-    PixelWalk<T> walk(conv, begin);
-    for (int64_t at = begin; at < end; at += kTilePixels) {
-      Pixel pixels[kTilePixels];
-      for (int i = 0; i < kTilePixels; ++i) pixels[i] = at + i < end ? walk.next() : kNoPixel;
-      for_channels<T>(dense, 0, conv.groups, [&](auto vectors, int64_t c, int lanes) {
-        convolve_tile<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, epilogue, weight, pixels, c, lanes);
-      });
-    }
-  });
+struct Reader {
+  Access access;
+  int channels;
+  Index<T> index;
+
+  // Filters as they lie in memory.
+  explicit Reader(int count) : access(count == kLanes<T> ? Access::kWhole : Access::kFew), channels(count) {
+    for (int i = 0; i < kLanes<T>; ++i) index[i] = i;
+  }
+  // The channels of vector v of a block's filters.
+  Reader(const Blocks<T>& blocks, int64_t v) : Reader(static_cast<int>(blocks.width())) {
+    if (blocks.multiplier == 1) return;
+    if (access == Access::kWhole) access = Access::kSpread;
+    for (int i = 0; i < kLanes<T>; ++i) index[i] = std::min((v * kLanes<T> + i) / blocks.multiplier, int64_t{kLanes<T>} - 1);
+  }
+
+  template <Access kAccess>
+  Vec<T> read(const T* p) const {
+    if constexpr (kAccess == Access::kWhole) return load(p);
+    return __builtin_shuffle(kAccess == Access::kFew ? load(p, channels) : load(p), index);
+  }
+};
+
+// The same taps in the order in which they ascend through the input.
+inline TapAxis ascending(TapAxis axis) {
+  if (axis.offset_step >= 0) return axis;
+  axis.offset += axis.offset_step * (axis.taps - 1);
+  axis.tap += axis.tap_step * (axis.taps - 1);
+  axis.offset_step = -axis.offset_step;
+  axis.tap_step = -axis.tap_step;
+  return axis;
 }
 
+// A convolution over taps and its weights, packed: [block][vector][taps of h][taps of w][lanes].
 template <class T>
-struct Packed {
-  T *weight, *zeros;
-  int64_t zero_count;
-  Packed(Arena& arena, const Conv2dProblem& p)
-      : weight(arena.take<T>(int64_t{p.K} * p.R * p.S)),
-        zeros(arena.take<T>(kBlock<T> * int64_t{p.K / p.C})),
-        zero_count(kBlock<T> * int64_t{p.K / p.C}) {}
+struct Taps {
+  TapAxis h, w;
+  T* weight;
+
+  int64_t count() const { return int64_t{h.taps} * w.taps; }
 };
 
 template <class T>
-Packed<T> pack(const Conv2dProblem& p, const T* weight, void* workspace) {
-  Arena arena(workspace);
-  const Packed<T> packed(arena, p);
-  pack_weight(p, weight, packed.weight);
-  std::fill(packed.zeros, packed.zeros + packed.zero_count, T{});
-  return packed;
+void pack_weight(const Conv2dProblem& p, const Blocks<T>& blocks, const Taps<T>& taps, const T* weight) {
+  const int64_t vectors = blocks.vectors();
+  parallel_for(blocks.count() * vectors, 2 * taps.count() * kLanes<T>, [&](int64_t item) {
+    const int64_t first = blocks.first_filter(item / vectors, item % vectors);
+    const int filters = blocks.filters(item % vectors);
+    T* to = taps.weight + item * taps.count() * kLanes<T>;
+    for (int r = 0; r < taps.h.taps; ++r)
+      for (int s = 0; s < taps.w.taps; ++s, to += kLanes<T>) {
+        const int64_t tap = int64_t{taps.h.tap + taps.h.tap_step * r} * p.S + taps.w.tap + taps.w.tap_step * s;
+        const T* from = weight + first * p.R * p.S + tap;
+        for (int i = 0; i < kLanes<T>; ++i) to[i] = i < filters ? from[int64_t{i} * p.R * p.S] : T{};
+      }
+  });
 }
 
-// How backward_weight is cut: by shape alone.
+// Rows [begin, end) times columns [first, first + count) of outputs, one vector of them. `in` is the image's first
+// pixel; output (i, j) is at + i * row_pitch + j * pitch.
+template <class T>
+struct Tile {
+  const Taps<T>& taps;
+  PadMode pad_mode;
+  Reader<T> reader;
+  const T* in;
+  int64_t in_pitch;
+  const T* weight;
+  int64_t begin, end, first;
+  int count;
+  const Epilogue& epilogue;
+  T* out;
+  int64_t at, row_pitch, pitch, channel;
+  int lanes;
+};
+
+// Where tap t of output i finds its pixel, -1 where that is a zero.
+inline int64_t tap_source(const TapAxis& axis, PadMode mode, int64_t i, int64_t t) {
+  return source(mode, axis.in_step * i + axis.offset + axis.offset_step * t, axis.extent);
+}
+
+// A row of zeros for the columns beside the input.
+template <class T>
+alignas(64) constexpr T kZeros[kLanes<T>] = {};
+
+// kWidth: columns in registers. kTaps, kStep: taps of w, one pixel apart, and its in_step; kTaps = 0 where they are
+// others. Input is fetched from memory once, while the block before is at work: the lines of a block lie far apart, and
+// the processor does not see them coming.
+template <class T, Access kAccess, int kWidth, int kTaps, int kStep>
+[[gnu::flatten]] void convolve_tile(const Tile<T>& tile) {
+  const TapAxis &h = tile.taps.h, &w = tile.taps.w;
+  constexpr int kColumns = (kWidth - 1) * kStep + kTaps;
+  const int64_t left = w.in_step * tile.first + w.offset, pitch = tile.in_pitch;
+  int64_t column[kTaps ? kColumns : 1];
+  if constexpr (kTaps)
+    for (int j = 0; j < kColumns; ++j) {
+      const int64_t from = j < (tile.count - 1) * kStep + kTaps ? source(tile.pad_mode, left + j, w.extent) : -1;
+      column[j] = from < 0 ? -1 : from * pitch;
+    }
+  const bool plain = tile.lanes == kLanes<T> && !tile.epilogue.bias && !tile.epilogue.residual &&
+                     tile.epilogue.activation == Activation::kNone;
+  for (int64_t i = tile.begin; i < tile.end; ++i) {
+    Vec<T> sum[kWidth] = {};
+    const T* weight = tile.weight;
+    for (int r = 0; r < h.taps; ++r, weight += w.taps * kLanes<T>) {
+      const int64_t from = tap_source(h, tile.pad_mode, i, r);
+      if (from < 0) continue;
+      const T* row = tile.in + from * w.extent * pitch;
+      if constexpr (kTaps) {
+        if (i == tile.begin || r + h.in_step >= h.taps)
+          for (int j = 0; j < kColumns; ++j) __builtin_prefetch(row + column[j] + kLanes<T>);
+        Vec<T> filter[kTaps];
+        unroll<kTaps>([&](auto s) { filter[s] = load(weight + s * kLanes<T>); });
+        unroll<kColumns>([&](auto j) {
+          const Vec<T> x = tile.reader.template read<kAccess>(column[j] < 0 ? kZeros<T> : row + column[j]);
+          unroll<kTaps>([&](auto s) {
+            constexpr int reach = j.value - s.value, to = reach / kStep;
+            if constexpr (reach >= 0 && reach % kStep == 0 && to < kWidth) sum[to] += x * filter[s.value];
+          });
+        });
+      } else {
+        for (int s = 0; s < w.taps; ++s) {
+          const Vec<T> filter = load(weight + s * kLanes<T>);
+          unroll<kWidth>([&](auto j) {
+            const int64_t at = j < tile.count ? tap_source(w, tile.pad_mode, tile.first + j, s) : -1;
+            sum[j] += tile.reader.template read<kAccess>(at < 0 ? kZeros<T> : row + at * pitch) * filter;
+          });
+        }
+      }
+    }
+    T* out = tile.out + tile.at + i * tile.row_pitch;
+    if (plain) {
+      unroll<kWidth>([&](auto j) {
+        if (j < tile.count) store(out + j * tile.pitch, sum[j]);
+      });
+      continue;
+    }
+    Vec<T> result[kWidth];
+    unroll<kWidth>([&](auto j) { result[j] = sum[j]; });
+    for (int j = 0; j < tile.count; ++j)
+      finish<T>(tile.epilogue, result[j], tile.out, tile.at + i * tile.row_pitch + j * tile.pitch, tile.channel, 1,
+                tile.lanes);
+  }
+}
+
+template <class T, Access kAccess, int kWidth>
+void convolve_tile(const Tile<T>& tile) {
+  const TapAxis& w = tile.taps.w;
+  const int taps = w.offset_step == 1 || w.taps == 1 ? w.taps : 0;
+  bool done = false;
+  const auto run = [&](auto taps, auto step) {
+    convolve_tile<T, kAccess, kWidth, taps.value, step.value>(tile);
+    done = true;
+  };
+  if (w.in_step == 1)
+    choose<1, 2, 3, 4, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 1>{}); });
+  else if (w.in_step == 2)
+    choose<3, 5, 7>(taps, [&](auto taps) { run(taps, std::integral_constant<int, 2>{}); });
+  if (!done) convolve_tile<T, kAccess, kWidth, 0, 0>(tile);
+}
+
+template <class T>
+void convolve_tile(const Tile<T>& tile) {
+  if (tile.reader.access == Access::kFew) return convolve_tile<T, Access::kFew, kTile, 0, 0>(tile);
+  choose<Access::kWhole, Access::kSpread>(tile.reader.access, [&](auto access) {
+    if (tile.count <= kHalfTile)
+      convolve_tile<T, access.value, kHalfTile>(tile);
+    else
+      convolve_tile<T, access.value, kTile>(tile);
+  });
+}
+
+// f(image, begin, end) for strips of at most `rows` rows, each an item; row_bytes: of input that a row needs.
+template <class F>
+void for_strips(int64_t images, int64_t rows, int64_t row_bytes, int64_t work, const F& f) {
+  const int64_t strip = std::clamp<int64_t>(kStripBytes / row_bytes, 1, rows), strips = ceil_div(rows, strip);
+  parallel_for(images * strips, work * strip, [=](int64_t item) {
+    const int64_t begin = item % strips * strip;
+    f(item / strips, begin, std::min(begin + strip, rows));
+  });
+}
+
+template <class T>
+void forward(const Conv2dProblem& p, const Epilogue& epilogue, const Taps<T>& taps, const T* x, T* y) {
+  const Blocks<T> blocks(p);
+  const int64_t C = p.C, K = p.K, row_bytes = int64_t{p.W} * C * p.stride_h * sizeof(T);
+  for_strips(p.N, p.P, row_bytes, p.Q * K * taps.count(), [&](int64_t n, int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < blocks.count(); ++block)
+      for (int64_t v = 0; v < blocks.vectors(); ++v) {
+        const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
+        Tile<T> tile{taps, p.pad_mode, Reader<T>(blocks, v), x + n * p.H * p.W * C + blocks.first(block), C,
+                     taps.weight + packed * taps.count() * kLanes<T>, begin, end, 0, 0, epilogue, y, 0, p.Q * K, K, k,
+                     blocks.filters(v)};
+        for (; tile.first < p.Q; tile.first += kTile) {
+          tile.count = static_cast<int>(std::min<int64_t>(kTile, p.Q - tile.first));
+          tile.at = (n * p.P * p.Q + tile.first) * K + k;
+          convolve_tile(tile);
+        }
+      }
+  });
+}
+
+// dx[c] = dx of its M filters, summed; `pixels` of them.
+template <class T, int kMultiplier>
+void sum_filters(const T* from, int64_t from_pitch, int64_t pixels, int64_t multiplier, int channels, T* dx,
+                 int64_t pitch) {
+  const int64_t count = kMultiplier ? kMultiplier : multiplier;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int c = 0; c < channels; ++c) {
+      T sum{};
+      for (int64_t m = 0; m < count; ++m) sum += from[i * from_pitch + c * count + m];
+      dx[i * pitch + c] = sum;
+    }
+}
+
+template <class T>
+void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes, const T* dy, T* dx) {
+  const Blocks<T> blocks(p);
+  const Epilogue none{nullptr, nullptr, Activation::kNone};
+  const int64_t C = p.C, K = p.K, M = blocks.multiplier, lanes = blocks.vectors() * kLanes<T>;
+  const int64_t products = int64_t{p.W} * K * p.R * p.S, row_bytes = int64_t{p.Q} * K * sizeof(T);
+  for_strips(p.N, ceil_div(p.H, p.stride_h), row_bytes, products, [&](int64_t n, int64_t begin, int64_t stop) {
+    std::vector<T> unsummed(M > 1 ? kSumRows * kTile * lanes : 0);
+    for (int64_t block = 0; block < blocks.count(); ++block)
+      for (const Taps<T>& taps : classes) {
+        const TapAxis &h = taps.h, &w = taps.w;
+        const int64_t end = std::min(stop, h.count), row_pitch = h.step * p.W * C, pitch = w.step * C;
+        const int64_t at = (n * p.H + h.first) * p.W * C + w.first * C + blocks.first(block);
+        const auto tile_of = [&](int64_t v) {
+          const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
+          return Tile<T>{taps, PadMode::kZeros, Reader<T>(blocks.filters(v)), dy + n * p.P * p.Q * K + k, K,
+                         taps.weight + packed * taps.count() * kLanes<T>, begin, end, 0, 0, none, dx, at, row_pitch,
+                         pitch, 0, blocks.filters(v)};
+        };
+        for (int64_t first = 0; first < w.count; first += kTile) {
+          const int count = static_cast<int>(std::min<int64_t>(kTile, w.count - first));
+          if (M == 1) {
+            Tile<T> tile = tile_of(0);
+            tile.first = first;
+            tile.count = count;
+            tile.at += first * pitch;
+            convolve_tile(tile);
+            continue;
+          }
+          for (int64_t i = begin; i < end; i += kSumRows) {
+            const int64_t rows = std::min<int64_t>(kSumRows, end - i);
+            for (int64_t v = 0; v < blocks.vectors(); ++v) {
+              Tile<T> tile = tile_of(v);
+              tile.begin = i;
+              tile.end = i + rows;
+              tile.first = first;
+              tile.count = count;
+              tile.out = unsummed.data();
+              tile.row_pitch = kTile * lanes;
+              tile.pitch = lanes;
+              tile.at = v * kLanes<T> - i * tile.row_pitch;
+              convolve_tile(tile);
+            }
+            for (int64_t row = 0; row < rows; ++row) {
+              const T* from = unsummed.data() + row * kTile * lanes;
+              T* to = dx + at + (i + row) * row_pitch + first * pitch;
+              const int width = static_cast<int>(blocks.width());
+              if (M == 2) sum_filters<T, 2>(from, lanes, count, M, width, to, pitch);
+              else if (M == 3) sum_filters<T, 3>(from, lanes, count, M, width, to, pitch);
+              else if (M == 4) sum_filters<T, 4>(from, lanes, count, M, width, to, pitch);
+              else sum_filters<T, 0>(from, lanes, count, M, width, to, pitch);
+            }
+          }
+        }
+      }
+  });
+}
+
+// How backward_weight is cut: by shape alone. A slab is [block][vector][r][s][lanes].
 template <class T>
 struct WeightPlan {
-  int64_t rows, channel_blocks, slice_rows, slices, size;
+  Blocks<T> blocks;
+  int64_t rows, taps, pieces, slice_rows, slices, size;
 
   explicit WeightPlan(const Conv2dProblem& p)
-      : rows(int64_t{p.N} * p.P), channel_blocks(ceil_div(p.C, kBlock<T>)), size(int64_t{p.K} * p.R * p.S) {
-    slice_rows = ceil_div(rows, std::min(rows, ceil_div(kItems, channel_blocks)));
+      : blocks(p),
+        rows(int64_t{p.N} * p.P),
+        taps(int64_t{p.R} * p.S),
+        pieces(ceil_div(blocks.count(), kItemBlocks)),
+        size(blocks.count() * blocks.vectors() * taps * kLanes<T>) {
+    slice_rows = ceil_div(rows, std::min(rows, ceil_div(kItems, pieces)));
     slices = ceil_div(rows, slice_rows);
   }
 };
 
-// sum[v] += x[q] * dy[q] along a row of `count` outputs.
-template <class T, int kVectors, bool kDense>
-void add_row(int64_t count, const T* x, int64_t x_step, const T* dy, int64_t dy_step, int64_t dy_stride, int lanes,
-             T* sum) {
-  Vec<T> total[kVectors];
-  for (int v = 0; v < kVectors; ++v) total[v] = kDense ? load(sum + v * kLanes<T>) : load(sum, lanes);
-  for (int64_t q = 0; q < count; ++q, x += x_step, dy += dy_step)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      total[v] += kDense ? load(x + v * kLanes<T>) * load(dy + v * kLanes<T>)
-                         : load(x, lanes) * read_lanes(dy, dy_stride, lanes);
-  for (int v = 0; v < kVectors; ++v) write_lanes(sum + v * kLanes<T>, total[v], 1, lanes);
-}
-
-// The outputs q in [begin, end) whose tap lies inside the input.
 struct Span {
   int64_t begin, end;
 };
-inline Span outputs_inside(const TapAxis& axis, int tap) {
-  const int64_t first = axis.offset + axis.offset_step * tap;
-  const int64_t begin = first >= 0 ? 0 : ceil_div(-first, axis.in_step);
-  const int64_t end = first >= axis.extent ? 0 : std::min(axis.count, ceil_div(axis.extent - first, axis.in_step));
+
+// The outputs that have all of `taps` taps from `first` on inside the input.
+inline Span outputs_inside(const TapAxis& axis, int64_t first, int taps) {
+  const int64_t left = axis.offset + axis.offset_step * first, right = left + axis.offset_step * (taps - 1);
+  const int64_t begin = left >= 0 ? 0 : std::min(axis.count, ceil_div(-left, axis.in_step));
+  const int64_t end = right >= axis.extent ? 0 : std::min(axis.count, ceil_div(axis.extent - right, axis.in_step));
   return {begin, std::max(begin, end)};
 }
 
-// slab[(r,s)][m][c ..] += the products of one row (n, p) of outputs.
-template <class T, int kVectors, bool kDense>
-void add_output_row(const TapConv<T>& conv, const T* dy, int64_t n, int64_t p, int64_t c, int lanes, T* slab) {
-  const int64_t multiplier = conv.out_channels, C = conv.in_pitch(), K = conv.out_pitch();
-  const T* dy_row = dy + (n * conv.h.count + p) * conv.w.count * K + c * multiplier;
-  for (int r = 0; r < conv.h.taps; ++r) {
-    const int64_t h = conv.h.in_step * p + conv.h.offset + conv.h.offset_step * r;
-    if (h < 0 || h >= conv.h.extent) continue;
-    const T* x_row = conv.in + (n * conv.h.extent + h) * conv.w.extent * C + c;
-    for (int s = 0; s < conv.w.taps; ++s) {
-      const Span q = outputs_inside(conv.w, s);
-      const int64_t w = conv.w.in_step * q.begin + conv.w.offset + conv.w.offset_step * s;
-      for (int64_t m = 0; m < multiplier && q.begin < q.end; ++m)
-        add_row<T, kVectors, kDense>(q.end - q.begin, x_row + w * C, conv.w.in_step * C, dy_row + q.begin * K + m, K,
-                                     multiplier, lanes,
-                                     slab + ((int64_t{r} * conv.w.taps + s) * multiplier + m) * C + c);
+// Rows of outputs in a row, and the rows of the filter that all of them have inside the input.
+struct Run {
+  Span p, r;
+};
+inline std::vector<Run> runs_of(const TapAxis& h, PadMode mode) {
+  if (mode != PadMode::kZeros) return {{{0, h.count}, {0, h.taps}}};
+  std::vector<Run> runs;
+  for (int64_t p = 0; p < h.count; ++p) {
+    const int64_t top = h.in_step * p + h.offset;
+    const int64_t begin = top >= 0 ? 0 : std::min<int64_t>(h.taps, ceil_div(-top, h.offset_step));
+    const int64_t end = top >= h.extent ? 0 : std::min<int64_t>(h.taps, ceil_div(h.extent - top, h.offset_step));
+    if (runs.empty() || runs.back().r.begin != begin || runs.back().r.end != end) runs.push_back({{p, p}, {begin, end}});
+    runs.back().p.end = p + 1;
+  }
+  return runs;
+}
+
+// What one vector of filters adds up: rows [begin, end) of outputs, numbered through all images, of which each image's
+// rows p; the taps [s, s + kTaps) of kRows rows of the filter from r on.
+template <class T>
+struct Products {
+  const TapAxis &h, &w;
+  PadMode pad_mode;
+  Reader<T> x_reader, dy_reader;
+  const T *x, *dy;
+  int64_t x_pitch, dy_pitch, begin, end;
+  T* slab;
+  Span p{};
+  int64_t r = 0, s = 0;
+};
+
+template <class T, Access kAccess, int kTaps, int kRows>
+[[gnu::flatten]] void add_products(const Products<T>& a) {
+  constexpr Access kDyAccess = kAccess == Access::kFew ? Access::kFew : Access::kWhole;
+  const TapAxis &h = a.h, &w = a.w;
+  T* slab = a.slab + (a.r * w.taps + a.s) * kLanes<T>;
+  const int64_t slab_pitch = w.taps * kLanes<T>, step = w.in_step * a.x_pitch, tap = w.offset_step * a.x_pitch;
+  const int64_t left = w.offset + w.offset_step * a.s;
+  const Span inside = outputs_inside(w, a.s, kTaps);
+  Vec<T> sum[kRows][kTaps];
+  unroll<kRows>([&](auto r) {
+    unroll<kTaps>([&](auto s) { sum[r][s] = load(slab + r * slab_pitch + s * kLanes<T>); });
+  });
+  for (int64_t n = a.begin / h.count; n * h.count < a.end; ++n) {
+    const int64_t last = std::min(a.p.end, a.end - n * h.count);
+    for (int64_t p = std::max(a.p.begin, a.begin - n * h.count); p < last; ++p) {
+      const T* rows[kRows];
+      for (int r = 0; r < kRows; ++r)
+        rows[r] = a.x + (n * h.extent + tap_source(h, a.pad_mode, p, a.r + r)) * w.extent * a.x_pitch;
+      const T* dy = a.dy + (n * h.count + p) * w.count * a.dy_pitch;
+      for (int64_t q = 0; q < w.count; ++q) {
+        if (q == inside.begin) {
+          const T* x[kRows];
+          unroll<kRows>([&](auto r) { x[r] = rows[r] + left * a.x_pitch + q * step; });
+          for (; q < inside.end; ++q) {
+            const T* gradient = dy + q * a.dy_pitch;
+            __builtin_prefetch(gradient + kLanes<T>);
+            __builtin_prefetch(x[kRows - 1] + kLanes<T>);
+            const Vec<T> d = a.dy_reader.template read<kDyAccess>(gradient);
+            unroll<kRows>([&](auto r) {
+              unroll<kTaps>([&](auto s) {
+                sum[r][s] += a.x_reader.template read<kAccess>(x[r] + s * tap) * d;
+              });
+              x[r] += step;
+            });
+          }
+          if (q == w.count) break;
+        }
+        const Vec<T> d = a.dy_reader.template read<kDyAccess>(dy + q * a.dy_pitch);
+        unroll<kTaps>([&](auto s) {
+          const int64_t from = tap_source(w, a.pad_mode, q, a.s + s);
+          unroll<kRows>([&](auto r) {
+            sum[r][s] += a.x_reader.template read<kAccess>(from < 0 ? kZeros<T> : rows[r] + from * a.x_pitch) * d;
+          });
+        });
+      }
     }
   }
+  unroll<kRows>([&](auto r) {
+    unroll<kTaps>([&](auto s) { store(slab + r * slab_pitch + s * kLanes<T>, sum[r][s]); });
+  });
+}
+
+// As many rows of the filter as registers hold the sums of, and no more than a square filter has.
+constexpr int rows_at_once(int taps) { return std::min(taps, std::max(1, (kVectorRegisters - 3) / taps)); }
+
+template <class T, Access kAccess, int kTaps, int kRows = rows_at_once(kTaps)>
+void add_products(const Products<T>& a, int64_t rows) {
+  if (rows >= kRows) return add_products<T, kAccess, kTaps, kRows>(a);
+  if constexpr (kRows > 1) add_products<T, kAccess, kTaps, kRows - 1>(a, rows);
+}
+
+// The products with every tap, some at a time.
+template <class T>
+void add_products(Products<T> a, const std::vector<Run>& runs) {
+  for (const Run& run : runs) {
+    a.p = run.p;
+    for (a.s = 0; a.s < a.w.taps; a.s += kMaxTaps) {
+      const int taps = static_cast<int>(std::min<int64_t>(kMaxTaps, a.w.taps - a.s));
+      for (a.r = run.r.begin; a.r < run.r.end; a.r += rows_at_once(taps))
+        choose<Access::kWhole, Access::kSpread, Access::kFew>(a.x_reader.access, [&](auto access) {
+          choose<1, 2, 3, 4, 5, 6, 7>(
+              taps, [&](auto taps) { add_products<T, access.value, taps.value>(a, run.r.end - a.r); });
+        });
+    }
+  }
+}
+
+// The weights of every class of a pass, packed one after another; on a null base they are only counted.
+template <class T>
+std::vector<Taps<T>> forward_taps(Arena& arena, const Conv2dProblem& p) {
+  const Blocks<T> blocks(p);
+  std::vector<Taps<T>> taps{{forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h),
+                             forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w), nullptr}};
+  taps[0].weight = arena.take<T>(blocks.count() * blocks.vectors() * kLanes<T> * taps[0].count());
+  return taps;
+}
+
+template <class T>
+std::vector<Taps<T>> backward_taps(Arena& arena, const Conv2dProblem& p) {
+  const Blocks<T> blocks(p);
+  std::vector<Taps<T>> classes;
+  for (int h = 0; h < std::min(p.stride_h, p.H); ++h)
+    for (int w = 0; w < std::min(p.stride_w, p.W); ++w) {
+      Taps<T> taps{ascending(backward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h, h)),
+                   ascending(backward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w, w)), nullptr};
+      taps.weight = arena.take<T>(blocks.count() * blocks.vectors() * kLanes<T> * taps.count());
+      classes.push_back(taps);
+    }
+  return classes;
 }
 
 }  // namespace
@@ -183,52 +499,63 @@ void add_output_row(const TapConv<T>& conv, const T* dy, int64_t n, int64_t p, i
 template <class T>
 void depthwise_forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const T* weight, T* y,
                        void* workspace) {
-  const Packed<T> packed = pack(p, weight, workspace);
-  convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.weight);
+  Arena arena(workspace);
+  const Taps<T> taps = forward_taps<T>(arena, p)[0];
+  pack_weight(p, Blocks<T>(p), taps, weight);
+  forward(p, epilogue, taps, x, y);
 }
 
 template <class T>
 void depthwise_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, void* workspace) {
-  const Packed<T> packed = pack(p, weight, workspace);
-  for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
-    convolve(conv, Epilogue{nullptr, nullptr, Activation::kNone}, packed.weight);
-  });
+  Arena arena(workspace);
+  const std::vector<Taps<T>> classes = backward_taps<T>(arena, p);
+  for (const Taps<T>& taps : classes) pack_weight(p, Blocks<T>(p), taps, weight);
+  backward_input(p, classes, dy, dx);
 }
 
 template <class T>
 void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, T* dweight, void* workspace) {
   const WeightPlan<T> plan(p);
-  const TapConv<T> conv = forward_conv<T>(p, x, nullptr, nullptr);
+  const Blocks<T>& blocks = plan.blocks;
   T* slabs = static_cast<T*>(workspace);
-  const int64_t taps = int64_t{p.R} * p.S, multiplier = p.K / p.C, C = p.C, P = p.P;
-  parallel_for(
-      plan.slices * plan.channel_blocks, plan.slice_rows * p.Q * taps * multiplier * kBlock<T>, [&](int64_t item) {
-        const int64_t slice = item / plan.channel_blocks, first = item % plan.channel_blocks * kBlock<T>;
-        const int64_t last = std::min(first + kBlock<T>, C);
-        T* slab = slabs + slice * plan.size;
-        for (int64_t row = 0; row < taps * multiplier; ++row)
-          std::fill(slab + row * C + first, slab + row * C + last, T{});
-        for (int64_t row = slice * plan.slice_rows; row < std::min((slice + 1) * plan.slice_rows, plan.rows); ++row)
-          for_channels<T>(multiplier == 1, first, last, [&](auto vectors, int64_t c, int lanes) {
-            add_output_row<T, std::max(vectors.value, 1), (vectors.value > 0)>(conv, dy, row / P, row % P, c, lanes,
-                                                                               slab);
-          });
-      });
-  parallel_for(C, plan.slices * taps * multiplier, [=](int64_t c) {
-    for (int64_t m = 0; m < multiplier; ++m)
-      for (int64_t tap = 0; tap < taps; ++tap) {
+  const TapAxis h = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
+  const TapAxis w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
+  const int64_t C = p.C, K = p.K, vectors = blocks.vectors(), vector_size = plan.taps * kLanes<T>;
+  const int64_t work = plan.slice_rows * p.Q * plan.taps * kItemBlocks * vectors * kLanes<T>;
+  const std::vector<Run> runs = runs_of(h, p.pad_mode);
+  const int64_t strip = std::max<int64_t>(1, kStripBytes / (kItemBlocks * kLanes<T> * p.W * p.stride_h * sizeof(T)));
+  parallel_for(plan.slices * plan.pieces, work, [&](int64_t item) {
+    const int64_t slice = item / plan.pieces, begin = item % plan.pieces * kItemBlocks;
+    const int64_t end = std::min<int64_t>(begin + kItemBlocks, blocks.count());
+    T* slab = slabs + slice * plan.size;
+    std::fill(slab + begin * vectors * vector_size, slab + end * vectors * vector_size, T{});
+    const int64_t last = std::min((slice + 1) * plan.slice_rows, plan.rows);
+    for (int64_t row = slice * plan.slice_rows; row < last; row += strip)
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t v = 0; v < vectors; ++v)
+          add_products(Products<T>{h, w, p.pad_mode, Reader<T>(blocks, v), Reader<T>(blocks.filters(v)),
+                                   x + blocks.first(block), dy + blocks.first_filter(block, v), C, K, row,
+                                   std::min(row + strip, last), slab + (block * vectors + v) * vector_size},
+                       runs);
+  });
+  parallel_for(C, plan.slices * plan.taps * blocks.multiplier, [&](int64_t c) {
+    const int64_t block = c / kLanes<T>;
+    for (int64_t m = 0; m < blocks.multiplier; ++m) {
+      const int64_t lane = (c - blocks.first(block)) * blocks.multiplier + m;
+      const T* from = slabs + (block * vectors + lane / kLanes<T>)*vector_size + lane % kLanes<T>;
+      for (int64_t tap = 0; tap < plan.taps; ++tap) {
         T sum{};
-        for (int64_t slice = 0; slice < plan.slices; ++slice)
-          sum += slabs[slice * plan.size + (tap * multiplier + m) * C + c];
-        dweight[(c * multiplier + m) * taps + tap] = sum;
+        for (int64_t slice = 0; slice < plan.slices; ++slice) sum += from[slice * plan.size + tap * kLanes<T>];
+        dweight[(c * blocks.multiplier + m) * plan.taps + tap] = sum;
       }
+    }
   });
 }
 
 int64_t depthwise_forward_workspace(const Conv2dProblem& p) {
   return for_conv_dtype(p.dtype, [&](auto t) {
     Arena arena;
-    Packed<decltype(t)>(arena, p);
+    forward_taps<decltype(t)>(arena, p);
     return arena.used();
   });
 }
@@ -236,9 +563,10 @@ int64_t depthwise_forward_workspace(const Conv2dProblem& p) {
 int64_t depthwise_backward_workspace(const Conv2dProblem& p, bool need_dx, bool need_dweight) {
   return for_conv_dtype(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const WeightPlan<T> plan(p);
-    const int64_t slabs = plan.slices * plan.size * static_cast<int64_t>(sizeof(T));
-    return std::max(need_dx ? depthwise_forward_workspace(p) : 0, need_dweight ? slabs : 0);
+    Arena arena;
+    if (need_dx) backward_taps<T>(arena, p);
+    const int64_t slabs = need_dweight ? WeightPlan<T>(p).slices * WeightPlan<T>(p).size * sizeof(T) : 0;
+    return std::max(arena.used(), slabs);
   });
 }
 
