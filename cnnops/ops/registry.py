@@ -81,7 +81,7 @@ def _at_dual_level(function: type[Function]) -> type[Function]:
 
 
 def _primal(t: Tensor | None) -> Tensor | None:
-    return t if t is None or not t.is_floating_point() else forward_ad.unpack_dual(t).primal
+    return t if t is None or not t.is_floating_point() else forward_ad.unpack_dual(t, level=0).primal
 
 
 def tangents_of(
@@ -91,8 +91,8 @@ def tangents_of(
     *args: Any,
 ) -> list[Tensor | None]:
     """For a jvp: the tangents of formula(*primals, *args), a formula of torch's own ops."""
-    duals = [p if t is None else forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True)]
-    return [forward_ad.unpack_dual(y).tangent for y in formula(*duals, *args)]
+    duals = [p if t is None else forward_ad.make_dual(p, t, level=0) for p, t in zip(primals, tangents, strict=True)]
+    return [forward_ad.unpack_dual(y, level=0).tangent for y in formula(*duals, *args)]
 
 
 def _eager(tensors: Sequence[Tensor | None]) -> bool:
@@ -171,6 +171,12 @@ def register(
         with torch.enable_grad(), differentiating_forwards(True):  # entering a Function turned them off for all layers
             return run_below(*args)
 
+    def differentiate_layer(*args: Any) -> Any:
+        if function is None:
+            return run_below(*args)
+        with inside_a_transform():
+            return enter_dual(run_next_layer, *args)
+
     def decomposes(operands: Sequence[Tensor | None]) -> bool:
         return composite is not None and (
             forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands)
@@ -180,15 +186,15 @@ def register(
         operands = args[:tensors]
         if composite is not None and decomposes(operands):
             return composite(*args)
+        if transforming():
+            return differentiate_layer(*args)
         run = run_kernel if _eager(operands) else run_below
-        at_dual_level = forward_ad._current_level >= 0
-        if function is None or not (at_dual_level or _needs_gradient(operands)):
-            return run(*args)
-        differentiated = enter_dual if at_dual_level else enter
-        if not transforming():
-            return differentiated(run, *args)
-        with inside_a_transform():
-            return differentiated(run_next_layer, *args)
+        # A compiled function enters its dual levels unseen, but is traced by a mode.
+        if function is not None and (forward_ad._current_level >= 0 or dispatch_modes()):
+            return enter_dual(run, *args)
+        if function is not None and _needs_gradient(operands):
+            return enter(run, *args)
+        return run(*args)
 
     def call(*args: Any) -> Any:
         operands = args[:tensors]
