@@ -78,15 +78,16 @@ class Conv2dBackward(Function):
     def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
         dy, x, weight = ctx.saved_tensors
         *geometry, need_dx, need_dweight, need_dbias, backend = ctx.args
-        tdx = tdweight = tdbias = None
         if tdy is not None:
             tdx, tdweight, tdbias = conv2d_backward(tdy, x, weight, *ctx.args)
+        else:
+            tdx = torch.zeros_like(x) if need_dx else None
+            tdweight = torch.zeros_like(weight) if need_dweight else None
+            tdbias = weight.new_zeros(weight.shape[0]) if need_dbias else None
         if need_dx and tweight is not None:
-            term = conv2d_backward(dy, x, tweight, *geometry, True, False, False, backend)[0]
-            tdx = term if tdx is None else tdx + term
+            tdx = tdx + conv2d_backward(dy, x, tweight, *geometry, True, False, False, backend)[0]
         if need_dweight and tx is not None:
-            term = conv2d_backward(dy, tx, weight, *geometry, False, True, False, backend)[1]
-            tdweight = term if tdweight is None else tdweight + term
+            tdweight = tdweight + conv2d_backward(dy, tx, weight, *geometry, False, True, False, backend)[1]
         return tdx, tdweight, tdbias
 
 

@@ -47,8 +47,8 @@ class Function(torch.autograd.Function):
     """An op's derivatives. Arguments are ``(run, *op arguments)``: `run` computes the op.
 
     Subclasses give `setup_context` and `backward`; `jvp` for forward mode, where ``ctx.saved_tensors`` is what
-    setup_context saved for backward and a missing tangent is None; and override `forward` where a derivative wants more
-    than a plain call computes.
+    setup_context saved for backward and a missing tangent is None (a result's may not be, if it is differentiable); and
+    override `forward` where a derivative wants more than a plain call computes.
     """
 
     @staticmethod
@@ -89,10 +89,11 @@ def tangents_of(
     primals: Sequence[Tensor | None],
     tangents: Sequence[Tensor | None],
     *args: Any,
-) -> list[Tensor | None]:
-    """For a jvp: the tangents of formula(*primals, *args), a formula of torch's own ops."""
+) -> list[Tensor]:
+    """For a jvp: the tangents of formula(*primals, *args), a formula of torch's own ops; zeros where there are none."""
     duals = [p if t is None else forward_ad.make_dual(p, t, level=0) for p, t in zip(primals, tangents, strict=True)]
-    return [forward_ad.unpack_dual(y, level=0).tangent for y in formula(*duals, *args)]
+    found = [forward_ad.unpack_dual(y, level=0) for y in formula(*duals, *args)]
+    return [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in found]
 
 
 def _eager(tensors: Sequence[Tensor | None]) -> bool:
