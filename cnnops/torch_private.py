@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import _C, nn
+from torch._functorch.utils import enable_single_level_autograd_function as inside_a_transform
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -16,9 +18,12 @@ __all__ = [
     "autocast_keys",
     "autocasting",
     "below_autograd",
+    "differentiating_forwards",
     "dispatch_modes",
     "exclude_keys",
+    "forward_ad",
     "function_modes",
+    "inside_a_transform",
     "transforming",
     "tree_leaves",
     "tree_map",
@@ -43,6 +48,14 @@ transforming = _C._are_functorch_transforms_active
 
 autocasting = _C._is_any_autocast_enabled
 """Whether autocast is on for any device."""
+
+# forward_ad._current_level is -1 outside of every dual level, torch.func.jvp's included; reading it is the cheapest way
+# to know. A Function's ctx.to_save is what it saved for backward.
+differentiating_forwards = forward_ad._set_fwd_grad_enabled
+"""Context: whether ops on dual tensors compute tangents; off while a jvp runs."""
+
+# inside_a_transform: context in which an op's Autograd kernel may enter an autograd Function under a torch.func
+# transform: it differentiates that one layer.
 
 
 def unwrapped(op: OpOverload) -> Callable[..., Any]:

@@ -22,11 +22,19 @@ def conv_bn(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None =
     """
     fits = not bn.training and x.dim() == 4 and (residual is None or isinstance(bn, BatchNormAct2d))
     if fits and isinstance(conv, Conv2d) and isinstance(bn, BatchNorm2d) and _known(conv) and _known(bn):
-        padded, padding = conv._pad(x)
-        geometry = (conv.stride, padding, conv.dilation, conv.groups)
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         activation = bn.activation if isinstance(bn, BatchNormAct2d) else "none"
         statistics = (*bn._statistics(), bn.eps)
-        return functional.conv2d_bn_act(padded, conv.weight, conv.bias, *statistics, *geometry, residual, activation)
+        return functional.conv2d_bn_act(
+            x,
+            conv.weight,
+            conv.bias,
+            *statistics,
+            *geometry,
+            residual,
+            activation,
+            padding_mode=conv.padding_mode,
+        )
     y: Tensor = bn(conv(x)) if residual is None else bn(conv(x), residual)
     return y
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backends.aten import activation_gradient
 from ..geometry import ACTIVATIONS_FROM_INPUT, NormProblem, is_channels_last
-from .registry import Function, empty, register
+from .batching import Dims, along, fold, unfold
+from .registry import Function, empty, register, tangents_of
 
 
 class BatchNormAct(Function):
@@ -40,15 +41,27 @@ class BatchNormAct(Function):
         grads = batch_norm_act_backward(dy, *tensors, mean, rstd, *args, *ctx.needs_input_grad[1:5], backend)
         return (None, *grads, *[None] * 7)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, tresidual: Any, *__: Any) -> Any:
+        x, weight, bias, residual, y, mean, rstd = ctx.saved_tensors
+        training, eps, activation, _ = ctx.args
+        (tz,) = tangents_of(_affine, (x, weight, bias), (tx, tweight, tbias), mean, rstd, training, eps)
+        if tresidual is not None:
+            tz = tresidual if tz is None else tz + tresidual
+        (z,) = _affine(x, weight, bias, mean, rstd, training, eps)
+        ty = tz * _slope(z if residual is None else z + residual, y, activation)
+        return ty.to(x.dtype), None, None
+
 
 class BatchNormActBackward(Function):
     """The second derivative is rare, so it is torch's own differentiation of the formula for the first."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, *tensors, training, eps, activation, _, _, _, _, _ = inputs
+        _, *tensors, training, eps, activation, need_dx, need_dweight, need_dbias, need_dresidual, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.args = training, eps, activation
+        ctx.needs = need_dx, need_dweight, need_dbias, need_dresidual
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -57,8 +70,9 @@ class BatchNormActBackward(Function):
         needed = ctx.needs_input_grad[1:7]
         tensors = ctx.saved_tensors
         with torch.enable_grad():
-            if not create_graph:
-                tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            # Fresh nodes, so that what dy or y owes to x is not counted here: it is theirs to pass on.
+            fresh = (lambda t: t.view_as(t)) if create_graph else (lambda t: t.detach().requires_grad_(t.requires_grad))
+            tensors = [t if t is None else fresh(t) for t in tensors]
             grads = _gradients(*tensors, *ctx.args)
             pairs = [(g, u) for g, u in zip(grads, upstream, strict=True) if u is not None and g.requires_grad]
             wanted = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
@@ -71,6 +85,41 @@ class BatchNormActBackward(Function):
             )
         results = [next(found) if need and t is not None else None for t, need in zip(tensors, needed, strict=False)]
         return (None, *results, *[None] * 10)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        grads = tangents_of(_gradients, ctx.saved_tensors, tangents[:8], *ctx.args)
+        return tuple(t if need else None for t, need in zip(grads, ctx.needs, strict=True))
+
+
+def _normalized(x: Tensor, mean: Tensor, rstd: Tensor, training: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """(x - mean) * rstd and rstd, in the accumulation type; batch statistics as functions of x."""
+    x = x.to(_accumulation(x.dtype))
+    if training:
+        axes = [0, *range(2, x.dim())]
+        mean = x.mean(axes)
+        rstd = ((x - _per_channel(mean, x)).square().mean(axes) + eps).rsqrt()
+    return (x - _per_channel(mean, x)) * _per_channel(rstd, x), rstd
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.to(_accumulation(x.dtype)).reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, training: bool, eps: float
+) -> tuple[Tensor]:
+    z, _ = _normalized(x, mean, rstd, training, eps)
+    z = z if weight is None else z * _per_channel(weight, x)
+    return (z if bias is None else z + _per_channel(bias, x),)
+
+
+def _slope(z: Tensor, y: Tensor | None, activation: str) -> Tensor:
+    """activation'(z), read off y where that was kept."""
+    if y is None:
+        return activation_gradient(z, activation)
+    y = y.to(z.dtype)
+    return y * (1 - y) if activation == "sigmoid" else activation_gradient(y, activation)
 
 
 def _gradients(
@@ -91,30 +140,18 @@ def _gradients(
     dx = weight * rstd * (dz - mean(dz) - xhat * mean(dz * xhat)) with batch statistics, weight * rstd * dz with fixed
     ones, dz = dy * activation'.  Ioffe and Szegedy, 2015, section 3.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     axes = [0, *range(2, x.dim())]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    xw = x.to(wide)
-    if training:
-        mean = xw.mean(axes)
-        rstd = ((xw - mean.reshape(shape)).square().mean(axes) + eps).rsqrt()
-    xhat = (xw - mean.reshape(shape)) * rstd.reshape(shape)
-    scale = torch.ones_like(mean) if weight is None else weight.to(wide)
-    if y is not None and activation == "sigmoid":
-        dz = dy.to(wide) * y.to(wide) * (1 - y.to(wide))
-    elif y is not None:
-        dz = dy.to(wide) * activation_gradient(y.to(wide), activation)
-    else:
-        z = xhat * scale.reshape(shape)
-        z = z if bias is None else z + bias.to(wide).reshape(shape)
-        z = z if residual is None else z + residual.to(wide)
-        dz = dy.to(wide) * activation_gradient(z, activation)
+    xhat, rstd = _normalized(x, mean, rstd, training, eps)
+    z = xhat if weight is None else xhat * _per_channel(weight, x)
+    z = z if bias is None else z + _per_channel(bias, x)
+    dz = dy * _slope(z if residual is None else z + residual, y, activation)
     dbias, dweight = dz.sum(axes), (dz * xhat).sum(axes)
     dx = dz
     if training:
         count = x.numel() // x.shape[1]
-        dx = dz - (dbias.reshape(shape) + xhat * dweight.reshape(shape)) / count
-    dx = dx * (scale * rstd).reshape(shape)
+        dx = dz - (_per_channel(dbias, x) + xhat * _per_channel(dweight, x)) / count
+    dx = dx * _per_channel(rstd, x)
+    dx = dx if weight is None else dx * _per_channel(weight, x)
     param = x.dtype if weight is None and bias is None else (weight if weight is not None else bias).dtype  # type: ignore[union-attr]
     return dx.to(x.dtype), dweight.to(param), dbias.to(param), dz.to(x.dtype)
 
@@ -183,6 +220,29 @@ def _written(*args: Any) -> list[Tensor]:
     return [t for t in running if t is not None] if training else []
 
 
+def _batched(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+    """Samples become channels; images where they share every number that a channel has."""
+    training = args[6]
+    if not training and all(dims[i] is None for i in (1, 2, 4, 5)):
+        return along((0, None, None, 0, None, None), (0, None, None))(op, size, dims, *args)
+    running = [fold(t, dim, 0, size) for t, dim in zip(args[4:6], dims[4:6], strict=True)]
+    found = along((1, 0, 0, 1), (1, 0, 0))(op, size, dims, *args[:4], *running, *args[6:])
+    if training:
+        for t, dim, updated in zip(args[4:6], dims[4:6], running, strict=True):
+            if t is not None:
+                t.movedim(dim, 0).copy_(unfold(updated, 0, size)[0])
+    return found
+
+
+def _batched_backward(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+    training, _, _, _, need_dweight, need_dbias = args[8:14]
+    if training or need_dweight or need_dbias or any(dims[i] is not None for i in (2, 3, 6, 7)):
+        rule = along((1, 1, 0, 0, 1, 1, 0, 0), (1, 0, 0, 1))
+    else:
+        rule = along((0, 0, None, None, 0, 0, None, None), (0, None, None, 0))
+    return rule(op, size, dims, *args)
+
+
 batch_norm_act = register(
     "batch_norm_act",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -193,6 +253,7 @@ batch_norm_act = register(
     fake=_fake,
     function=BatchNormAct,
     written=_written,
+    batched=_batched,
 )
 batch_norm_act_backward = register(
     "batch_norm_act_backward",
@@ -204,4 +265,5 @@ batch_norm_act_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=BatchNormActBackward,
+    batched=_batched_backward,
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import Conv2dProblem, is_channels_last
+from .batching import Dims, fold, unfold
 from .registry import Function, empty, register
 
 GEOMETRY = "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int pad_mode"
@@ -26,6 +27,23 @@ class Conv2d(Function):
         *geometry, backend = ctx.args  # the forward's backend, wherever backward runs
         grads = conv2d_backward(dy, *ctx.saved_tensors, *geometry, *ctx.needs_input_grad[1:4], backend)
         return (None, *grads, *[None] * 9)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, *__: Any) -> Any:
+        return tangent(*ctx.saved_tensors, tx, tweight, tbias, *ctx.args)
+
+
+def tangent(x: Tensor, weight: Tensor, tx: Any, tweight: Any, tbias: Any, *args: Any) -> Tensor | None:
+    """The tangent of conv2d, which is bilinear, given its operands' where they have any."""
+    terms = []
+    if tx is not None:
+        terms.append(conv2d(tx, weight, tbias, *args))
+    if tweight is not None:
+        terms.append(conv2d(x, tweight, None if terms else tbias, *args))
+    if tbias is not None and not terms:
+        problem = describe(x, weight, None, *args)
+        terms.append(tbias[None, :, None, None].repeat(problem.N, 1, problem.P, problem.Q))
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 class Conv2dBackward(Function):
@@ -55,6 +73,22 @@ class Conv2dBackward(Function):
         if need_weight and ddx is not None:
             dweight = conv2d_backward(dy, ddx, weight, *geometry, False, True, False, backend)[1]
         return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 12)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
+        dy, x, weight = ctx.saved_tensors
+        *geometry, need_dx, need_dweight, need_dbias, backend = ctx.args
+        if tdy is not None:
+            tdx, tdweight, tdbias = conv2d_backward(tdy, x, weight, *ctx.args)
+        else:
+            tdx = torch.zeros_like(x) if need_dx else None
+            tdweight = torch.zeros_like(weight) if need_dweight else None
+            tdbias = weight.new_zeros(weight.shape[0]) if need_dbias else None
+        if need_dx and tweight is not None:
+            tdx = tdx + conv2d_backward(dy, x, tweight, *geometry, True, False, False, backend)[0]
+        if need_dweight and tx is not None:
+            tdweight = tdweight + conv2d_backward(dy, tx, weight, *geometry, False, True, False, backend)[1]
+        return tdx, tdweight, tdbias
 
 
 def describe(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Conv2dProblem:
@@ -89,6 +123,80 @@ def _fake_backward(problem: Conv2dProblem, dy: Tensor, x: Tensor, weight: Tensor
     )
 
 
+class Folded(NamedTuple):
+    """How one convolution computes a batch of them: into which axis of each operand the samples go."""
+
+    x: int | None
+    weight: int | None
+    y: int
+    inner_groups: int
+    """Filters of a group lie together, so samples go between the groups and their filters."""
+    groups: int
+
+    @classmethod
+    def along_images(cls, size: int, groups: int) -> Folded:
+        return cls(0, None, 0, 1, groups)
+
+    @classmethod
+    def along_filters(cls, size: int, groups: int) -> Folded:
+        return cls(None, 0, 1, groups, groups)
+
+    @classmethod
+    def along_groups(cls, size: int, groups: int) -> Folded:
+        return cls(1, 0, 1, 1, size * groups)
+
+    @classmethod
+    def forward(cls, size: int, groups: int, x_mapped: bool, weight_mapped: bool) -> Folded:
+        way = cls.along_images if not weight_mapped else cls.along_groups if x_mapped else cls.along_filters
+        return way(size, groups)
+
+
+def _batched(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    if dims[2] is not None and dims[1] is None and bias is not None:
+        return _batched_bias(op, size, dims, x, weight, bias, *args)
+    *geometry, groups, pad_mode, backend = args
+    way = Folded.forward(size, groups, dims[0] is not None, dims[1] is not None)
+    y = op(
+        fold(x, dims[0], way.x, size),
+        fold(weight, dims[1], way.weight, size, way.inner_groups),
+        fold(bias, dims[2], way.weight, size, way.inner_groups),
+        *geometry, way.groups, pad_mode, backend,
+    )  # fmt: skip
+    return unfold(y, way.y, size, way.inner_groups)
+
+
+def _batched_bias(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Any:
+    """A bias for each sample and one weight for all: the convolution knows no such bias, so it is added."""
+    if dims[0] is None:
+        y = op(x, weight, None, *args)
+    else:
+        y, dim = _batched(op, size, (dims[0], None, None), x, weight, None, *args)
+        y = y.movedim(dim, 0)
+    return y + bias.movedim(dims[2], 0)[:, None, :, None, None], 0
+
+
+def _batched_backward(op: Any, size: int, dims: Dims, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
+    *geometry, groups, pad_mode, need_dx, need_dweight, need_dbias, backend = args
+    if dims[2] is None and not (need_dweight or need_dbias):
+        way = Folded.along_images(size, groups)
+    elif dims[1] is None and not need_dx:
+        way = Folded.along_filters(size, groups)
+    else:
+        way = Folded.along_groups(size, groups)
+    dx, dweight, dbias = op(
+        fold(dy, dims[0], way.y, size, way.inner_groups),
+        fold(x, dims[1], way.x, size),
+        fold(weight, dims[2], way.weight, size, way.inner_groups),
+        *geometry, way.groups, pad_mode, need_dx, need_dweight, need_dbias, backend,
+    )  # fmt: skip
+    grads = (
+        unfold(dx, way.x, size),
+        unfold(dweight, way.weight, size, way.inner_groups),
+        unfold(dbias, way.weight, size, way.inner_groups),
+    )
+    return tuple(t for t, _ in grads), tuple(dim for _, dim in grads)
+
+
 conv2d = register(
     "conv2d",
     f"(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}, str backend) -> Tensor",
@@ -98,6 +206,7 @@ conv2d = register(
     fake=_fake,
     function=Conv2d,
     autocast=3,
+    batched=_batched,
 )
 conv2d_backward = register(
     "conv2d_backward",
@@ -108,6 +217,7 @@ conv2d_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=Conv2dBackward,
+    batched=_batched_backward,
 )
 
 

@@ -16,7 +16,8 @@ from ..geometry import (
     check_residual,
     is_channels_last,
 )
-from .conv2d import GEOMETRY, _flops, conv2d_backward, output_shape
+from .batching import Dims, along, fold, unfold
+from .conv2d import GEOMETRY, Folded, _flops, conv2d_backward, output_shape, tangent
 from .registry import Function, empty, register
 
 
@@ -51,6 +52,16 @@ class Conv2dAct(Function):
             grads = conv2d_backward(dz, x, weight, *geometry, need_x, need_weight, need_bias, backend)
         return (None, *grads, dz if need_residual else None, *[None] * 11)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, tresidual: Any, *__: Any) -> Any:
+        x, weight, saved = ctx.saved_tensors
+        geometry, activation, backend = ctx.args
+        tz = tangent(x, weight, tx, tweight, tbias, *geometry, backend)
+        if tresidual is not None:
+            tz = tresidual if tz is None else tz + tresidual
+        ty = tz if activation == "none" else activation_backward(tz, saved, activation, backend)
+        return ty, tz if activation in ACTIVATIONS_FROM_INPUT else None
+
 
 class ActivationBackward(Function):
     """dz = dy * activation'(saved), saved being y or z as the activation needs it."""
@@ -67,6 +78,15 @@ class ActivationBackward(Function):
         ddy = activation_backward(ddz, saved, activation, backend) if ctx.needs_input_grad[1] else None
         dsaved = ddz * dy * _curvature(saved, activation) if ctx.needs_input_grad[2] else None
         return None, ddy, dsaved, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor | None, tsaved: Tensor | None, *__: Any) -> Any:
+        dy, saved = ctx.saved_tensors
+        tdz = None if tdy is None else activation_backward(tdy, saved, *ctx.args)
+        if tsaved is not None:
+            term = tsaved * dy * _curvature(saved, ctx.args[0])
+            tdz = term if tdz is None else tdz + term
+        return tdz
 
 
 def _curvature(saved: Tensor, activation: str) -> Tensor:
@@ -111,6 +131,23 @@ def _fake_activation(problem: NormProblem, dy: Tensor, saved: Tensor, *_: Any) -
     return empty(saved, saved.shape, problem.channels_last)
 
 
+def _batched(
+    op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *args: Any
+) -> Any:
+    *geometry, groups, pad_mode, activation, need_z, backend = args
+    mapped = [dim is not None for dim in dims]
+    way = Folded.forward(size, groups, mapped[0], mapped[1] or mapped[2])
+    y, z = op(
+        fold(x, dims[0], way.x, size),
+        fold(weight, dims[1], way.weight, size, way.inner_groups),
+        fold(bias, dims[2], way.weight, size, way.inner_groups),
+        fold(residual, dims[3], way.y, size, way.inner_groups),
+        *geometry, way.groups, pad_mode, activation, need_z, backend,
+    )  # fmt: skip
+    results = unfold(y, way.y, size, way.inner_groups), unfold(z, way.y, size, way.inner_groups)
+    return tuple(t for t, _ in results), tuple(dim for _, dim in results)
+
+
 conv2d_act = register(
     "conv2d_act",
     f"(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, {GEOMETRY}, str activation, bool need_z, str backend)"
@@ -121,6 +158,7 @@ conv2d_act = register(
     fake=_fake,
     function=Conv2dAct,
     autocast=4,
+    batched=_batched,
 )
 activation_backward = register(
     "activation_backward",
@@ -130,6 +168,7 @@ activation_backward = register(
     describe=_describe_activation,
     fake=_fake_activation,
     function=ActivationBackward,
+    batched=along((0, 0), 0),
 )
 
 

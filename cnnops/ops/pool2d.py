@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Pool2dProblem, is_channels_last
+from .batching import along
 from .registry import Function, empty, register
 
 WINDOW = "int kernel_h, int kernel_w, int stride_h, int stride_w, int pad_h, int pad_w"
@@ -36,21 +37,31 @@ class MaxPool2d(Function):
         dx = None if dy is None else max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.args)
         return (None, dx, *[None] * 11)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
+        H, W, _, *window = ctx.args
+        return _gather(tx, max_pool2d_indices(*ctx.saved_tensors, H, W, *window)), None
+
 
 class MaxPool2dBackward(Function):
     """Scatters dy to the maxima; so its gradient gathers from there."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, offsets, H, W, _, *window, backend = inputs
+        _, _, offsets, H, W, channels_last, *window, backend = inputs
         ctx.args = (H, W, *window, backend)
+        ctx.channels_last = channels_last
         ctx.save_for_backward(offsets)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        indices = max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
-        ddy = ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
+        ddy = _gather(ddx, max_pool2d_indices(*ctx.saved_tensors, *ctx.args))
         return (None, torch.zeros_like(ddy) if _tapless(*ctx.args[:-1]) else ddy, *[None] * 13)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
+        H, W, *rest = ctx.args
+        return max_pool2d_backward(tdy, *ctx.saved_tensors, H, W, ctx.channels_last, *rest)
 
 
 def _tapless(H: int, W: int, *window: int) -> bool:
@@ -94,7 +105,12 @@ class AdaptiveMaxPool2dBackward(Function):
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
         indices = adaptive_max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
-        return None, ddx.flatten(2).gather(2, indices.flatten(2)).view(indices.shape), None, None, None, None, None
+        return None, _gather(ddx, indices), None, None, None, None, None
+
+
+def _gather(x: Tensor, indices: Tensor) -> Tensor:
+    """The elements of each plane of x at flat positions in it."""
+    return x.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
 
 
 class AvgPool2d(Function):
@@ -107,37 +123,53 @@ class AvgPool2d(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         return (None, avg_pool2d_backward(dy, *ctx.args), *[None] * 10)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
+        return avg_pool2d(tx, *ctx.args[3:])
+
 
 class AvgPool2dBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, _, _, _, *ctx.args = inputs
+        _, _, *ctx.args = inputs
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        return (None, avg_pool2d(ddx, *ctx.args), *[None] * 13)
+        return (None, avg_pool2d(ddx, *ctx.args[3:]), *[None] * 13)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
+        return avg_pool2d_backward(tdy, *ctx.args)
 
 
 class AdaptiveAvgPool2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, x, _, _, backend = inputs
+        _, x, *ctx.output_size, backend = inputs
         ctx.args = (*x.shape[2:], is_channels_last(x), backend)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         return None, adaptive_avg_pool2d_backward(dy, *ctx.args), None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
+        return adaptive_avg_pool2d(tx, *ctx.output_size, ctx.args[-1])
+
 
 class AdaptiveAvgPool2dBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, dy, *_, backend = inputs
-        ctx.args = (*dy.shape[2:], backend)
+        _, dy, *ctx.args = inputs
+        ctx.output_size = dy.shape[2:]
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        return None, adaptive_avg_pool2d(ddx, *ctx.args), None, None, None, None
+        return None, adaptive_avg_pool2d(ddx, *ctx.output_size, ctx.args[-1]), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
+        return adaptive_avg_pool2d_backward(tdy, *ctx.args)
 
 
 def _describe_max(x: Tensor, *args: Any) -> Pool2dProblem:
@@ -246,6 +278,7 @@ max_pool2d = register(
     describe=_describe_max,
     fake=_fake_max,
     function=MaxPool2d,
+    batched=along((0,), (0, 0)),
 )
 max_pool2d_backward = register(
     "max_pool2d_backward",
@@ -255,6 +288,7 @@ max_pool2d_backward = register(
     describe=_describe_max_backward,
     fake=_fake_gradient,
     function=MaxPool2dBackward,
+    batched=along((0, 0), 0),
 )
 max_pool2d_indices = register(
     "max_pool2d_indices",
@@ -263,6 +297,7 @@ max_pool2d_indices = register(
     kernel="max_pool2d_indices",
     describe=_describe_max_indices,
     fake=_fake_indices,
+    batched=along((0,), 0),
 )
 adaptive_max_pool2d = register(
     "adaptive_max_pool2d",
@@ -298,6 +333,7 @@ avg_pool2d = register(
     describe=_describe_avg,
     fake=_fake,
     function=AvgPool2d,
+    batched=along((0,), 0),
 )
 avg_pool2d_backward = register(
     "avg_pool2d_backward",
@@ -307,6 +343,7 @@ avg_pool2d_backward = register(
     describe=_describe_avg_backward,
     fake=_fake_gradient,
     function=AvgPool2dBackward,
+    batched=along((0,), 0),
 )
 adaptive_avg_pool2d = register(
     "adaptive_avg_pool2d",
@@ -316,6 +353,7 @@ adaptive_avg_pool2d = register(
     describe=_describe_adaptive,
     fake=_fake,
     function=AdaptiveAvgPool2d,
+    batched=along((0,), 0),
 )
 adaptive_avg_pool2d_backward = register(
     "adaptive_avg_pool2d_backward",
@@ -325,4 +363,5 @@ adaptive_avg_pool2d_backward = register(
     describe=_describe_adaptive_backward,
     fake=_fake_gradient,
     function=AdaptiveAvgPool2dBackward,
+    batched=along((0,), 0),
 )

@@ -1,9 +1,12 @@
 """How an op is registered: once, here, for all ops.
 
-An op is a schema, a description of its problem, a fake function, and a gradient formula (an autograd `Function` made of
-other registered ops). `register` turns these into ``torch.ops.cnnops.<name>``, with kernels below autograd that ask
-`cnnops.dispatch`, and returns the same op for Python callers, who skip torch's dispatcher wherever nobody traces,
-transforms or autocasts.
+An op is a schema, a description of its problem, a fake function, its derivatives (an autograd `Function` made of other
+registered ops) and a batching rule. `register` turns these into ``torch.ops.cnnops.<name>``, with kernels below
+autograd that ask `cnnops.dispatch`, and returns the same op for Python callers, who skip torch's dispatcher wherever
+nobody traces, transforms, autocasts or differentiates forwards.
+
+torch.func's transforms (grad, vmap, jvp) are layers of torch's dispatcher: each interprets the call by our kernel on
+its key, Autograd or FuncTorchBatched, which calls the op again for the next layer. So they nest, and compile.
 """
 
 from __future__ import annotations
@@ -20,11 +23,15 @@ from ..torch_private import (
     autocast_keys,
     autocasting,
     below_autograd,
+    differentiating_forwards,
     dispatch_modes,
     exclude_keys,
+    forward_ad,
     function_modes,
+    inside_a_transform,
     transforming,
 )
+from .batching import Dims, Rule, for_each_sample
 
 library = torch.library.Library("cnnops", "DEF")
 
@@ -37,25 +44,67 @@ _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 class Function(torch.autograd.Function):
-    """An op's gradient formula. Arguments are ``(run, *op arguments)``: `run` computes the op.
+    """An op's derivatives. Arguments are ``(run, *op arguments)``: `run` computes the op.
 
-    Subclasses give `setup_context` and `backward`; `forward` is overridden where a gradient wants more than a plain
-    call computes.
+    Subclasses give `setup_context` and `backward`; `jvp` for forward mode, where ``ctx.saved_tensors`` is what
+    setup_context saved for backward and a missing tangent is None (a result's may not be, if it is differentiable); and
+    override `forward` where a derivative wants more than a plain call computes.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(run: Callable[..., Any], *args: Any) -> Any:
         return run(*args)
 
 
+def _at_dual_level(function: type[Function]) -> type[Function]:
+    """`function` for calls that may get tangents, so that others need not pay for them."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        function.setup_context(ctx, inputs, output)
+        if ctx.to_save is not None:
+            ctx.save_for_forward(*ctx.to_save)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return function.backward(ctx, *grads)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        # torch has turned tangents off, for all layers: taking them off what was saved does it for this one alone.
+        with differentiating_forwards(True):
+            ctx.save_for_forward(*map(_primal, ctx.saved_tensors))
+            return function.jvp(ctx, *tangents)
+
+    rules = {"setup_context": setup_context, "backward": backward, "jvp": jvp}
+    return type(function.__name__, (function,), {name: staticmethod(rule) for name, rule in rules.items()})
+
+
+def _primal(t: Tensor | None) -> Tensor | None:
+    return t if t is None or not t.is_floating_point() else forward_ad.unpack_dual(t, level=0).primal
+
+
+def tangents_of(
+    formula: Callable[..., Sequence[Tensor]],
+    primals: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    *args: Any,
+) -> list[Tensor]:
+    """For a jvp: the tangents of formula(*primals, *args), a formula of torch's own ops; zeros where there are none."""
+    duals = [p if t is None else forward_ad.make_dual(p, t, level=0) for p, t in zip(primals, tangents, strict=True)]
+    found = [forward_ad.unpack_dual(y, level=0) for y in formula(*duals, *args)]
+    return [torch.zeros_like(primal) if tangent is None else tangent for primal, tangent in found]
+
+
 def _eager(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a call on these tensors may skip the dispatcher: nobody traces, transforms, subclasses or autocasts."""
+    """Whether a call on these tensors may skip the dispatcher: nobody traces, transforms, subclasses, autocasts or
+    differentiates forwards."""
     for t in tensors:
         if type(t) not in _PLAIN:
             return False
     if _is_dynamo_compiling() or dispatch_modes() or function_modes() or transforming() or autocasting():
+        return False
+    if forward_ad._current_level >= 0:
         return False
     first: Any = tensors[0]
     return not first.is_meta
@@ -90,6 +139,7 @@ def register(
     fake: Callable[..., Any],
     function: type[Function] | None = None,
     composite: Callable[..., Any] | None = None,
+    batched: Rule = for_each_sample,
     autocast: int = 0,
     written: Callable[..., list[Tensor]] | None = None,
 ) -> Callable[..., Any]:
@@ -97,9 +147,9 @@ def register(
 
     schema: "(arguments) -> results"; the first `tensors` arguments are the tensors, the last is ``str backend``.
     kernel: the backends' function. describe(*args): checks a call and describes its problem.
-    fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the gradient formula, None
-    for an op without gradient. composite(*args): the same made of other ops, in place of a gradient formula: it
-    runs wherever something differentiates or maps. autocast: how many of the first tensors autocast makes its dtype.
+    fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the derivatives, None for
+    an op without. composite(*args): the same made of other ops, in place of derivatives and batching rule: it runs
+    wherever something differentiates or maps. batched: the batching rule (see `batching`). autocast: how many of the first tensors autocast makes its dtype.
     written(*args): the tensors that a call writes to.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -109,33 +159,51 @@ def register(
     if written is not None:
         run_kernel = _marking(run_kernel, written)
 
-    # What torch.autograd.Function.apply does beside this serves transforms alone, and costs 19 us.
+    # What torch.autograd.Function.apply does beside this serves transforms by another way, and costs 19 us.
     enter: Any = None if function is None else super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    dual: Any = None if function is None else _at_dual_level(function)
+    enter_dual: Any = None if function is None else super(torch.autograd.Function, dual).apply
 
     def run_below(*args: Any) -> Any:
         with below_autograd():
             return op(*args)
 
+    def run_next_layer(*args: Any) -> Any:
+        with torch.enable_grad(), differentiating_forwards(True):  # entering a Function turned them off for all layers
+            return run_below(*args)
+
+    def differentiate_layer(*args: Any) -> Any:
+        if function is None:
+            return run_below(*args)
+        with inside_a_transform():
+            return enter_dual(run_next_layer, *args)
+
+    def decomposes(operands: Sequence[Tensor | None]) -> bool:
+        return composite is not None and (forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands))
+
     def autograd(*args: Any) -> Any:
         operands = args[:tensors]
-        if composite is not None and (transforming() or _needs_gradient(operands)):
+        if composite is not None and decomposes(operands):
             return composite(*args)
+        if transforming():
+            return differentiate_layer(*args)
         run = run_kernel if _eager(operands) else run_below
+        # A compiled function enters its dual levels unseen, but is traced by a mode.
+        if function is not None and (forward_ad._current_level >= 0 or dispatch_modes()):
+            return enter_dual(run, *args)
         if function is not None and _needs_gradient(operands):
-            return (function.apply if transforming() else enter)(run, *args)
+            return enter(run, *args)
         return run(*args)
 
     def call(*args: Any) -> Any:
         operands = args[:tensors]
         # Under autocast the dispatcher first: it casts what a composite's ops would each cast for themselves alone.
-        if composite is not None and (transforming() or _needs_gradient(operands)) and not autocasting():
+        if composite is not None and decomposes(operands) and not autocasting():
             return composite(*args)
         if _eager(operands):
             if function is not None and _needs_gradient(operands):
                 return enter(run_kernel, *args)
             return run_kernel(*args)
-        if function is not None and transforming():
-            return function.apply(op, *args)
         return op(*args)
 
     def cast_by(device: str) -> Callable[..., Any]:
@@ -159,20 +227,12 @@ def register(
             observe(kernel, problem, args[-1])
         return fake(problem, *args)
 
-    def for_each_sample(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-        """vmap, one call for each sample: torch's own fallback takes neither optional results nor written arguments."""
+    def batch(info: Any, dims: Dims, *args: Any) -> Any:
         if written is not None:
-            shared = [t for t, dim in zip(args, in_dims, strict=True) if dim is None and isinstance(t, Tensor)]
+            shared = [t for t, dim in zip(args, dims, strict=True) if dim is None and isinstance(t, Tensor)]
             if any(t is each for t in written(*args) for each in shared):
                 raise RuntimeError(f"{name}: vmap cannot write to a tensor that all samples share, but got one")
-        samples = [
-            op(*[t if dim is None else t.select(dim, i) for t, dim in zip(args, in_dims, strict=True)])
-            for i in range(info.batch_size)
-        ]
-        if isinstance(samples[0], Tensor):
-            return torch.stack(samples), 0
-        results = [None if each[0] is None else torch.stack(each) for each in zip(*samples, strict=True)]
-        return tuple(results), tuple(None if t is None else 0 for t in results)
+        return batched(op, info.batch_size, dims, *args)
 
     for device in ("CPU", "CUDA"):
         library.impl(name, run_kernel, device)
@@ -180,7 +240,10 @@ def register(
             library.impl(name, cast_by(device), "Autocast" + device)
     library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"cnnops::{name}", fake_kernel, lib=library)
-    torch.library.register_vmap(f"cnnops::{name}", for_each_sample, lib=library)
+    if composite is None:
+        torch.library.register_vmap(f"cnnops::{name}", batch, lib=library)
+    else:
+        library.impl(name, composite, "FuncTorchBatched")
     call.__name__ = name
     return call
 

@@ -1,0 +1,489 @@
+"""The ops under torch.func (vmap, grad, jvp and their nests), at dual levels, and all of that compiled."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import helpers
+import pytest
+import test_registration as registration
+import torch
+import torch.autograd.forward_ad as fwd
+import torch.nn.functional as F
+from test_registration import NativeCalls
+from tolerance import assert_close, assert_same_bits
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
+
+import cnnops
+import cnnops.functional as CF
+from cnnops import dispatch
+from cnnops.ops.conv2d import Conv2d
+
+Function = Callable[..., Any]
+ACTIVATE = {"relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid}
+X, WEIGHT, Y = (2, 4, 5, 6), (6, 2, 3, 2), (2, 6, 3, 5)
+CONV = ((2, 1), (1, 0), (1, 1), 2)  # stride, padding, dilation, groups
+MEAN, VAR = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([1.0, 0.5, 2.0, 3.0])
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function of ours, the same made of torch's, and what both take."""
+
+    id: str
+    ours: Function
+    theirs: Function
+    shapes: tuple[tuple[int, ...], ...]
+
+    def tensors(self, dtype: torch.dtype = torch.float32, samples: int | None = None) -> list[Tensor]:
+        lead = () if samples is None else (samples,)
+        return [
+            helpers.randn((*lead, *shape), dtype, "cpu", helpers.generator(f"{self.id}{i}{lead}"))
+            for i, shape in enumerate(self.shapes)
+        ]
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, training: bool) -> Tensor:
+    """Batch norm by its definition: torch's own is not differentiable in reverse over forward mode (it takes the batch's
+    statistics for constants there)."""
+    mean, var = MEAN.to(x), VAR.to(x)
+    if training:
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    rstd = (var + 1e-5).rsqrt()
+    return (x - mean[:, None, None]) * (rstd * weight)[:, None, None] + bias[:, None, None]
+
+
+def _conv2d_act(activation: str) -> Op:
+    return Op(
+        f"conv2d_act-{activation}",
+        lambda x, w, b, r: CF.conv2d_act(x, w, b, *CONV, r, activation),
+        lambda x, w, b, r: ACTIVATE[activation](F.conv2d(x, w, b, *CONV) + r),
+        (X, WEIGHT, (6,), Y),
+    )
+
+
+def _batch_norm_act(activation: str, training: bool) -> Op:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        statistics = (None, None) if training else (MEAN.to(x), VAR.to(x))
+        return CF.batch_norm_act(x, *statistics, weight, bias, training, 0.1, 1e-5, residual, activation)
+
+    return Op(
+        f"batch_norm_act-{activation}-{'train' if training else 'eval'}",
+        ours,
+        lambda x, w, b, r: ACTIVATE[activation](_norm(x, w, b, training) + r),
+        (X, (4,), (4,), X),
+    )
+
+
+OPS = (
+    Op("conv2d", lambda x, w, b: CF.conv2d(x, w, b, *CONV), lambda x, w, b: F.conv2d(x, w, b, *CONV), (X, WEIGHT, (6,))),
+    *(_conv2d_act(activation) for activation in ACTIVATE),
+    Op("max_pool2d", lambda x: CF.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), (X,)),
+    Op("avg_pool2d", lambda x: CF.avg_pool2d(x, 3, 2, 1, True, False), lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), (X,)),
+    Op("adaptive_avg_pool2d", lambda x: CF.adaptive_avg_pool2d(x, (3, 4)), lambda x: F.adaptive_avg_pool2d(x, (3, 4)), (X,)),
+    *(_batch_norm_act(activation, training) for activation in ACTIVATE for training in (True, False)),
+)  # fmt: skip
+each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.id)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    with cnnops.use_backend("cpu"):
+        yield
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> Iterator[NativeCalls]:
+    """Notes every native call."""
+    dispatch._chosen.clear()
+    yield NativeCalls(monkeypatch, "cpu")
+    dispatch._chosen.clear()
+
+
+def everywhere(function: Function, count: int) -> tuple[Function, tuple[int, ...]]:
+    """A scalar made of function's result with a curvature of its own, and the places of all arguments."""
+    return lambda *t: function(*t).sin().sum(), tuple(range(count))
+
+
+def check(op: Op, transformed: Callable[[Function], Function], tensors: list[Tensor]) -> None:
+    """transformed(ours) in float32 against transformed(torch's) in float64, within torch's own error.
+
+    The sums that make a derivative's elements are taken to be as large as its largest element.
+    """
+    got = tree_leaves(transformed(op.ours)(*tensors))
+    same_dtype = tree_leaves(transformed(op.theirs)(*tensors))
+    reference = tree_leaves(transformed(op.theirs)(*[t.double() for t in tensors]))
+    for i, (a, b, c) in enumerate(zip(got, same_dtype, reference, strict=True)):
+        assert_close(a, b, c, c.abs().amax().expand_as(c), tensors[0].numel(), f"result {i}")
+
+
+def mapped(tensors: list[Tensor], samples: list[Tensor], axes: tuple[int | None, ...]) -> list[Tensor]:
+    return [
+        t if axis is None else s.movedim(0, axis).contiguous()
+        for t, s, axis in zip(tensors, samples, axes, strict=True)
+    ]
+
+
+def combinations(op: Op) -> list[tuple[int | None, ...]]:
+    """Every choice of arguments to map, each along the first, the second and the last axis."""
+    found = []
+    for choice in itertools.product((False, True), repeat=len(op.shapes)):
+        for axis in (0, 1, -1) if any(choice) else ():
+            found.append(tuple(axis if take else None for take in choice))
+    return found
+
+
+@each_op
+def test_vmap_is_one_native_call(op: Op, native: NativeCalls) -> None:
+    for axes in combinations(op):
+        tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
+        native.calls.clear()
+        dispatch._chosen.clear()
+        vmap(op.ours, axes)(*tensors)
+        assert len(native.calls) == 1, (axes, [name for name, _ in native.calls])
+        check(op, lambda function: vmap(function, axes), tensors)
+
+
+@each_op
+def test_nested_vmap(op: Op, native: NativeCalls) -> None:
+    """Over x twice, over x in one and the rest in the other, and with another axis for the results."""
+    outer, inner, both = op.tensors(samples=2), op.tensors(samples=3), op.tensors(samples=3)
+    x = torch.stack([both[0], 2 * both[0]], 1)  # 3 x 2 samples
+    shared = [None] * (len(op.shapes) - 1)
+    check(op, lambda f: vmap(vmap(f, (0, *shared)), (1, *shared), out_dims=-1), [x, *op.tensors()[1:]])
+    assert len(native.calls) == 1
+    if shared:
+        check(op, lambda f: vmap(vmap(f, (0, *shared)), (None, *[0 for _ in shared])), [inner[0], *outer[1:]])
+        check(op, lambda f: vmap(vmap(f, (None, *[0 for _ in shared])), (0, *shared)), [outer[0], *inner[1:]])
+
+
+@each_op
+def test_gradients_of_each_sample(op: Op, native: NativeCalls) -> None:
+    """vmap over grad, as in torch's tutorial on per-sample gradients: for each choice of what the samples share."""
+    for axes in combinations(op):
+        if -1 in axes:
+            continue
+        tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
+
+        def gradients(function: Function, axes: Any = axes) -> Function:
+            scalar, places = everywhere(function, len(axes))
+            return vmap(grad(scalar, places), axes)
+
+        native.calls.clear()
+        dispatch._chosen.clear()
+        gradients(op.ours)(*tensors)
+        names = [name for name, _ in native.calls]
+        assert len(names) == len(set(names)), names
+        check(op, gradients, tensors)
+
+
+@each_op
+def test_gradient_of_all_samples(op: Op, native: NativeCalls) -> None:
+    """grad over vmap."""
+    for axes in combinations(op):
+        if 1 in axes:
+            continue
+        tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
+
+        def gradient(function: Function, axes: Any = axes) -> Function:
+            scalar, places = everywhere(vmap(function, axes), len(axes))
+            return grad(scalar, places)
+
+        check(op, gradient, tensors)
+    names = [name for name, _ in native.calls]
+    assert len(names) <= 3 * len(combinations(op))
+
+
+@each_op
+def test_jacobians(op: Op) -> None:
+    places = tuple(range(len(op.shapes)))
+    check(op, lambda function: jacrev(function, places), op.tensors())
+    check(op, lambda function: jacfwd(function, places), op.tensors())
+
+
+@each_op
+def test_hessian(op: Op) -> None:
+    """Forward over reverse mode, mapped over all directions."""
+    for place in range(len(op.shapes)):
+        check(op, lambda function, place=place: hessian(everywhere(function, 1)[0], place), op.tensors())
+
+
+def directions(op: Op, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(t.flip(-1) for t in op.tensors(dtype))
+
+
+@each_op
+def test_jvp(op: Op) -> None:
+    """Towards every choice of arguments."""
+    for choice in itertools.product((False, True), repeat=len(op.shapes)):
+        if not any(choice):
+            continue
+
+        def push(function: Function, choice: Any = choice) -> Function:
+            def pushed(*tensors: Tensor) -> Any:
+                def of_chosen(*chosen: Tensor) -> Any:
+                    it = iter(chosen)
+                    return function(*[next(it) if take else t for t, take in zip(tensors, choice, strict=True)])
+
+                chosen = tuple(itertools.compress(tensors, choice))
+                return jvp(of_chosen, chosen, tuple(itertools.compress(directions(op, tensors[0].dtype), choice)))
+
+            return pushed
+
+        check(op, push, op.tensors())
+
+
+def pushed(op: Op, function: Function, levels: int = 1) -> Function:
+    """function's tangent, `levels` times over."""
+    if levels == 0:
+        return function
+    inner = pushed(op, function, levels - 1)
+    return lambda *tensors: jvp(inner, tensors, directions(op, tensors[0].dtype))[1]
+
+
+NESTS: dict[str, Callable[[Op, Function], Function]] = {
+    "forward over forward": lambda op, f: pushed(op, f, 2),
+    "forward over reverse": lambda op, f: (
+        lambda *t: jvp(grad(*everywhere(f, len(t))), t, directions(op, t[0].dtype))[1]
+    ),
+    "reverse over forward": lambda op, f: lambda *t: grad(*everywhere(pushed(op, f), len(t)))(*t),
+    "reverse over reverse": lambda op, f: (
+        lambda *t: grad(
+            lambda *t: sum(g.square().sum() for g in grad(*everywhere(f, len(t)))(*t)), tuple(range(len(t)))
+        )(*t)
+    ),
+    "vmap over forward": lambda op, f: (
+        lambda *t: vmap(lambda t, along: jvp(f, t, along)[1])(t, tuple(s.flip(-1) for s in t))
+    ),
+    "forward over vmap": lambda op, f: (
+        lambda *t: jvp(vmap(f), t, tuple(s.flip(-1) for s in t))[1]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nest", NESTS)
+@each_op
+def test_nests_of_transforms(op: Op, nest: str) -> None:
+    samples = 3 if "vmap" in nest else None
+    check(op, lambda function: NESTS[nest](op, function), op.tensors(samples=samples))
+
+
+def at_dual_level(op: Op, function: Function) -> Function:
+    def tangent(*tensors: Tensor) -> Any:
+        with fwd.dual_level():
+            pairs = zip(tensors, directions(op, tensors[0].dtype), strict=True)
+            return fwd.unpack_dual(function(*[fwd.make_dual(*pair) for pair in pairs])).tangent
+
+    return tangent
+
+
+@each_op
+def test_dual_level(op: Op) -> None:
+    check(op, lambda function: at_dual_level(op, function), op.tensors())
+
+
+@each_op
+def test_dual_level_and_backward(op: Op) -> None:
+    """The tangent's gradient, and the gradient's tangent."""
+
+    def reverse_over_forward(function: Function) -> Function:
+        def gradients(*tensors: Tensor) -> Any:
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            result = at_dual_level(op, function)(*leaves).sin().sum() + sum(leaf.sum() for leaf in leaves)
+            return torch.autograd.grad(result, leaves)
+
+        return gradients
+
+    def forward_over_reverse(function: Function) -> Function:
+        def tangents(*tensors: Tensor) -> Any:
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            with fwd.dual_level():
+                pairs = zip(leaves, directions(op, leaves[0].dtype), strict=True)
+                result = function(*[fwd.make_dual(*pair) for pair in pairs]).sin().sum()
+                return [fwd.unpack_dual(g).tangent for g in torch.autograd.grad(result, leaves, create_graph=True)]
+
+        return tangents
+
+    check(op, reverse_over_forward, op.tensors())
+    check(op, forward_over_reverse, op.tensors())
+
+
+def test_dual_level_leaves_no_trace() -> None:
+    x, weight = OPS[0].tensors()[:2]
+    with fwd.dual_level():
+        y = CF.conv2d(x, weight, groups=2)
+        assert fwd.unpack_dual(y).tangent is None
+    assert_same_bits(y, CF.conv2d(x, weight, groups=2))
+
+
+@each_op
+def test_gradcheck(op: Op) -> None:
+    """Forward and reverse mode, and their nests, against finite differences."""
+    leaves = [t.requires_grad_() for t in op.tensors(torch.float64)]
+    assert gradcheck(op.ours, leaves, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(op.ours, leaves, fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", registration.OPS)
+def test_every_op_has_a_batching_rule(name: str, native: NativeCalls) -> None:
+    """All tensors of torch.ops' entry mapped: one native call, and the results of a loop."""
+    op, args = registration.op_arguments(name)
+    places = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
+
+    def function(*tensors: Tensor) -> Any:
+        every = list(args)
+        for place, t in zip(places, tensors, strict=True):
+            every[place] = t
+        return [t for t in tree_leaves(op(*every)) if t is not None]
+
+    one = [args[i].detach() for i in places]
+    samples = [one, [t * 2 if t.is_floating_point() else t for t in one]]
+    each = [function(*[t.clone() for t in sample]) for sample in samples]
+    native.calls.clear()
+    got = vmap(function)(*[torch.stack(pair) for pair in zip(*samples, strict=True)])
+    assert len(native.calls) == 1
+    for t, *expected in zip(got, *each, strict=True):
+        expected = torch.stack(expected)
+        if t.is_floating_point():
+            assert_close(t, expected, expected.double(), expected.double().abs().amax().expand_as(t), 128)
+        else:
+            assert torch.equal(t, expected)
+
+
+def test_loss_of_an_ensemble_is_one_call_for_each_layer(native: NativeCalls) -> None:
+    """Models by vmap over their parameters, as torch.func.stack_module_state has them."""
+    models = [cnnops.nn.ConvBNAct(3, 4, 3, padding=1).eval() for _ in range(3)]
+    params, buffers = torch.func.stack_module_state(models)
+    x = registration.tensor(2, 3, 9, 8)
+
+    def call(params: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(models[0], (params, buffers), (x,))
+
+    got = vmap(call)(params, buffers)
+    assert [name for name, _ in native.calls] == ["conv2d_forward", "batch_norm_act_forward"]
+    expected = torch.stack([model(x) for model in models])
+    assert_close(got, expected, expected.double(), expected.abs().double(), 27)
+
+
+def test_statistics_of_each_sample_are_updated() -> None:
+    """In place, whatever their axis; one that all samples share cannot be."""
+    x = registration.tensor(3, *X)
+    alone = [(torch.zeros(4), torch.ones(4)) for _ in range(3)]
+    for sample, (mean, var) in zip(x, alone, strict=True):
+        CF.batch_norm(sample, mean, var, training=True)
+    for axis in (0, 1):
+        mean, var = [torch.stack(state, axis) for state in zip(*[(torch.zeros(4), torch.ones(4))] * 3, strict=True)]
+        versions = mean._version, var._version
+        vmap(lambda x, mean, var: CF.batch_norm(x, mean, var, training=True), (0, axis, axis))(x, mean, var)
+        for got, expected in zip((mean, var), zip(*alone, strict=True), strict=True):
+            reference = torch.stack(expected, axis)
+            assert_close(got, reference, reference.double(), reference.abs().double(), 60)
+        assert mean._version > versions[0] and var._version > versions[1]
+    with pytest.raises(RuntimeError, match="vmap cannot write to a tensor that all samples share"):
+        vmap(lambda x: CF.batch_norm(x, torch.zeros(4), torch.ones(4), training=True))(x)
+
+
+COMPILED: dict[str, Callable[[Op], tuple[Function, list[Tensor]]]] = {
+    "grad": lambda op: (grad(*everywhere(op.ours, len(op.shapes))), op.tensors()),
+    "vmap": lambda op: (vmap(op.ours), op.tensors(samples=2)),
+    "jvp": lambda op: (lambda *t: jvp(op.ours, t, directions(op, t[0].dtype)), op.tensors()),
+    "vmap over grad": lambda op: (vmap(grad(*everywhere(op.ours, len(op.shapes)))), op.tensors(samples=2)),
+    "grad over vmap": lambda op: (grad(*everywhere(vmap(op.ours), len(op.shapes))), op.tensors(samples=2)),
+    "forward over reverse": lambda op: (NESTS["forward over reverse"](op, op.ours), op.tensors()),
+    "jacfwd": lambda op: (jacfwd(op.ours), op.tensors()),
+    "dual level": lambda op: (at_dual_level(op, op.ours), op.tensors()),
+}
+
+
+@pytest.mark.parametrize("transform", COMPILED)
+@each_op
+def test_compiled_without_graph_breaks(op: Op, transform: str) -> None:
+    """One graph, and the same kernels in it."""
+    torch._dynamo.reset()
+    function, tensors = COMPILED[transform](op)
+    expected = tree_leaves(function(*tensors))
+    got = tree_leaves(torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors))
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert_close(a, b, b.double(), b.abs().amax().double().expand_as(b), tensors[0].numel(), f"result {i}")
+
+
+def test_autocast_inside_a_transform() -> None:
+    x, weight, bias = OPS[0].tensors()
+
+    def gradient(library: Any) -> Tensor:
+        def scalar(x: Tensor) -> Tensor:
+            y = library.conv2d(x, weight, bias, groups=2)
+            assert y.dtype == torch.bfloat16
+            return y.float().sin().sum()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            return grad(scalar)(x)
+
+    reference = grad(lambda x: F.conv2d(x, weight.double(), bias.double(), groups=2).sin().sum())(x.double())
+    ours, theirs = gradient(CF), gradient(F)
+    assert_close(ours, theirs, reference, reference.abs(), 8, intermediate=torch.bfloat16)
+
+
+def test_an_op_without_a_jvp_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Conv2d, "jvp")
+    x, weight, _ = OPS[0].tensors()
+    with pytest.raises(NotImplementedError, match="implement the jvp function"):
+        jvp(lambda x: CF.conv2d(x, weight, groups=2), (x,), (x,))
+    with fwd.dual_level(), pytest.raises(NotImplementedError, match="implement the jvp function"):
+        CF.conv2d(fwd.make_dual(x, x), weight, groups=2)
+
+
+def test_composites_run_wherever_something_differentiates_or_maps() -> None:
+    """In a process of its own, for the op that it registers."""
+    script = """
+        import torch
+        import torch.autograd.forward_ad as fwd
+        from cnnops.ops import pool2d
+        from cnnops.ops.registry import register
+
+        ran = []
+
+        def composite(x, *args):
+            ran.append(True)
+            return pool2d.adaptive_avg_pool2d(x, *args)
+
+        call = register(
+            "pool_or_composite", "(Tensor x, int P, int Q, str backend) -> Tensor", tensors=1,
+            kernel="adaptive_avg_pool2d_forward", describe=pool2d._describe_adaptive, fake=pool2d._fake,
+            composite=composite,
+        )
+        entries = (call, torch.ops.cnnops.pool_or_composite)
+        x = torch.randn(2, 3, 6, 4)
+
+        def dual(f):
+            with fwd.dual_level():
+                return fwd.unpack_dual(f(fwd.make_dual(x, x))).tangent
+
+        uses = {
+            "plain": (lambda f: f(x), False),
+            "gradient": (lambda f: f(x.clone().requires_grad_()), True),
+            "grad": (lambda f: torch.func.grad(lambda x: f(x).sum())(x), True),
+            "vmap": (lambda f: torch.func.vmap(f)(torch.stack([x, x])), True),
+            "jvp": (lambda f: torch.func.jvp(f, (x,), (x,))[1], True),
+            "dual": (dual, True),
+        }
+        for name, (use, expected) in uses.items():
+            for entry in entries:
+                ran.clear()
+                result = use(lambda x: entry(x, 3, 2, "cpu"))
+                assert bool(ran) == expected, (name, entry)
+                if name in ("jvp", "dual"):
+                    assert torch.equal(result, call(x, 3, 2, "cpu"))
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
