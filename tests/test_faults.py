@@ -559,7 +559,7 @@ class Runs:
     def finish(self) -> None:
         """Go on as a user would: by resume, or from the start where nothing was trained yet."""
         if not (self.folder / "last.pt").exists():
-            assert {p.name for p in self.folder.glob("*")} <= {"config.json", "metrics.jsonl", "last.pt.sha256"}
+            assert {p.name for p in self.folder.glob("[!.]*")} <= {"config.json", "metrics.jsonl", "last.pt.sha256"}
             shutil.rmtree(self.folder, ignore_errors=True)
             assert self.train()["status"] == 0, self.log.read_text()
         else:
