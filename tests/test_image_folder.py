@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("test", ["test", "val"])
+@pytest.mark.parametrize("test", ["test", "val", "validation"])
 def test_two_levels(folder: Path, test: str) -> None:
     (folder / "test").rename(folder / test)
     found = image_folder(folder, image_size=8)
@@ -192,6 +192,8 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     assert_refused(folder / "test" / "red", "red has no classes: expected a sub-folder of images for each")
     draw(tmp_path / "one" / "a" / "x.png")
     assert_refused(tmp_path / "one", "the class .*a has a single image, and the test needs one too")
+    draw(tmp_path / "half" / "val" / "a" / "x.png")
+    assert_refused(tmp_path / "half", "half/val has no folder train beside it; add it, or rename .* if it is a class")
     draw(folder / "test" / "pink" / "x.png")
     assert_refused(folder, "test/pink is a class that .*train has not")
     (folder / "train" / "pink").mkdir()

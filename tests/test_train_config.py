@@ -48,6 +48,10 @@ def test_data_dir_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         ({"data": "cifar10", "image_size": 64}, "image_size must be left out with data=cifar10, but got image_size=64"),
         ({"data": "folder"}, "data_dir must be a folder with a sub-folder for each class, but got data_dir=None"),
         ({"data": "folder", "data_dir": "x", "image_size": 0}, "image_size must be at least 1, but got image_size=0"),
+        (
+            {"data": "folder", "data_dir": "x", "image_size": 64, "model": "simple_cnn"},
+            "image_size must be 32 with model=simple_cnn, but got image_size=64",
+        ),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, but got label_smoothing=1.0"),
         ({"label_smoothing": float("nan")}, "label_smoothing must be .* label_smoothing=nan"),
     ],

@@ -20,6 +20,9 @@ log = logging.getLogger("cnnops")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Names that end like this, in either case, are images; other files are skipped and reported."""
 
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""What the folder beside `train` may be called; the first that is there is taken."""
+
 TEST_SHARE = 0.2
 """Of each class, where the folder has no test images of its own."""
 
@@ -30,7 +33,7 @@ Files = dict[str, list[Path]]
 def image_folder(folder: str | Path, image_size: int = 32, seed: int = 42) -> Dataset:
     """Images by class: folder/train/CLASS/... and folder/test/CLASS/... (or val), or only folder/CLASS/...
 
-    The latter is split, a fifth of each class for the test, as `seed` decides. Classes are sorted by name; images may
+    What has no test folder is split, a fifth of each class for the test, as `seed` decides. Classes are sorted by name; images may
     lie in folders below their class', and links are followed. Each image becomes RGB, upright by its EXIF tag,
     and image_size x image_size: the shorter side is scaled to it, and the middle is kept. All are held in memory.
     Raises DataError for a folder that is missing or has no classes, a class without images, an image that cannot be
@@ -41,9 +44,13 @@ def image_folder(folder: str | Path, image_size: int = 32, seed: int = 42) -> Da
         raise ValueError(f"image_folder: image_size must be at least 1, but got image_size={image_size}")
     skipped: list[Path] = []
     train_folder = folder / "train" if (folder / "train").is_dir() else folder
+    test_folder = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    if test_folder is not None and train_folder == folder:
+        raise DataError(
+            f"{test_folder} has no folder train beside it; add it, or rename {test_folder} if it is a class"
+        )
     train = _classes(train_folder, skipped)
-    test_folder = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if test_folder is not None and train_folder != folder:
+    if test_folder is not None:
         test = _classes(test_folder, skipped)
         if strange := sorted(set(test) - set(train)):
             raise DataError(f"{test_folder / strange[0]} is a class that {train_folder} has not; move or remove it")

@@ -88,6 +88,8 @@ class TrainConfig:
             check(bool(self.data_dir), "data_dir", "a folder with a sub-folder for each class")
             object.__setattr__(self, "data_dir", str(Path(self.data_dir or "").expanduser().absolute()))
         check(self.image_size is None or self.image_size >= 1, "image_size", "at least 1")
+        fits = self.model != "simple_cnn" or self.image_size in (None, 32)
+        check(fits, "image_size", "32 with model=simple_cnn")
         check(self.stem in STEMS, "stem", f"one of {', '.join(STEMS)}")
         check(self.epochs >= 1, "epochs", "at least 1")
         check(self.batch_size >= 1, "batch_size", "at least 1")
