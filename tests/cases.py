@@ -446,7 +446,7 @@ _CONV2D_CORNERS = (
 )
 
 
-def _padded(case: Conv2dCase, mode: str) -> Conv2dCase | None:
+def with_padding_mode(case: Conv2dCase, mode: str) -> Conv2dCase | None:
     """The case with padding of that mode, as much of it as the mode can do; None where none is left, or it fits no more."""
     most = {"reflect": -1, "replicate": 99, "circular": 0}[mode]
     reach = [d * (k - 1) for d, k in zip(case.dilation, (case.R, case.S), strict=True)]
@@ -471,7 +471,7 @@ PADDED: tuple[Conv2dCase, ...] = tuple(
         _conv("padded-twice-over", (1, 9, 3, 4), (5, 3, 3), (1, 2), padding=(3, 4)),
         _conv("padded-depthwise-as-far-as-it-goes", (1, 9, 3, 4), (9, 3, 2), padding=(3, 4), groups=9),
     )
-    if (padded := _padded(case, mode)) is not None
+    if (padded := with_padding_mode(case, mode)) is not None
 )
 """The corners of `CONV2D` in nn.Conv2d's other padding modes."""
 

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from cases import CONV_TRANSPOSE2D, LAYOUTS, VIEWS, ConvTranspose2dCase, find, pairwise
 from helpers import Backend, on, over
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from test_determinism import same_for_any_thread_count
+from test_properties import USUAL, dtypes, layouts, pairs
 from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
 from torch import nn
 
@@ -178,6 +181,37 @@ def test_an_output_without_pixels(backend: Backend) -> None:
     assert y.shape == (2, 3, 0, 0)
     for gradient in torch.autograd.grad(y.sum(), leaves):
         assert not gradient.any()
+
+
+@st.composite
+def drawn(draw: Any) -> ConvTranspose2dCase:
+    groups = draw(st.sampled_from((1, 1, 1, 2, 3, 8)))
+    C, K = (groups * draw(st.sampled_from((1, 1, 2, 3, 7, 16, 17) if groups < 8 else (1, 2))) for _ in range(2))
+    stride, dilation = draw(pairs(1, 4)), draw(pairs(1, 3))
+    more = tuple(draw(st.integers(0, max(sides) - 1)) for sides in zip(stride, dilation, strict=True))
+    case = ConvTranspose2dCase(
+        "drawn",
+        draw(st.sampled_from((0, 1, 1, 2, 3))),
+        C,
+        *draw(pairs(1, 7)),
+        K,
+        *draw(pairs(1, 5)),
+        stride,
+        draw(pairs(0, 5)),
+        (more[0], more[1]),
+        dilation,
+        groups,
+        draw(st.booleans()),
+    )
+    assume(min(case.output_shape[2:]) > 0 and case.flops < 2_000_000)
+    return case
+
+
+@USUAL
+@given(drawn(), dtypes, layouts)
+def test_any_shape(case: ConvTranspose2dCase, dtype: torch.dtype, layout: str) -> None:
+    with cnnops.use_backend("cpu"):
+        check(case, helpers.conv2d_inputs(case, dtype, layout if case.N else "nchw", "cpu"))
 
 
 SMALL = pairwise([case for case in NONEMPTY if case.flops <= 30_000], lambda case: case.features())

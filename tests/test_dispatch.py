@@ -300,6 +300,6 @@ def test_unknown_isa_level_is_said() -> None:
 
 
 def test_cases_name_no_case_twice() -> None:
-    for cases in (CONV2D, POOL2D, NORM):
+    for cases in (CONV2D, PADDED, CONV_TRANSPOSE2D, POOL2D, NORM):
         assert len({case.id for case in cases}) == len(cases)
         assert find(cases, cases[-1].id) is cases[-1]

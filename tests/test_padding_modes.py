@@ -10,9 +10,12 @@ import test_conv2d
 import test_conv2d_act
 import torch
 from activations import ACTIVATIONS
-from cases import CONV2D, LAYOUTS, PADDED, VIEWS, Conv2dCase, find, pairwise
+from cases import CONV2D, LAYOUTS, PADDED, VIEWS, Conv2dCase, find, pairwise, with_padding_mode
 from helpers import Backend, over, torch_conv2d
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from test_conv2d import NAMES, our_conv2d
+from test_properties import USUAL, conv2d_cases, dtypes, layouts
 from tolerance import assert_exact, assert_same_non_finite
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +74,17 @@ def test_fused(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: s
     assert activation in ACTIVATIONS
     inputs = test_conv2d_act.inputs_of(case, dtype, layout, backend.device, residual=True)
     test_conv2d_act.check(case, inputs, activation)
+
+
+@USUAL
+@given(conv2d_cases(), st.sampled_from(MODES), dtypes, layouts)
+def test_any_shape(case: Conv2dCase, mode: str, dtype: torch.dtype, layout: str) -> None:
+    padded = with_padding_mode(case, mode)
+    assume(padded is not None)
+    assert padded is not None
+    inputs = helpers.conv2d_inputs(padded, dtype, layout if padded.N else "nchw", "cpu")
+    with cnnops.use_backend("cpu"):
+        test_conv2d.check(padded, inputs)
 
 
 SMALL = pairwise([case for case in NONEMPTY if case.flops <= 30_000], lambda case: case.features())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
@@ -61,7 +63,7 @@ class ConvBNAct(nn.Module):
         groups: int = 1,
         bias: bool = False,
         activation: str = "relu",
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     ) -> None:
         super().__init__()
         self.conv = Conv2d(

@@ -107,17 +107,14 @@ class Conv2dAct(Conv2d):
 class ConvTranspose2d(nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` on cnnops' kernels: same arguments, same parameters, same state_dict."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    kernel_size: tuple[int, int]
-    dilation: tuple[int, int]
-
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: [N, C, H, W] or [C, H, W], of the weight's dtype; output_size: (height, width) among those that the
         geometry allows, else ValueError. Returns [.., K, P, Q]."""
-        output_padding: Any = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
+        stride: Any = self.stride
+        padding: Any = self.padding
+        kernel_size: Any = self.kernel_size
+        dilation: Any = self.dilation
+        output_padding: Any = self._output_padding(input, output_size, stride, padding, kernel_size, 2, dilation)
         return functional.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            input, self.weight, self.bias, stride, padding, output_padding, self.groups, dilation
         )

@@ -115,7 +115,7 @@ bool has_runs(const TapConv<T>& conv) {
 }
 
 // Where a pixel finds the row of its taps dh below it, with the padding mode's pixels beside the input; one that is cut
-// by the input's edge is copied. Out of line: without it the zeros' code is faster.
+// by the input's edge is copied. Out of line, so that the code for zeros stays small.
 template <class T>
 [[gnu::noinline]] const T* repeated_run(const TapConv<T>& conv, const Pixel& pixel, int64_t dh, T* cut) {
   const int64_t pitch = conv.in_pitch(), taps = conv.w.taps;
@@ -129,22 +129,20 @@ template <class T, int kPixels>
 inline bool locate_run(const TapConv<T>& conv, const Pixel (&pixels)[kPixels], int r, T (&cut)[kPixels][kRunLength],
                        const T* (&x)[kPixels]) {
   const int64_t dh = conv.h.offset_step * r, pitch = conv.in_pitch(), taps = conv.w.taps;
-  if (conv.pad_mode != PadMode::kZeros) {
-    for (int i = 0; i < kPixels; ++i)
-      x[i] = pixels[i].out >= 0 ? repeated_run(conv, pixels[i], dh, cut[i]) : conv.zeros;
-    return true;
-  }
-  bool any = false;
+  const bool zeros = conv.pad_mode == PadMode::kZeros;
+  bool any = !zeros;
   for (int i = 0; i < kPixels; ++i) {
     const Pixel& pixel = pixels[i];
-    x[i] = conv.zeros;
-    if (outside(pixel.h + dh, conv.h.extent)) continue;
-    any = true;
+    const bool inside = !outside(pixel.h + dh, conv.h.extent);
     const T* run = conv.in + (pixel.in + dh * conv.w.extent * pitch);
-    if (pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
+    x[i] = conv.zeros;
+    any |= inside;
+    if (inside && pixel.w >= 0 && pixel.w + taps <= conv.w.extent) {
       x[i] = run;
       continue;
     }
+    if (!zeros && pixel.out >= 0) x[i] = repeated_run(conv, pixel, dh, cut[i]);
+    if (!zeros || !inside) continue;
     const int64_t begin = std::clamp<int64_t>(-pixel.w, 0, taps),
                   end = std::clamp(conv.w.extent - pixel.w, begin, taps);
     std::fill(cut[i], cut[i] + taps * pitch, T{});
