@@ -5,11 +5,13 @@
 //   dx[n,h,w,c]    = sum over (r,s,m) of dy[n,p,q,k] * weight[k,r,s], (p,q) the outputs whose tap (r,s) is (h,w)
 //   dweight[k,r,s] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //
-// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory. Where
+// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory.
+// Where
 //            M > 1 a vector of x is spread, each channel over its M filters, and one of dx is the sum of M neighbours.
-// Engine     forward and backward_input are the convolution over taps of conv2d.h: one vector of filters, kTile columns
-//            in registers, down the rows. A row of the filter lies in registers too, and each vector of x that is loaded
-//            meets all its taps. backward_weight keeps some rows of the filter in registers along a row of outputs.
+// Engine     forward and backward_input are the convolution over taps of conv2d.h: kTile columns of one vector of
+//            filters in registers, down the rows. A row of the filter lies in registers too, and each vector of x that
+//            is loaded meets all its taps. backward_weight keeps the sums of some rows of the filter in registers,
+//            along the rows of outputs of all its images.
 // Ownership  forward, backward_input: an item owns some rows of one image. backward_weight: an item owns a block of
 //            channels over one slice of the rows of y; slabs are added in order.
 // Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once: what overlaps meets in cache.
@@ -24,10 +26,10 @@ namespace {
 constexpr int kTile = kVectorRegisters == 32 ? 14 : 7;  // columns; networks' maps are 7, 14, 28, 56 and 112 wide
 constexpr int kHalfTile = 7;                            // where no more are left
 constexpr int kMaxTaps = 7;                             // of a row of the filter that fits in registers beside them
-constexpr int64_t kStripBytes = 1 << 18;                // of the input: a part of L2
-constexpr int kSumRows = 4;
-constexpr int kItemBlocks = 4;
-constexpr int64_t kItems = 32;  // wanted, so that the work divides evenly among threads
+constexpr int64_t kStripBytes = 1 << 16;                // of the input at a time: a part of L2
+constexpr int kSumRows = 4;                             // whose filters are summed at a time, M > 1
+constexpr int kItemBlocks = 4;                          // of channels in an item of backward_weight
+constexpr int64_t kItems = 32;                          // wanted, so that the work divides evenly among threads
 
 template <class T>
 using Index = std::conditional_t<std::is_same_v<T, double>, VecOf<int64_t>, VecOf<int32_t>>::type;
@@ -73,7 +75,8 @@ struct Reader {
   Reader(const Blocks<T>& blocks, int64_t v) : Reader(static_cast<int>(blocks.width())) {
     if (blocks.multiplier == 1) return;
     if (access == Access::kWhole) access = Access::kSpread;
-    for (int i = 0; i < kLanes<T>; ++i) index[i] = std::min((v * kLanes<T> + i) / blocks.multiplier, int64_t{kLanes<T>} - 1);
+    for (int i = 0; i < kLanes<T>; ++i)
+      index[i] = std::min((v * kLanes<T> + i) / blocks.multiplier, int64_t{kLanes<T>} - 1);
   }
 
   template <Access kAccess>
@@ -146,8 +149,8 @@ template <class T>
 alignas(64) constexpr T kZeros[kLanes<T>] = {};
 
 // kWidth: columns in registers. kTaps, kStep: taps of w, one pixel apart, and its in_step; kTaps = 0 where they are
-// others. Input is fetched from memory once, while the block before is at work: the lines of a block lie far apart, and
-// the processor does not see them coming.
+// others. The input of the block after this one is fetched ahead: the lines of a block lie far apart, and the processor
+// does not see them coming.
 template <class T, Access kAccess, int kWidth, int kTaps, int kStep>
 [[gnu::flatten]] void convolve_tile(const Tile<T>& tile) {
   const TapAxis &h = tile.taps.h, &w = tile.taps.w;
@@ -250,8 +253,22 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const Taps<T>& ta
     for (int64_t block = 0; block < blocks.count(); ++block)
       for (int64_t v = 0; v < blocks.vectors(); ++v) {
         const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
-        Tile<T> tile{taps, p.pad_mode, Reader<T>(blocks, v), x + n * p.H * p.W * C + blocks.first(block), C,
-                     taps.weight + packed * taps.count() * kLanes<T>, begin, end, 0, 0, epilogue, y, 0, p.Q * K, K, k,
+        Tile<T> tile{taps,
+                     p.pad_mode,
+                     Reader<T>(blocks, v),
+                     x + n * p.H * p.W * C + blocks.first(block),
+                     C,
+                     taps.weight + packed * taps.count() * kLanes<T>,
+                     begin,
+                     end,
+                     0,
+                     0,
+                     epilogue,
+                     y,
+                     0,
+                     p.Q * K,
+                     K,
+                     k,
                      blocks.filters(v)};
         for (; tile.first < p.Q; tile.first += kTile) {
           tile.count = static_cast<int>(std::min<int64_t>(kTile, p.Q - tile.first));
@@ -290,9 +307,23 @@ void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes,
         const int64_t at = (n * p.H + h.first) * p.W * C + w.first * C + blocks.first(block);
         const auto tile_of = [&](int64_t v) {
           const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
-          return Tile<T>{taps, PadMode::kZeros, Reader<T>(blocks.filters(v)), dy + n * p.P * p.Q * K + k, K,
-                         taps.weight + packed * taps.count() * kLanes<T>, begin, end, 0, 0, none, dx, at, row_pitch,
-                         pitch, 0, blocks.filters(v)};
+          return Tile<T>{taps,
+                         PadMode::kZeros,
+                         Reader<T>(blocks.filters(v)),
+                         dy + n * p.P * p.Q * K + k,
+                         K,
+                         taps.weight + packed * taps.count() * kLanes<T>,
+                         begin,
+                         end,
+                         0,
+                         0,
+                         none,
+                         dx,
+                         at,
+                         row_pitch,
+                         pitch,
+                         0,
+                         blocks.filters(v)};
         };
         for (int64_t first = 0; first < w.count; first += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, w.count - first));
@@ -322,10 +353,9 @@ void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes,
               const T* from = unsummed.data() + row * kTile * lanes;
               T* to = dx + at + (i + row) * row_pitch + first * pitch;
               const int width = static_cast<int>(blocks.width());
-              if (M == 2) sum_filters<T, 2>(from, lanes, count, M, width, to, pitch);
-              else if (M == 3) sum_filters<T, 3>(from, lanes, count, M, width, to, pitch);
-              else if (M == 4) sum_filters<T, 4>(from, lanes, count, M, width, to, pitch);
-              else sum_filters<T, 0>(from, lanes, count, M, width, to, pitch);
+              choose<0, 2, 3, 4>(M <= 4 ? M : 0, [&](auto multiplier) {
+                sum_filters<T, multiplier.value>(from, lanes, count, M, width, to, pitch);
+              });
             }
           }
         }
@@ -373,7 +403,8 @@ inline std::vector<Run> runs_of(const TapAxis& h, PadMode mode) {
     const int64_t top = h.in_step * p + h.offset;
     const int64_t begin = top >= 0 ? 0 : std::min<int64_t>(h.taps, ceil_div(-top, h.offset_step));
     const int64_t end = top >= h.extent ? 0 : std::min<int64_t>(h.taps, ceil_div(h.extent - top, h.offset_step));
-    if (runs.empty() || runs.back().r.begin != begin || runs.back().r.end != end) runs.push_back({{p, p}, {begin, end}});
+    if (runs.empty() || runs.back().r.begin != begin || runs.back().r.end != end)
+      runs.push_back({{p, p}, {begin, end}});
     runs.back().p.end = p + 1;
   }
   return runs;
@@ -402,9 +433,8 @@ template <class T, Access kAccess, int kTaps, int kRows>
   const int64_t left = w.offset + w.offset_step * a.s;
   const Span inside = outputs_inside(w, a.s, kTaps);
   Vec<T> sum[kRows][kTaps];
-  unroll<kRows>([&](auto r) {
-    unroll<kTaps>([&](auto s) { sum[r][s] = load(slab + r * slab_pitch + s * kLanes<T>); });
-  });
+  unroll<kRows>(
+      [&](auto r) { unroll<kTaps>([&](auto s) { sum[r][s] = load(slab + r * slab_pitch + s * kLanes<T>); }); });
   for (int64_t n = a.begin / h.count; n * h.count < a.end; ++n) {
     const int64_t last = std::min(a.p.end, a.end - n * h.count);
     for (int64_t p = std::max(a.p.begin, a.begin - n * h.count); p < last; ++p) {
@@ -422,9 +452,7 @@ template <class T, Access kAccess, int kTaps, int kRows>
             __builtin_prefetch(x[kRows - 1] + kLanes<T>);
             const Vec<T> d = a.dy_reader.template read<kDyAccess>(gradient);
             unroll<kRows>([&](auto r) {
-              unroll<kTaps>([&](auto s) {
-                sum[r][s] += a.x_reader.template read<kAccess>(x[r] + s * tap) * d;
-              });
+              unroll<kTaps>([&](auto s) { sum[r][s] += a.x_reader.template read<kAccess>(x[r] + s * tap) * d; });
               x[r] += step;
             });
           }
@@ -440,9 +468,8 @@ template <class T, Access kAccess, int kTaps, int kRows>
       }
     }
   }
-  unroll<kRows>([&](auto r) {
-    unroll<kTaps>([&](auto s) { store(slab + r * slab_pitch + s * kLanes<T>, sum[r][s]); });
-  });
+  unroll<kRows>(
+      [&](auto r) { unroll<kTaps>([&](auto s) { store(slab + r * slab_pitch + s * kLanes<T>, sum[r][s]); }); });
 }
 
 // As many rows of the filter as registers hold the sums of, and no more than a square filter has.
@@ -523,7 +550,7 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
   const int64_t C = p.C, K = p.K, vectors = blocks.vectors(), vector_size = plan.taps * kLanes<T>;
   const int64_t work = plan.slice_rows * p.Q * plan.taps * kItemBlocks * vectors * kLanes<T>;
   const std::vector<Run> runs = runs_of(h, p.pad_mode);
-  const int64_t strip = std::max<int64_t>(1, kStripBytes / (kItemBlocks * kLanes<T> * p.W * p.stride_h * sizeof(T)));
+  const int64_t strip = std::max<int64_t>(1, kStripBytes / (kLanes<T> * p.W * p.stride_h * sizeof(T)));
   parallel_for(plan.slices * plan.pieces, work, [&](int64_t item) {
     const int64_t slice = item / plan.pieces, begin = item % plan.pieces * kItemBlocks;
     const int64_t end = std::min<int64_t>(begin + kItemBlocks, blocks.count());
