@@ -46,6 +46,9 @@ OPS = {
     "adaptive_avg_pool2d": (
         lambda x: CF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1), ("x",), {},
     ),
+    "adaptive_max_pool2d": (
+        lambda x: CF.adaptive_max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 1), ("x",), {},
+    ),
     "batch_norm": (
         _norm(CF.batch_norm), _norm(F.batch_norm), ("x", "weight", "bias", "running_mean", "running_var"), None,
     ),

@@ -298,12 +298,14 @@ def conv2d_bn_act(
     return y.squeeze(0) if x.dim() == 3 else y
 
 
-def _window(
-    function: str, kernel_size: Any, stride: Any, padding: Any
-) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+def _window(function: str, kernel_size: Any, stride: Any, padding: Any) -> tuple[int, int, int, int, int, int]:
+    """Kernel, stride and padding; plain ints, which most calls have, cost no more than this line."""
+    if type(kernel_size) is int and type(padding) is int and (stride is None or type(stride) is int):
+        step = kernel_size if stride is None else stride
+        return kernel_size, kernel_size, step, step, padding, padding
     kernel = _pair(function, "kernel_size", kernel_size)
     strides = kernel if stride is None or stride == [] or stride == () else _pair(function, "stride", stride)
-    return kernel, strides, _pair(function, "padding", padding)
+    return (*kernel, *strides, *_pair(function, "padding", padding))
 
 
 def max_pool2d(
@@ -321,20 +323,21 @@ def max_pool2d(
     positions in each H*W plane. A tie goes to the first maximum; NaN wins. Raises RuntimeError if padding exceeds half
     the window.
     """
-    _check_tensor("max_pool2d", "input", input)
-    _check_flags("max_pool2d", ceil_mode=ceil_mode)
-    kernel, stride, padding = _window("max_pool2d", kernel_size, stride, padding)
-    window = (*kernel, *stride, *padding, *_pair("max_pool2d", "dilation", dilation))
-    x = input.unsqueeze(0) if input.dim() == 3 else input
-    y, offsets = _max_pool2d(x, *window, ceil_mode, bool(return_indices), scope.backend)
-    indices = None
-    if return_indices:
-        indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, scope.backend)
-        if not is_channels_last(x):
-            indices = indices.contiguous()
-    if input.dim() == 3:
-        y, indices = y.squeeze(0), None if indices is None else indices.squeeze(0)
-    return (y, indices) if return_indices else y
+    if not isinstance(input, Tensor):
+        _check_tensor("max_pool2d", "input", input)
+    if type(ceil_mode) is not bool:
+        _check_flags("max_pool2d", ceil_mode=ceil_mode)
+    window = _window("max_pool2d", kernel_size, stride, padding)
+    dilations = (dilation, dilation) if type(dilation) is int else _pair("max_pool2d", "dilation", dilation)
+    batched = input.dim() != 3
+    x = input if batched else input.unsqueeze(0)
+    y, offsets = _max_pool2d(x, *window, *dilations, ceil_mode, bool(return_indices), scope.backend)
+    if not return_indices:
+        return y if batched else y.squeeze(0)
+    indices = _max_pool2d_indices(offsets, *x.shape[2:], *window, *dilations, scope.backend)
+    if not is_channels_last(x):
+        indices = indices.contiguous()
+    return (y, indices) if batched else (y.squeeze(0), indices.squeeze(0))
 
 
 def avg_pool2d(
@@ -352,15 +355,20 @@ def avg_pool2d(
     divisor_override: what to divide each window's sum by, not 0. Returns [.., P, Q]. Raises RuntimeError if padding
     exceeds half the window.
     """
-    _check_tensor("avg_pool2d", "input", input)
-    _check_flags("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=count_include_pad)
-    kernel, stride, padding = _window("avg_pool2d", kernel_size, stride, padding)
-    divisor = 0 if divisor_override is None else _one_int("avg_pool2d", "divisor_override", divisor_override)
-    if divisor_override is not None and divisor == 0:
-        raise RuntimeError("avg_pool2d: divisor_override must not be zero, but got divisor_override=0")
-    x = input.unsqueeze(0) if input.dim() == 3 else input
-    y: Tensor = _avg_pool2d(x, *kernel, *stride, *padding, ceil_mode, count_include_pad, divisor, scope.backend)
-    return y.squeeze(0) if input.dim() == 3 else y
+    if not isinstance(input, Tensor):
+        _check_tensor("avg_pool2d", "input", input)
+    if type(ceil_mode) is not bool or type(count_include_pad) is not bool:
+        _check_flags("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=count_include_pad)
+    window = _window("avg_pool2d", kernel_size, stride, padding)
+    divisor = 0
+    if divisor_override is not None:
+        divisor = _one_int("avg_pool2d", "divisor_override", divisor_override)
+        if divisor == 0:
+            raise RuntimeError("avg_pool2d: divisor_override must not be zero, but got divisor_override=0")
+    batched = input.dim() != 3
+    x = input if batched else input.unsqueeze(0)
+    y: Tensor = _avg_pool2d(x, *window, ceil_mode, count_include_pad, divisor, scope.backend)
+    return y if batched else y.squeeze(0)
 
 
 def _adaptive_size(function: str, input: Tensor, output_size: Any) -> tuple[int, int]:
@@ -392,14 +400,12 @@ def adaptive_max_pool2d(
     one = _axis_of_one(input)
     x = input if one is None else input.unsqueeze(one)
     y, offsets = _adaptive_max_pool2d(x, P, Q, bool(return_indices), scope.backend)
-    indices = None
-    if return_indices:
-        indices = _adaptive_max_pool2d_indices(offsets, *x.shape[2:], scope.backend)
-        if not is_channels_last(x):
-            indices = indices.contiguous()
-    if one is not None:
-        y, indices = y.squeeze(one), None if indices is None else indices.squeeze(one)
-    return (y, indices) if return_indices else y
+    if not return_indices:
+        return y if one is None else y.squeeze(one)
+    indices = _adaptive_max_pool2d_indices(offsets, *x.shape[2:], scope.backend)
+    if not is_channels_last(x):
+        indices = indices.contiguous()
+    return (y, indices) if one is None else (y.squeeze(one), indices.squeeze(one))
 
 
 def _axis_of_one(input: Tensor) -> int | None:

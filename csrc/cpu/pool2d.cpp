@@ -21,6 +21,10 @@
 namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
+// Channels up to which windows that add to their maxima are faster than inputs that ask their windows: 0.3 to 0.9 of
+// the time on maps of 64 x 64 with AVX-512, windows 2x2 s2 and 3x3 s2; at 64 channels 1.1 and 1.9 of it.
+constexpr int kFew = 32;
+
 template <class T, class O, bool kKeepOffsets, class Axis>
 void max_forward(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, const T* x, T* y, O* offsets) {
   const int64_t row = int64_t{problem.W} * problem.C, image = problem.H * row, out = int64_t{problem.Q} * problem.C;
@@ -42,31 +46,31 @@ void max_backward(const Pool2dProblem& problem, const Axis& rows, const Axis& co
   });
 }
 
-// The same sums in the same order for few channels, where windows are fewer than inputs and a vector would hold little:
+// The same sums in the same order for few channels, where windows are fewer than inputs and a vector holds little:
 // each band of rows is cleared, and the windows over it add to it in turn.
 template <class T>
 void max_backward_banded(const Pool2dProblem& problem, const T* dy, const uint8_t* offsets, T* dx) {
-  constexpr int64_t kBand = 4096;  // elements, to stay in the first-level cache
-  const int64_t C = problem.C, H = problem.H, W = problem.W, Q = problem.Q;
+  constexpr int64_t kBand = 16384;  // elements, to stay in the second-level cache
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
-  const int64_t band = std::max<int64_t>(1, kBand / (W * C)), bands = (H + band - 1) / band;
-  int64_t below[256] = {}, right[256] = {};  // where each tap lies in its window
-  for (int64_t tap = 0; tap < rows.kernel * cols.kernel; ++tap) {
-    below[tap] = tap / cols.kernel * rows.dilation;
-    right[tap] = tap % cols.kernel * cols.dilation;
-  }
+  const int64_t C = problem.C, H = problem.H, Q = problem.Q, row = problem.W * C;
+  const int64_t band = std::max<int64_t>(1, kBand / row), bands = (H + band - 1) / band;
+  const bool any = rows.taps_of(0).size() > 0 && cols.taps_of(0).size() > 0;  // else there is no other window
+  int64_t where[256] = {};                                                    // each tap, from its window's first
+  for (int64_t tap = 0; tap < rows.kernel * cols.kernel; ++tap)
+    where[tap] = tap / cols.kernel * rows.dilation * row + tap % cols.kernel * cols.dilation * C;
   parallel_for(problem.N * bands, work_of(problem, bands), [&](int64_t i) {
     const int64_t n = i / bands, begin = i % bands * band, end = std::min(H, begin + band);
-    T* plane = dx + n * H * W * C;
-    std::fill(plane + begin * W * C, plane + end * W * C, T{});
-    const int64_t p_end = rows.windows_over(end - 1).end;
+    const uint64_t size = static_cast<uint64_t>((end - begin) * row);
+    T* to = dx + (n * H + begin) * row;
+    std::fill(to, to + size, T{});
+    const int64_t p_end = any ? rows.windows_over(end - 1).end : 0;
     for (int64_t p = rows.windows_over(begin).begin; p < p_end; ++p)
       for (int64_t q = 0; q < Q; ++q) {
+        const int64_t first = (rows.first(p) - begin) * row + cols.first(q) * C;
         const int64_t out = ((n * problem.P + p) * Q + q) * C;
         for (int64_t c = 0; c < C; ++c) {
-          const uint8_t tap = offsets[out + c];
-          const int64_t h = rows.first(p) + below[tap], w = cols.first(q) + right[tap];
-          if (h >= begin && h < end && w >= 0 && w < W) plane[(h * W + w) * C + c] += dy[out + c];
+          const int64_t at = first + where[offsets[out + c]] + c;  // beyond the band where another one has the row
+          if (static_cast<uint64_t>(at) < size) to[at] += dy[out + c];
         }
       }
   });
@@ -183,7 +187,7 @@ void max_pool2d_backward(const Pool2dProblem& problem, const void* dy, const voi
     for_offset(problem, [&]<class O>(O) {
       const O* kept = static_cast<const O*>(offsets);
       if constexpr (std::is_same_v<T, Acc<T>> && std::is_same_v<O, uint8_t>)
-        if (problem.C < kLanes<T>) return max_backward_banded(problem, from, kept, to);
+        if (problem.C <= kFew) return max_backward_banded(problem, from, kept, to);
       max_backward(problem, rows, cols, from, kept, to);
     });
   });
