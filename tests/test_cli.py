@@ -107,7 +107,7 @@ def test_interrupt_elsewhere(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["fly"], "invalid choice: 'fly'"),
         (["train", "--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "epochs must be at least 1, but got epochs=0"),
-        (["train", "--model", "alexnet"], "model must be one of resnet18, resnet34, resnet50, simple_cnn"),
+        (["train", "--model", "alexnet"], "model must be one of resnet101, resnet152, resnet18, resnet34"),
         (["train", "--width", "0.001"], "width=0.001 leaves 0 of 64 channels"),
         (["train", "--model", "simple_cnn", "--stem", "imagenet"], "stem must be 'cifar'"),
         (["train", "--device", "cuda:99"], "device must be one that torch sees"),

@@ -178,7 +178,8 @@ FUSED = {"vgg_style": 7, "resnet18": 20, "resnet34": 36, "resnet50": 53, "resnet
 @pytest.mark.parametrize("name", FUSED)
 def test_inference_is_one_pass_for_each_convolution(name: str) -> None:
     """All convolutions: those of the blocks, the stem, and the shortcuts."""
-    model, x = models.create_model(name, width=0.0625).eval(), torch.randn(1, 3, 16, 16)
+    model = models.create_model(name, width=0.0625).eval().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     counts = ops_of(model, x)
     assert counts.pop("conv2d_bn_act") == FUSED[name] == sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert not [op for op in counts if "conv" in op or "norm" in op]
@@ -213,7 +214,7 @@ def test_gradients_in_eval_mode_are_torchs() -> None:
 
 def test_copies_compute_the_same() -> None:
     model, x = randomised("resnet18", cnn, torch.float32), torch.randn(2, 3, 16, 16)
-    other = models.create_model("resnet18", width=0.25).eval()
+    other = models.create_model("resnet18", width=0.25).eval().to(memory_format=torch.channels_last)
     other.load_state_dict(model.state_dict())
     with torch.no_grad(), cnnops.use_backend("cpu"):
         expected = model(x)

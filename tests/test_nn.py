@@ -193,10 +193,12 @@ def test_conv_bn_act(bias: bool, layout: torch.memory_format) -> None:
     assert list(dict(pair.ours.named_children())) == ["conv", "bn"]
     assert (pair.ours.conv.bias is not None) == bias
     x, residual = (torch.randn(shape).contiguous(memory_format=layout) for shape in (X, RESIDUAL))
-    for expected in (TWO_OPS, ONE_PASS):
+    in_eval = ONE_PASS if layout == torch.channels_last else TWO_OPS  # the latter for the residual's sake
+    for expected in (TWO_OPS, in_eval):
         pair.check(x, None, F.silu)
         pair.check(x, residual, F.silu)
-        assert ops_of(pair.ours, x, residual)[-len(expected) :] == expected
+        assert ops_of(pair.ours, x, residual) == expected
+        assert pair.ours.training or ops_of(pair.ours, x) == ONE_PASS
         pair.theirs(x), pair.exact(x.double())  # as often in training as ours
         pair.check_state()
         pair.eval()

@@ -150,7 +150,7 @@ def test_vmap_is_one_native_call(op: Op, native: NativeCalls) -> None:
         dispatch._chosen.clear()
         vmap(op.ours, axes)(*tensors)
         assert len(native.calls) == 1, (axes, [name for name, _ in native.calls])
-        check(op, lambda function: vmap(function, axes), tensors)
+        check(op, lambda function, axes=axes: vmap(function, axes), tensors)
 
 
 @each_op

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
 from cnnops import functional
+from cnnops.geometry import is_channels_last
 from cnnops.nn.conv import Conv2d, DepthwiseConv2d
 from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
 from cnnops.torch_private import watched
@@ -16,13 +17,16 @@ from cnnops.torch_private import watched
 def conv_bn(conv: nn.Module, bn: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """bn(conv(x)), or bn(conv(x), residual): in one pass where that computes the same.
 
-    It does for a `Conv2d` or `DepthwiseConv2d` before a `BatchNorm2d` or `BatchNormAct2d` in eval mode. In training, with
-    hooks on either module (they are then called as usual), and for modules of any other class, subclasses included, it
-    is the two calls. Nothing is kept between calls, so new weights and statistics count at once.
+    It does for a `Conv2d` or `DepthwiseConv2d` before a `BatchNorm2d` or `BatchNormAct2d` in eval mode, with a residual if
+    the output is channels_last. In training, with hooks on either module (they are then called as usual), and for modules
+    of any other class, subclasses included, it is the two calls. Nothing is kept between calls, so new weights and statistics count at once.
 
     x: [N, C, H, W]; residual: [N, K, P, Q] or None, for `BatchNormAct2d`. Returns [N, K, P, Q].
     """
-    fits = not bn.training and x.dim() == 4 and (residual is None or isinstance(bn, BatchNormAct2d))
+    fits = not bn.training and x.dim() == 4
+    if fits and isinstance(conv, Conv2d) and residual is not None:
+        # Converting an NCHW residual for the convolution would cost more than the pass over its output that it saves.
+        fits = isinstance(bn, BatchNormAct2d) and (is_channels_last(x) or is_channels_last(conv.weight))
     if fits and isinstance(conv, Conv2d) and isinstance(bn, BatchNorm2d) and _known(conv) and _known(bn):
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         activation = bn.activation if isinstance(bn, BatchNormAct2d) else "none"
