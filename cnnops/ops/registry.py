@@ -179,9 +179,7 @@ def register(
             return enter_dual(run_next_layer, *args)
 
     def decomposes(operands: Sequence[Tensor | None]) -> bool:
-        return composite is not None and (
-            forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands)
-        )
+        return composite is not None and (forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands))
 
     def autograd(*args: Any) -> Any:
         operands = args[:tensors]
