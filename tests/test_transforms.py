@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import cnnops
 import cnnops.functional as CF
-from cnnops import dispatch
+from cnnops import dispatch, torch_private
 from cnnops.ops.conv2d import Conv2d
 
 Function = Callable[..., Any]
@@ -217,8 +217,8 @@ def test_hessian(op: Op) -> None:
         check(op, lambda function, place=place: hessian(everywhere(function, 1)[0], place), op.tensors())
 
 
-def directions(op: Op, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(t.flip(-1) for t in op.tensors(dtype))
+def directions(tensors: Any) -> tuple[Tensor, ...]:
+    return tuple(0.5 - t.flip(-1) for t in tensors)
 
 
 @each_op
@@ -235,37 +235,37 @@ def test_jvp(op: Op) -> None:
                     return function(*[next(it) if take else t for t, take in zip(tensors, choice, strict=True)])
 
                 chosen = tuple(itertools.compress(tensors, choice))
-                return jvp(of_chosen, chosen, tuple(itertools.compress(directions(op, tensors[0].dtype), choice)))
+                return jvp(of_chosen, chosen, tuple(itertools.compress(directions(tensors), choice)))
 
             return pushed
 
         check(op, push, op.tensors())
 
 
-def pushed(op: Op, function: Function, levels: int = 1) -> Function:
+def pushed(function: Function, levels: int = 1) -> Function:
     """function's tangent, `levels` times over."""
     if levels == 0:
         return function
-    inner = pushed(op, function, levels - 1)
-    return lambda *tensors: jvp(inner, tensors, directions(op, tensors[0].dtype))[1]
+    inner = pushed(function, levels - 1)
+    return lambda *tensors: jvp(inner, tensors, directions(tensors))[1]
 
 
-NESTS: dict[str, Callable[[Op, Function], Function]] = {
-    "forward over forward": lambda op, f: pushed(op, f, 2),
-    "forward over reverse": lambda op, f: (
-        lambda *t: jvp(grad(*everywhere(f, len(t))), t, directions(op, t[0].dtype))[1]
+NESTS: dict[str, Callable[[Function], Function]] = {
+    "forward over forward": lambda f: pushed(f, 2),
+    "forward over reverse": lambda f: (
+        lambda *t: jvp(grad(*everywhere(f, len(t))), t, directions(t))[1]
     ),
-    "reverse over forward": lambda op, f: lambda *t: grad(*everywhere(pushed(op, f), len(t)))(*t),
-    "reverse over reverse": lambda op, f: (
+    "reverse over forward": lambda f: lambda *t: grad(*everywhere(pushed(f), len(t)))(*t),
+    "reverse over reverse": lambda f: (
         lambda *t: grad(
             lambda *t: sum(g.square().sum() for g in grad(*everywhere(f, len(t)))(*t)), tuple(range(len(t)))
         )(*t)
     ),
-    "vmap over forward": lambda op, f: (
-        lambda *t: vmap(lambda t, along: jvp(f, t, along)[1])(t, tuple(s.flip(-1) for s in t))
+    "vmap over forward": lambda f: (
+        lambda *t: vmap(lambda *t: jvp(f, t, directions(t))[1])(*t)
     ),
-    "forward over vmap": lambda op, f: (
-        lambda *t: jvp(vmap(f), t, tuple(s.flip(-1) for s in t))[1]
+    "forward over vmap": lambda f: (
+        lambda *t: jvp(vmap(f), t, directions(t))[1]
     ),
 }  # fmt: skip
 
@@ -274,13 +274,13 @@ NESTS: dict[str, Callable[[Op, Function], Function]] = {
 @each_op
 def test_nests_of_transforms(op: Op, nest: str) -> None:
     samples = 3 if "vmap" in nest else None
-    check(op, lambda function: NESTS[nest](op, function), op.tensors(samples=samples))
+    check(op, NESTS[nest], op.tensors(samples=samples))
 
 
-def at_dual_level(op: Op, function: Function) -> Function:
+def at_dual_level(function: Function) -> Function:
     def tangent(*tensors: Tensor) -> Any:
         with fwd.dual_level():
-            pairs = zip(tensors, directions(op, tensors[0].dtype), strict=True)
+            pairs = zip(tensors, directions(tensors), strict=True)
             return fwd.unpack_dual(function(*[fwd.make_dual(*pair) for pair in pairs])).tangent
 
     return tangent
@@ -288,7 +288,7 @@ def at_dual_level(op: Op, function: Function) -> Function:
 
 @each_op
 def test_dual_level(op: Op) -> None:
-    check(op, lambda function: at_dual_level(op, function), op.tensors())
+    check(op, at_dual_level, op.tensors())
 
 
 @each_op
@@ -298,7 +298,7 @@ def test_dual_level_and_backward(op: Op) -> None:
     def reverse_over_forward(function: Function) -> Function:
         def gradients(*tensors: Tensor) -> Any:
             leaves = [t.clone().requires_grad_() for t in tensors]
-            result = at_dual_level(op, function)(*leaves).sin().sum() + sum(leaf.sum() for leaf in leaves)
+            result = at_dual_level(function)(*leaves).sin().sum() + sum(leaf.sum() for leaf in leaves)
             return torch.autograd.grad(result, leaves)
 
         return gradients
@@ -307,7 +307,7 @@ def test_dual_level_and_backward(op: Op) -> None:
         def tangents(*tensors: Tensor) -> Any:
             leaves = [t.clone().requires_grad_() for t in tensors]
             with fwd.dual_level():
-                pairs = zip(leaves, directions(op, leaves[0].dtype), strict=True)
+                pairs = zip(leaves, directions(leaves), strict=True)
                 result = function(*[fwd.make_dual(*pair) for pair in pairs]).sin().sum()
                 return [fwd.unpack_dual(g).tangent for g in torch.autograd.grad(result, leaves, create_graph=True)]
 
@@ -396,17 +396,22 @@ def test_statistics_of_each_sample_are_updated() -> None:
 COMPILED: dict[str, Callable[[Op], tuple[Function, list[Tensor]]]] = {
     "grad": lambda op: (grad(*everywhere(op.ours, len(op.shapes))), op.tensors()),
     "vmap": lambda op: (vmap(op.ours), op.tensors(samples=2)),
-    "jvp": lambda op: (lambda *t: jvp(op.ours, t, directions(op, t[0].dtype)), op.tensors()),
+    "jvp": lambda op: (lambda *t: jvp(op.ours, t, directions(t)), op.tensors()),
     "vmap over grad": lambda op: (vmap(grad(*everywhere(op.ours, len(op.shapes)))), op.tensors(samples=2)),
     "grad over vmap": lambda op: (grad(*everywhere(vmap(op.ours), len(op.shapes))), op.tensors(samples=2)),
-    "forward over reverse": lambda op: (NESTS["forward over reverse"](op, op.ours), op.tensors()),
+    "forward over reverse": lambda op: (NESTS["forward over reverse"](op.ours), op.tensors()),
     "jacfwd": lambda op: (jacfwd(op.ours), op.tensors()),
-    "dual level": lambda op: (at_dual_level(op, op.ours), op.tensors()),
+    "dual level": lambda op: (at_dual_level(op.ours), op.tensors()),
 }
 
 
+COMPILED_USUALLY = ("conv2d", "conv2d_act-silu", "max_pool2d", "batch_norm_act-silu-train")
+
+
 @pytest.mark.parametrize("transform", COMPILED)
-@each_op
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=[] if op.id in COMPILED_USUALLY else [pytest.mark.slow], id=op.id) for op in OPS]
+)
 def test_compiled_without_graph_breaks(op: Op, transform: str) -> None:
     """One graph, and the same kernels in it."""
     torch._dynamo.reset()
@@ -441,6 +446,41 @@ def test_an_op_without_a_jvp_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         jvp(lambda x: CF.conv2d(x, weight, groups=2), (x,), (x,))
     with fwd.dual_level(), pytest.raises(NotImplementedError, match="implement the jvp function"):
         CF.conv2d(fwd.make_dual(x, x), weight, groups=2)
+
+
+def test_private_names_of_torch() -> None:
+    """As in test_registration: what forward mode and torch.func's layers rely on."""
+    assert torch_private.forward_ad._current_level == -1
+    levels = []
+    jvp(lambda x: (levels.append(torch_private.forward_ad._current_level), x)[1], (torch.ones(2),), (torch.ones(2),))
+    with fwd.dual_level():
+        levels.append(torch_private.forward_ad._current_level)
+        x = fwd.make_dual(torch.ones(2), torch.ones(2))
+        with torch_private.differentiating_forwards(False):
+            assert fwd.unpack_dual(x * 2).tangent is None
+    assert levels == [0, 0]
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            assert ctx.to_save is None
+            ctx.save_for_backward(*inputs)
+            assert ctx.to_save == inputs
+
+    enter = super(torch.autograd.Function, Twice).apply
+    enter(torch.ones(2))
+
+    def refused(x: Tensor) -> Tensor:
+        with pytest.raises(RuntimeError, match="incorrectly used with"):
+            enter(x)
+        with torch_private.inside_a_transform():
+            return enter(x)
+
+    vmap(refused)(torch.ones(2))
 
 
 def test_composites_run_wherever_something_differentiates_or_maps() -> None:

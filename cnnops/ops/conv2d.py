@@ -170,9 +170,8 @@ def _batched_bias(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bia
     if dims[0] is None:
         y = op(x, weight, None, *args)
     else:
-        y, dim = _batched(op, size, (dims[0], None, None), x, weight, None, *args)
-        y = y.movedim(dim, 0)
-    return y + bias.movedim(dims[2], 0)[:, None, :, None, None], 0
+        y = _batched(op, size, (dims[0], None, None), x, weight, None, *args)[0]  # along axis 0, as images
+    return y + (bias if dims[2] == 0 else bias.mT)[:, None, :, None, None], 0
 
 
 def _batched_backward(op: Any, size: int, dims: Dims, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:

@@ -104,10 +104,8 @@ def _eager(tensors: Sequence[Tensor | None]) -> bool:
             return False
     if _is_dynamo_compiling() or dispatch_modes() or function_modes() or transforming() or autocasting():
         return False
-    if forward_ad._current_level >= 0:
-        return False
     first: Any = tensors[0]
-    return not first.is_meta
+    return forward_ad._current_level < 0 and not first.is_meta
 
 
 def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
@@ -149,8 +147,8 @@ def register(
     kernel: the backends' function. describe(*args): checks a call and describes its problem.
     fake(problem, *args): empty outputs of the right shapes, dtypes and strides. function: the derivatives, None for
     an op without. composite(*args): the same made of other ops, in place of derivatives and batching rule: it runs
-    wherever something differentiates or maps. batched: the batching rule (see `batching`). autocast: how many of the first tensors autocast makes its dtype.
-    written(*args): the tensors that a call writes to.
+    wherever something differentiates or maps. batched: the batching rule (see `batching`). autocast: how many of the
+    first tensors autocast makes its dtype. written(*args): the tensors that a call writes to.
     """
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.cnnops, name).default
@@ -179,7 +177,7 @@ def register(
             return enter_dual(run_next_layer, *args)
 
     def decomposes(operands: Sequence[Tensor | None]) -> bool:
-        return composite is not None and (forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands))
+        return forward_ad._current_level >= 0 or transforming() or _needs_gradient(operands)
 
     def autograd(*args: Any) -> Any:
         operands = args[:tensors]
