@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ..geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from ..geometry import Conv2dProblem, NormPool2dProblem, NormProblem, Pool2dProblem, SqueezeExciteProblem
 from ..torch_private import unwrapped
 from . import YES, Support, no
 
-Problem = Conv2dProblem | Pool2dProblem | NormProblem
+Problem = Conv2dProblem | Pool2dProblem | NormProblem | NormPool2dProblem | SqueezeExciteProblem
 
 INT_MAX = 2**31 - 1
 """Extents cross to native code as 32-bit ints."""
@@ -53,8 +53,10 @@ class Library:
 
 def within_limits(problem: Problem) -> Support:
     """Whether every extent and padded extent fits the structs of problem.h."""
-    if isinstance(problem, NormProblem):
+    if isinstance(problem, (NormProblem, SqueezeExciteProblem)):
         return YES
+    if isinstance(problem, NormPool2dProblem):
+        problem = problem.pool
     padded = (problem.H + 2 * problem.pad_h, problem.W + 2 * problem.pad_w)
     filters = problem.K if isinstance(problem, Conv2dProblem) else 0
     steps = (problem.stride_h, problem.stride_w, problem.dilation_h, problem.dilation_w)

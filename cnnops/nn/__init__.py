@@ -2,16 +2,19 @@
 
 from cnnops.nn.blocks import ConvBNAct
 from cnnops.nn.conv import Conv2d, Conv2dAct
-from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
+from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
 from cnnops.nn.pool import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from cnnops.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "AdaptiveAvgPool2d",
     "AvgPool2d",
     "BatchNorm2d",
     "BatchNormAct2d",
+    "BatchNormActMaxPool2d",
     "Conv2d",
     "Conv2dAct",
     "ConvBNAct",
     "MaxPool2d",
+    "SqueezeExcite",
 ]

@@ -21,4 +21,8 @@
   _(adaptive_avg_pool2d_backward) \
   _(batch_norm_act_forward)       \
   _(batch_norm_act_backward)      \
+  _(bn_act_max_pool2d_forward)    \
+  _(bn_act_max_pool2d_backward)   \
+  _(squeeze_excite_forward)       \
+  _(squeeze_excite_backward)      \
   _(copy)

@@ -203,8 +203,8 @@ void max_row(const Pool2dProblem& problem, int64_t p, const Rows& row_of, const 
   }
 }
 
-// dx [cols of w,width] of the pixels (n, h, w.begin <= w < w.end) and the channels from c_begin on. The problem comes
-// by value, so that the compiler knows that no store to dx changes it.
+// dx [., width] of the pixels (n, h, at.begin <= w < at.end) and `width` channels from c_begin on. The problem is a
+// copy, as is what the lambda captures, so that the compiler knows that no store to dx changes them.
 template <class T, class O>
 void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets, T* dx, int64_t n, int64_t h, Span at,
                       int64_t c_begin, int64_t width) {
@@ -218,7 +218,7 @@ void max_backward_row(const Pool2dProblem problem, const T* dy, const O* offsets
   for (int64_t w = at.begin; w < at.end; ++w) {
     cols.advance(over_w, w);
     const int64_t room = std::min((at.end - w) * width, after - ((over_h.end - 1) * Q + over_w.end - 1) * C);
-    for_channels<T>(width, room, [&]<class K>(K, int64_t c) {
+    for_channels<T>(width, room, [=]<class K>(K, int64_t c) {
       typename K::V sum[K::kUnroll] = {};
       for (int64_t p = over_h.begin; p < over_h.end; ++p) {
         const int64_t r = rows.tap_of(p, h);
