@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, pairwise
+from cases import LAYOUTS, Conv2dCase, NormCase, Pool2dCase, SqueezeExciteCase, pairwise
 from tolerance import assert_close, assert_same_layout
 from torch import Tensor
 
 from cnnops import dispatch
-from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem, SqueezeExciteProblem
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -66,6 +66,9 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
         return Conv2dProblem.of(x, weight, bias, *case.stride, *padding, *case.dilation, case.groups)
     if isinstance(case, NormCase):
         return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
+    if isinstance(case, SqueezeExciteCase):
+        weights = x.new_empty(case.M, case.C), None, x.new_empty(case.C, case.M), None
+        return SqueezeExciteProblem.of(x, *weights, "relu", "sigmoid")
     if case.op == "adaptive_avg_pool2d":
         return Pool2dProblem.adaptive(case.op, x, 2, 2)
     stride = case.stride or case.kernel
@@ -80,6 +83,8 @@ PLAINEST: dict[str, Any] = {
     "avg_pool2d": Pool2dCase("plain", "avg_pool2d", 1, 16, 8, 8, (2, 2)),
     "adaptive_avg_pool2d": Pool2dCase("plain", "adaptive_avg_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
     "batch_norm": NormCase("plain", 2, 16, (8, 8)),
+    "bn_act_max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
+    "squeeze_excite": SqueezeExciteCase("plain", 1, 16, 8, 8, 8),
 }
 
 
@@ -125,7 +130,7 @@ def _emulated_flops(case: Any) -> int:
 
 def cross(
     function: str,
-    cases: Sequence[Conv2dCase] | Sequence[Pool2dCase] | Sequence[NormCase],
+    cases: Sequence[Conv2dCase] | Sequence[Pool2dCase] | Sequence[NormCase] | Sequence[SqueezeExciteCase],
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> list[Any]:

@@ -399,7 +399,7 @@ def squeeze_excite_forward(
     gated = F.linear(
         activate(hidden, activation), weight2.to(wide).flatten(1), None if bias2 is None else bias2.to(wide)
     )
-    scale = torch.sigmoid(gated) if gate == "sigmoid" else F.hardsigmoid(gated)
+    scale = torch.sigmoid(gated) if gate == "sigmoid" else F.relu6(gated + 3) / 6
     return (x * scale[:, :, None, None]).to(x.dtype), pooled, hidden, scale
 
 

@@ -7,8 +7,9 @@
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; everything else [C].
 // Ownership  forward: one index of parallel_for owns a band of output rows (n,p), and computes the rows of a that its
-//            windows reach, each once, in a ring that holds as many as one window spans. Backward: the sweeps of
-//            batch_norm.h; each gathers the da of a few positions at a time, just before it reads them.
+//            windows reach, each once, in a ring that holds as many as one window spans. Backward: batch norm's sweeps;
+//            the sums run over the windows, at the x that each has kept, and dx over the positions; both gather what
+//            they want for a few positions at a time, just before they read it.
 // Traffic    forward: x for the statistics, then x + y (+ offsets); backward: x, dy and offsets for the sums, then the
 //            same + dx. Neither a nor da is ever written to memory as a whole.
 #include <algorithm>
@@ -23,18 +24,20 @@ namespace {
 
 constexpr int64_t kBands = 64;       // bands that all images are cut into, where they are few: what threads share
 constexpr int64_t kBandRows = 4;     // output rows in a band at least: neighbours compute their common rows of a twice
-constexpr int64_t kGathered = 4096;  // elements of da that are gathered at once, to stay in the first-level cache
+constexpr int64_t kGathered = 4096;  // elements that are gathered at once, to stay in the first-level cache
 
-// a of `count` positions from `begin` on.
+// a of `count` positions from `begin` on: rounded to T, yet held in what it is read as.
 template <class T>
 void activate_positions(const Lines& lines, const Affine<Acc<T>>& affine, Activation activation, const T* x,
-                        int64_t begin, int64_t count, T* a) {
+                        int64_t begin, int64_t count, Acc<T>* a) {
   const int64_t base = begin * lines.C;
   for_activation(activation, [&](auto act) {
     for_part<T>(lines, Part{begin, begin + count, 0, lines.C, 0, 1},
                 [&]<class W>(W, int64_t i, const auto& param, int64_t) {
-                  write<W>(a + (i - base),
-                           activate<act.value>(affine.template z_at<W>(x, static_cast<const T*>(nullptr), i, param)));
+                  T rounded[kLanes<T>];
+                  const Vec<Acc<T>> z = affine.template z_at<W>(x, static_cast<const T*>(nullptr), i, param);
+                  write<W>(rounded, activate<act.value>(z));
+                  write<W>(a + (i - base), read<W>(rounded));
                 });
   });
 }
@@ -58,8 +61,8 @@ void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNorm
   const int64_t ring_size = ring_rows * W * C + kLanes<T>;  // max_row may read one vector beyond the last row
   parallel_for(pool.N * bands, 3 * band * pool.stride_h * W * C, [&](int64_t i) {
     const int64_t n = i / bands, p_begin = i % bands * band, p_end = std::min(P, p_begin + band);
-    const std::unique_ptr<T[]> ring(new T[static_cast<size_t>(ring_size)]);
-    std::fill_n(ring.get() + ring_size - kLanes<T>, kLanes<T>, T{});
+    const std::unique_ptr<A[]> ring(new A[static_cast<size_t>(ring_size)]);
+    std::fill_n(ring.get() + ring_size - kLanes<T>, kLanes<T>, A{});
     const auto row_of = [&](int64_t h) { return ring.get() + (h & (ring_rows - 1)) * W * C; };
     int64_t next = 0;
     for (int64_t p = p_begin; p < p_end; ++p) {
@@ -69,7 +72,7 @@ void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNorm
         activate_positions(lines, affine, norm.activation, x, (n * H + next) * W, W, row_of(next));
       const int64_t at = (n * P + p) * out;
       T* y = static_cast<T*>(args.y) + at;
-      const T* end = ring.get() + ring_size;
+      const A* end = ring.get() + ring_size;
       if (!offsets)
         max_row<T, uint8_t, false>(pool, p, row_of, end, y, nullptr);
       else
@@ -79,9 +82,9 @@ void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNorm
   });
 }
 
-// da of a part [., width], for the positions begin <= line < end.
+// da of a part's positions [., width].
 template <class T>
-void gather(const Pool2dProblem& pool, const T* dy, const void* offsets, const Part& part, T* da) {
+void gather_gradient(const Pool2dProblem& pool, const T* dy, const void* offsets, const Part& part, T* da) {
   const int64_t W = pool.W;
   for_offset(pool, [&]<class O>(O) {
     for (int64_t line = part.begin; line < part.end;) {
@@ -93,29 +96,72 @@ void gather(const Pool2dProblem& pool, const T* dy, const void* offsets, const P
   });
 }
 
+// x where the maxima of a part's windows were [., width], up to a window without a tap inside the input: how many there
+// are before it. steps[tap] is how far x of that tap lies behind that of the first.
+template <class T>
+int64_t gather_kept(const Pool2dProblem& pool, const T* x, const void* offsets, const int64_t* steps, const Part& part,
+                    T* kept) {
+  const int64_t C = pool.C, P = pool.P, Q = pool.Q;
+  const Sliding rows = rows_of(pool, pool.dilation_h), cols = cols_of(pool, pool.dilation_w);
+  int64_t line = part.begin;
+  for (; line < part.end; ++line) {
+    const int64_t np = line / Q, q = line % Q, n = np / P, p = np % P;
+    if (rows.taps_of(p).size() <= 0 || cols.taps_of(q).size() <= 0) break;
+    const int64_t first = ((n * pool.H + rows.first(p)) * pool.W + cols.first(q)) * C + part.c;
+    for_offset(pool, [&]<class O>(O) {
+      const O* taps = static_cast<const O*>(offsets) + line * C + part.c;
+      for (int64_t k = 0; k < part.width; ++k) kept[k] = x[first + steps[taps[k]] + k];
+    });
+    kept += part.width;
+  }
+  return line - part.begin;
+}
+
+// sweep(lines, base) for the part's lines of which the buffer [., width] holds the numbers: from buffer[i - base] on.
+template <class Sweep>
+void for_lines(const Part& part, int64_t C, const Sweep& sweep) {
+  if (part.width == C) return sweep(part, part.begin * C);
+  Part line = part;
+  for (line.begin = part.begin; line.begin < part.end; ++line.begin) {
+    line.end = line.begin + 1;
+    sweep(line, line.begin * C + part.c - (line.begin - part.begin) * part.width);
+  }
+}
+
+// dz adds up the dy of all windows that kept a position, so its sums over positions are sums over windows as well,
+// which are fewer.
 template <class T, Activation kActivation>
 void backward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormBackward& args, const void* offsets) {
-  const int64_t C = norm.C;
-  const Lines lines(norm.N, C, norm.L, true);
-  batch_norm_backward<T, kActivation>(norm, lines, args, [&](const Part& part, const auto& sweep) {
+  const int64_t C = norm.C, taps = int64_t{pool.R} * pool.S;
+  const T *x = static_cast<const T*>(args.x), *dy = static_cast<const T*>(args.dy);
+  const std::unique_ptr<int64_t[]> steps(new int64_t[static_cast<size_t>(taps)]);
+  for (int64_t tap = 0; tap < taps; ++tap)
+    steps[tap] = (tap / pool.S * pool.dilation_h * pool.W + tap % pool.S * pool.dilation_w) * C;
+
+  const auto for_summands = [&](const Part& part, const auto& sweep) {
+    const int64_t group = std::max<int64_t>(1, kGathered / part.width);
+    const std::unique_ptr<T[]> kept(new T[static_cast<size_t>(group * part.width)]);
+    for (Part some = part; some.begin < part.end;) {
+      some.end = std::min(part.end, some.begin + group);
+      const int64_t count = gather_kept(pool, x, offsets, steps.get(), some, kept.get());
+      some.end = some.begin + count;
+      for_lines(some, C, [&](const Part& lines, int64_t base) {
+        sweep(lines, Shifted<T>{dy, 0}, Shifted<T>{kept.get(), base});
+      });
+      some.begin += std::max<int64_t>(count, 1);
+    }
+  };
+  const auto for_gradients = [&](const Part& part, const auto& sweep) {
     const int64_t group = std::max<int64_t>(1, kGathered / part.width);
     const std::unique_ptr<T[]> da(new T[static_cast<size_t>(group * part.width)]);
-    for (int64_t begin = part.begin; begin < part.end; begin += group) {
-      Part some = part;
-      some.begin = begin;
-      some.end = std::min(part.end, begin + group);
-      gather(pool, static_cast<const T*>(args.dy), offsets, some, da.get());
-      if (part.width == C) {
-        sweep(some, Gradient<T>{da.get(), begin * C});
-        continue;
-      }
-      Part line = some;
-      for (line.begin = begin; line.begin < some.end; ++line.begin) {
-        line.end = line.begin + 1;
-        sweep(line, Gradient<T>{da.get() + (line.begin - begin) * part.width, line.begin * C + part.c});
-      }
+    for (Part some = part; some.begin < part.end; some.begin += group) {
+      some.end = std::min(part.end, some.begin + group);
+      gather_gradient(pool, dy, offsets, some, da.get());
+      for_lines(some, C, [&](const Part& lines, int64_t base) { sweep(lines, Shifted<T>{da.get(), base}); });
     }
-  });
+  };
+  batch_norm_backward<T, kActivation>(norm, args, Lines(norm.N, C, int64_t{pool.P} * pool.Q, true), for_summands,
+                                      Lines(norm.N, C, norm.L, true), for_gradients);
 }
 
 }  // namespace

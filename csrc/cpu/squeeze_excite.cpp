@@ -24,7 +24,7 @@ namespace cnnops::cpu::CNNOPS_ISA {
 namespace {
 
 constexpr int64_t kManyImages = 16;   // from here on an index owns an image
-constexpr int64_t kImageSlices = 8;   // that an image is cut into at most
+constexpr int64_t kSlicesOfAll = 64;  // that all images together are cut into, where they are few
 constexpr int64_t kSliceSize = 8192;  // elements in a slice at least
 constexpr int kTogether = 4;          // images that share a reading of the weights
 
@@ -37,7 +37,7 @@ struct Slices {
       : lines(p.N, p.C, p.L, p.L == 1 || (p.channels_last && p.C > 1)),
         L(p.L),
         extent(lines.channels_last ? p.L : p.C) {
-    const int64_t wanted = std::clamp<int64_t>(p.C * p.L / kSliceSize, 1, kImageSlices);
+    const int64_t wanted = std::clamp<int64_t>(p.C * p.L / kSliceSize, 1, std::max<int64_t>(1, kSlicesOfAll / p.N));
     size = (extent + wanted - 1) / wanted;
     count = (extent + size - 1) / size;
   }
@@ -154,19 +154,29 @@ struct Factors {
   int64_t result, row;
 };
 
-// out[i,c] = start[c] + sum over r of factor[i,r] * matrix[r,c], for `count` rows i at once; start may be null.
+// out[i,c] = start[c] + sum over r of factor[i,r] * matrix[r,c], for `count` rows i at once; start may be null. Several
+// vectors in a row are worked on together, for rows whose distance is a power of 2 share few places in the cache.
 template <class A>
 void combine(int64_t count, const A* matrix, int64_t rows, int64_t C, Factors<A> factors, const A* start, A* out) {
+  constexpr int kVectors = 4;
   for_count(count, [&](auto results) {
-    for (int64_t c = 0; c < C; c += kLanes<A>) {
-      Vec<A> sums[results.value];
-      for (Vec<A>& sum : sums) sum = start ? load_from(start, c, C) : Vec<A>{};
-      for (int64_t r = 0; r < rows; ++r) {
-        const Vec<A> row = load_from(matrix + r * C, c, C);
-        for (int i = 0; i < results.value; ++i) sums[i] += row * factors.at[i * factors.result + r * factors.row];
-      }
-      for (int i = 0; i < results.value; ++i) store_to(out + i * C, c, C, sums[i]);
-    }
+    const auto columns = [&](int64_t begin, auto vectors) {
+      Vec<A> sums[results.value][vectors.value];
+      for (int v = 0; v < vectors.value; ++v)
+        for (int i = 0; i < results.value; ++i)
+          sums[i][v] = start ? load_from(start, begin + v * kLanes<A>, C) : Vec<A>{};
+      for (int64_t r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors.value; ++v) {
+          const Vec<A> row = load_from(matrix + r * C, begin + v * kLanes<A>, C);
+          for (int i = 0; i < results.value; ++i) sums[i][v] += row * factors.at[i * factors.result + r * factors.row];
+        }
+      for (int v = 0; v < vectors.value; ++v)
+        for (int i = 0; i < results.value; ++i) store_to(out + i * C, begin + v * kLanes<A>, C, sums[i][v]);
+    };
+    int64_t c = 0;
+    for (; c + kVectors * kLanes<A> <= C; c += kVectors * kLanes<A>)
+      columns(c, std::integral_constant<int, kVectors>{});
+    for (; c < C; c += kLanes<A>) columns(c, std::integral_constant<int, 1>{});
   });
 }
 
