@@ -9,7 +9,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from activations import ACTIVATIONS, away_from_kinks
+from activations import ACTIVATIONS
 from cases import LAYOUTS, POOL2D, VIEWS, NormCase, Pool2dCase, find, of_suite
 from helpers import DTYPES, Backend, on, over
 from test_batch_norm import magnitudes
@@ -112,17 +112,17 @@ def check(
 def check_separate(
     case: Pool2dCase, inputs: list[torch.Tensor], state: State, training: bool, activation: str = "relu"
 ) -> None:
-    """Against our own ops: the same bits forward, and gradients that differ by the order of sums alone."""
+    """Against our own ops: the same bits, but for gradients that depend on sums, which run in another order."""
     states = copies(state), copies(state)
     ours, theirs = fused(case, states[0], training, activation), separate(case, states[1], training, activation)
-    dy = helpers.gradient_for(ours, inputs)
-    states[0][0].copy_(state[0]), states[0][1].copy_(state[1])
-    got, expected = helpers.evaluate(ours, inputs, dy), helpers.evaluate(theirs, inputs, dy)
-    assert_same_bits(got[0].contiguous(), expected[0].contiguous(), "y")
+    y = theirs(*inputs)
+    assert_same_bits(ours(*inputs).flatten(), y.flatten(), "y")
     for a, b, name in zip(*states, ("running_mean", "running_var"), strict=True):
         assert_same_bits(a, b, name)
-    for a, b, name in zip(got[1:], expected[1:], NAMES, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, msg=lambda text, name=name: f"d{name}: {text}")
+    if not training:
+        dy = helpers.like(y, helpers.generator("dy"))
+        (_, got, *_), (_, expected, *_) = (helpers.evaluate(function, inputs, dy) for function in (ours, theirs))
+        assert_same_bits(got.flatten(), expected.flatten(), "dx")
 
 
 @over("bn_act_max_pool2d_forward", CORNERS)
@@ -149,7 +149,7 @@ def test_activations(backend: Backend, dtype: torch.dtype, activation: str, trai
     for case, layout in itertools.product(KINDS, LAYOUTS):
         inputs, state = inputs_of(case, dtype, layout, backend.device)
         check_separate(case, inputs, state, training, activation)
-        if activation in ("none", "relu", "sigmoid"):  # the others turn values apart into ties
+        if activation in ("none", "relu"):  # the others turn values apart into ties
             check(case, inputs, state, training, activation)
 
 
@@ -185,7 +185,9 @@ def test_bands_meet(backend: Backend, training: bool) -> None:
     for kernel, stride, dilation in ((3, 2, 1), (3, 1, 2), (2, 3, 1), (5, 1, 1)):
         window: dict[str, Any] = {"stride": (stride, stride), "padding": (1, 1), "dilation": (dilation, dilation)}
         case = Pool2dCase("bands", "max_pool2d", 2, 5, 71, 6, (kernel, kernel), **window)
-        check_separate(case, *inputs_of(case, torch.float32, "channels_last", backend.device), training)
+        inputs, state = inputs_of(case, torch.float32, "channels_last", backend.device)
+        check_separate(case, inputs, state, training)
+        check(case, inputs, state, training)
 
 
 @on("bn_act_max_pool2d_forward")
@@ -213,7 +215,7 @@ def test_windows_beside_the_input(backend: Backend) -> None:
 
 @on("bn_act_max_pool2d_forward")
 def test_without_parameters_or_statistics(backend: Backend) -> None:
-    (x, weight, bias), state = inputs_of(STEM, torch.float32, "channels_last", backend.device)
+    (x, weight, bias), _ = inputs_of(STEM, torch.float32, "channels_last", backend.device)
     for w, b in ((None, None), (weight, None), (None, bias)):
         y = fused(STEM, (None, None), True)(x, w, b)
         assert_same_bits(y, separate(STEM, (None, None), True)(x, w, b))
@@ -259,9 +261,8 @@ def test_gradcheck(backend: Backend, activation: str, training: bool) -> None:
 
 @on("bn_act_max_pool2d_forward")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_double_backward_is_that_of_the_separate_ops(backend: Backend, layout: str, training: bool) -> None:
-    inputs, state = inputs_of(STEM, torch.float32, layout, backend.device)
+def test_double_backward_is_that_of_the_separate_ops(backend: Backend, training: bool) -> None:
+    inputs, state = inputs_of(STEM, torch.float32, "channels_last", backend.device)
     dy = helpers.gradient_for(composed(STEM, copies(state), training), inputs)
     directions = [helpers.like(t, helpers.generator("directions")) for t in inputs]
     got, expected = (
@@ -269,7 +270,7 @@ def test_double_backward_is_that_of_the_separate_ops(backend: Backend, layout: s
         for f in (fused, separate)
     )
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        assert_same_bits(a, b)
 
 
 def test_autocast_leaves_it() -> None:
@@ -311,7 +312,7 @@ def test_module(activation: str, momentum: float | None) -> None:
     [
         ({"x": torch.zeros(3, 5, 5)}, RuntimeError, ("input", "[3, 5, 5]")),
         ({"x": torch.zeros(2, 3, 0, 5)}, RuntimeError, ("input", "[2, 3, 0, 5]")),
-        ({"x": torch.zeros(2, 3, 5, 5, dtype=torch.float64)}, RuntimeError, ("running_mean", "float64", "float32")),
+        ({"weight": torch.ones(3, dtype=torch.float64)}, RuntimeError, ("weight", "float32", "float64")),
         ({"x": None}, TypeError, ("x", "None")),
         ({"weight": torch.ones(4)}, RuntimeError, ("weight", "[3]", "[4]")),
         ({"bias": [1.0]}, TypeError, ("bias", "list")),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnops
 import cnnops.functional as CF
 from cnnops import nn as cnn
+from cnnops.geometry import is_channels_last
 
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2")
 CORNERS = of_suite(SQUEEZE_EXCITE, "corner")
@@ -29,7 +30,10 @@ def inputs_of(case: SqueezeExciteCase, dtype: torch.dtype, layout: str, device: 
     shapes = ((M, C, 1, 1), (M,), (C, M, 1, 1), (C,))
     scales = (2 * C**-0.5, 1.0, 2 * M**-0.5, 1.0)
     x = helpers.laid_out(helpers.randn(case.x_shape, dtype, device, random), layout)
-    return [x, *(helpers.randn(shape, dtype, device, random, scale) for shape, scale in zip(shapes, scales, strict=True))]
+    return [
+        x,
+        *(helpers.randn(shape, dtype, device, random, scale) for shape, scale in zip(shapes, scales, strict=True)),
+    ]
 
 
 def fused(activation: str = "relu", gate: str = "sigmoid") -> helpers.Function:
@@ -76,7 +80,8 @@ def check(
     got = helpers.evaluate(fused(activation, gate), inputs, dy)
     same_dtype = helpers.evaluate(theirs, inputs, dy)
     reference = helpers.evaluate(theirs, *helpers.mapped(lambda t: t, (inputs, dy)))
-    assert_same_layout(got[0], same_dtype[0], "y")
+    layout = torch.channels_last if is_channels_last(inputs[0]) else torch.contiguous_format
+    assert_same_layout(got[0], same_dtype[0].contiguous(memory_format=layout), "y")
     names = helpers.result_names(NAMES, inputs)
     length = max(1, inputs[0].numel())
     for name, a, b, c, d in zip(names, got, same_dtype, reference, magnitudes(inputs, dy), strict=True):
@@ -134,7 +139,9 @@ def test_matrices_are_filters_of_one_tap(backend: Backend) -> None:
     dy = helpers.gradient_for(composed(), inputs)
     matrices = [t.flatten(1) if i in (1, 3) else t for i, t in enumerate(inputs)]
     transposed = [t.t().contiguous().t() if i in (1, 3) else t for i, t in enumerate(matrices)]
-    for a, b, c in zip(*(helpers.evaluate(fused(), given, dy) for given in (inputs, matrices, transposed)), strict=True):
+    for a, b, c in zip(
+        *(helpers.evaluate(fused(), given, dy) for given in (inputs, matrices, transposed)), strict=True
+    ):
         assert_same_bits(a.reshape(b.shape), b)
         assert torch.equal(b, c)
 
@@ -258,7 +265,9 @@ def test_module(activation: str, gate: str) -> None:
     with cnnops.use_backend("cpu"):
         torch.testing.assert_close(block(x), composed(activation, gate)(x, *block.parameters()))
     assert f"activation={activation}, gate={gate}" in repr(block)
-    with pytest.raises(ValueError, match="SqueezeExcite: gate must be one of sigmoid, hardsigmoid, but got gate='tanh'"):
+    with pytest.raises(
+        ValueError, match="SqueezeExcite: gate must be one of sigmoid, hardsigmoid, but got gate='tanh'"
+    ):
         cnn.SqueezeExcite(12, 4, gate="tanh")
     with pytest.raises(ValueError, match="SqueezeExcite: activation"):
         cnn.SqueezeExcite(12, 4, "gelu")

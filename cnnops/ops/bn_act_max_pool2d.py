@@ -37,7 +37,9 @@ class BnActMaxPool2d(Function):
         if dy is None:
             return (None,) * 21
         needs = ctx.needs_input_grad[1:4]
-        grads = bn_act_max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.args, *needs, ctx.backend)
+        # The kernel converts x to channels_last, and dx back: without that layout the separate gradients are faster.
+        gradients = bn_act_max_pool2d_backward if is_channels_last(ctx.saved_tensors[1]) else _separately
+        grads = gradients(dy, *ctx.saved_tensors, *ctx.args, *needs, ctx.backend)
         return (None, *grads, *[None] * 17)
 
 
@@ -47,26 +49,42 @@ class BnActMaxPool2dBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, dy, offsets, x, weight, bias, mean, rstd, *rest = inputs
-        training, eps, activation, *window, _, _, _, backend = rest
+        *ctx.args, _, _, _, ctx.backend = rest
         ctx.save_for_backward(dy, x, weight, bias, offsets, mean, rstd)
-        ctx.args = training, eps, activation, backend
-        ctx.window = window
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         *tensors, offsets, mean, rstd = ctx.saved_tensors
-        *args, backend = ctx.args
 
         def formula(dy: Any, x: Any, weight: Any, bias: Any) -> tuple[Tensor | None, ...]:
-            through = max_pool2d_backward(dy, offsets, *x.shape[2:], is_channels_last(x), *ctx.window, backend)
-            needs = True, weight is not None, bias is not None, False
-            found = batch_norm_act_backward(through, x, weight, bias, None, None, mean, rstd, *args, *needs, backend)
-            return tuple(found[:3])
+            needs = True, weight is not None, bias is not None
+            return _separately(dy, offsets, x, weight, bias, mean, rstd, *ctx.args, *needs, ctx.backend)
 
         need_dy, _, *needs = ctx.needs_input_grad[1:6]
         ddy, *results = differentiate(formula, tensors, (need_dy, *needs), upstream)
         return (None, ddy, None, *results, *[None] * 17)
+
+
+def _separately(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """What `bn_act_max_pool2d_backward` computes, by the gradients of a pool and of batch norm."""
+    *window, need_dx, need_dweight, need_dbias, backend = rest
+    through = max_pool2d_backward(dy, offsets, *x.shape[2:], is_channels_last(x), *window, backend)
+    norm = mean, rstd, training, eps, activation, need_dx, need_dweight, need_dbias, False, backend
+    found: tuple[Tensor | None, ...] = batch_norm_act_backward(through, x, weight, bias, None, None, *norm)
+    return found[:3]
 
 
 def _describe(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any) -> NormPool2dProblem:
@@ -85,7 +103,7 @@ def _nine(window: Any) -> Any:
 def _describe_backward(
     dy: Tensor, offsets: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any
 ) -> NormPool2dProblem:
-    mean, rstd, training, eps, activation, *window = args[:13]
+    mean, rstd, training, _, activation, *window = args[:13]
     R, S = window[:2]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     offset_dtype = torch.uint8 if R * S <= 256 else torch.int32
@@ -113,7 +131,8 @@ def _describe_backward(
             W,
             R,
             S,
-            *dy.shape[2:],
+            dy.shape[2],
+            dy.shape[3],
             stride_h,
             stride_w,
             pad_h,

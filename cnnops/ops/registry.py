@@ -201,7 +201,9 @@ def differentiate(
             tensors = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
         results = formula(*tensors)
         pairs = [
-            (r, u) for r, u in zip(results, upstream, strict=True) if u is not None and r is not None and r.requires_grad
+            (r, u)
+            for r, u in zip(results, upstream, strict=True)
+            if u is not None and r is not None and r.requires_grad
         ]
         wanted = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
         found = iter(

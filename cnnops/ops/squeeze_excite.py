@@ -48,10 +48,12 @@ class SqueezeExciteBackward(Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         activation, gate = ctx.args[:2]
 
-        def formula(dy: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
-            _, *small = aten.squeeze_excite_forward(*tensors, activation, gate)
-            given = [t is not None for t in tensors]
-            return aten.squeeze_excite_backward(dy, *tensors, *small, activation, gate, *given)
+        def formula(*tensors: Any) -> tuple[Tensor | None, ...]:
+            forward: tuple[Any, ...] = (*tensors[1:], activation, gate)
+            _, *small = aten.squeeze_excite_forward(*forward)
+            given = [t is not None for t in tensors[1:]]
+            arguments: tuple[Any, ...] = (*tensors, *small, activation, gate, *given)
+            return aten.squeeze_excite_backward(*arguments)
 
         results = differentiate(formula, ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream)
         return (None, *results, *[None] * 11)

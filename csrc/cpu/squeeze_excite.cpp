@@ -79,18 +79,37 @@ void for_images(const SqueezeExciteProblem& problem, const Slices& slices, const
   parallel_for(N * count, 3 * elements / count, [&](int64_t i) { finish(i / count, i % count); });
 }
 
+// The sum of value(W{}, i) over begin <= i < end.
+template <class T, class Value>
+double sum_row(int64_t begin, int64_t end, const Value& value) {
+  using A = Acc<T>;
+  Vec<A> sums[kAccumulators] = {};
+  int64_t i = begin;
+  for (; i + kAccumulators * kLanes<T> <= end; i += kAccumulators * kLanes<T>)
+    for (int k = 0; k < kAccumulators; ++k) sums[k] += value(Full{}, i + k * kLanes<T>);
+  for (; i + kLanes<T> <= end; i += kLanes<T>) sums[0] += value(Full{}, i);
+  A rest = 0;
+  for (; i < end; ++i) rest += value(One{}, i)[0];
+  for (int k = 1; k < kAccumulators; ++k) sums[0] += sums[k];
+  for (int lane = 0; lane < kLanes<T>; ++lane) rest += sums[0][lane];
+  return rest;
+}
+
 // The sums over L of value(W{}, i) for each channel, of slice s of image n: into the image's sums [rows,C], of which it
 // owns a row or, in the other layout, some channels of the only one.
 template <class T, class Value>
 void sum_slice(const Slices& slices, int64_t n, int64_t s, double* sums, const Value& value) {
   const Lines& lines = slices.lines;
-  double* row = lines.channels_last ? sums + s * lines.C : sums;
-  slices.for_parts(n, s, lines.channels_last ? kRun : kBlock, [&](const Part& part) {
+  if (!lines.channels_last)
+    return slices.for_parts(n, s, kBlock, [&](const Part& part) {
+      const int64_t row = (n * lines.C + part.c) * lines.L;
+      sums[part.c] += sum_row<T>(row + part.l_begin, row + part.l_end, value);
+    });
+  slices.for_parts(n, s, kRun, [&](const Part& part) {
     Sums<T, 1> found(lines, part);
     for_part<T>(lines, part,
                 [&]<class W>(W width, int64_t i, auto, int64_t k) { found.template add<W>(k, value(width, i)); });
-    found.fold(lines);
-    for (int64_t k = 0; k < part.width; ++k) row[part.c + k] += found.at[0][k];
+    for (int64_t k = 0; k < part.width; ++k) sums[s * lines.C + part.c + k] += found.at[0][k];
   });
 }
 
@@ -134,10 +153,13 @@ void dots(int64_t count, const A* matrix, int64_t rows, int64_t C, const A* in, 
   for_count(count, [&](auto images) {
     for (int64_t r = 0; r < rows; ++r) {
       Vec<A> sums[images.value] = {};
-      for (int64_t c = 0; c < C; c += kLanes<A>) {
-        const Vec<A> row = load_from(matrix + r * C, c, C);
-        for (int i = 0; i < images.value; ++i) sums[i] += row * load_from(in + i * C, c, C);
+      int64_t c = 0;
+      for (; c + kLanes<A> <= C; c += kLanes<A>) {
+        const Vec<A> row = load(matrix + r * C + c);
+        for (int i = 0; i < images.value; ++i) sums[i] += row * load(in + i * C + c);
       }
+      if (c < C)
+        for (int i = 0; i < images.value; ++i) sums[i] += load_from(matrix + r * C, c, C) * load_from(in + i * C, c, C);
       for (int i = 0; i < images.value; ++i) {
         A sum = 0;
         for (int lane = 0; lane < kLanes<A>; ++lane) sum += sums[i][lane];
@@ -167,7 +189,8 @@ void combine(int64_t count, const A* matrix, int64_t rows, int64_t C, Factors<A>
           sums[i][v] = start ? load_from(start, begin + v * kLanes<A>, C) : Vec<A>{};
       for (int64_t r = 0; r < rows; ++r)
         for (int v = 0; v < vectors.value; ++v) {
-          const Vec<A> row = load_from(matrix + r * C, begin + v * kLanes<A>, C);
+          const int64_t c = begin + v * kLanes<A>;
+          const Vec<A> row = vectors.value > 1 ? load(matrix + r * C + c) : load_from(matrix + r * C, c, C);
           for (int i = 0; i < results.value; ++i) sums[i][v] += row * factors.at[i * factors.result + r * factors.row];
         }
       for (int v = 0; v < vectors.value; ++v)
