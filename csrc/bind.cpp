@@ -576,7 +576,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
   return {dx, vector(dweight, param, launch), vector(dbias, param, launch), dresidual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, OptionalTensor> bn_act_max_pool2d_forward(
+// Offsets that nobody wants are empty: torch functionalizes no op that writes to arguments and has optional results.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_max_pool2d_forward(
     const Tensor& x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
     OptionalTensor running_var, bool training, double momentum, double eps, std::string activation,
     CNNOPS_WINDOW_PARAMS, int64_t dilation_h, int64_t dilation_w, bool ceil_mode, bool need_offsets) {
@@ -590,8 +591,8 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> bn_act_max_pool2d_forward(
   const std::array<int64_t, 1> channels{norm.C};
   const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
   const Tensor mean = empty(channels, acc, x, false), rstd = empty(channels, acc, x, false);
-  OptionalTensor offsets;
-  if (need_offsets) offsets = empty(sizes, kernel_h * kernel_w <= 256 ? ScalarType::Byte : ScalarType::Int, x, true);
+  const ScalarType tap = kernel_h * kernel_w <= 256 ? ScalarType::Byte : ScalarType::Int;
+  const Tensor offsets = need_offsets ? empty(sizes, tap, x, true) : empty(std::array<int64_t, 1>{0}, tap, x, false);
   if (y.numel() == 0) {
     zero_elements(mean);
     zero_elements(rstd);
@@ -604,7 +605,7 @@ std::tuple<Tensor, Tensor, Tensor, OptionalTensor> bn_act_max_pool2d_forward(
   kernels().bn_act_max_pool2d_forward(norm, pool,
                                       {dense_x.data_ptr(), nullptr, pointer(w), pointer(b), pointer(m), pointer(v),
                                        y.data(), mean.data_ptr(), rstd.data_ptr()},
-                                      pointer(offsets), launch);
+                                      need_offsets ? offsets.data_ptr() : nullptr, launch);
   if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
   if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
   return {y.finish(launch), mean, rstd, offsets};

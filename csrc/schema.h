@@ -36,7 +36,7 @@
   _(bn_act_max_pool2d_forward,                                                                                         \
     "Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, "       \
     "float momentum, float eps, str activation, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets",             \
-    "(Tensor, Tensor, Tensor, Tensor?)")                                                                               \
+    "(Tensor, Tensor, Tensor, Tensor)")                                                                                \
   _(bn_act_max_pool2d_backward,                                                                                        \
     "Tensor dy, Tensor offsets, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, "     \
     "float eps, str activation, " CNNOPS_MAX_POOL2D ", bool need_dx, bool need_dweight, bool need_dbias",              \

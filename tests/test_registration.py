@@ -71,11 +71,11 @@ def op_arguments(name: str, layout: str = "channels_last") -> Any:
     if name == "squeeze_excite":
         return ops.squeeze_excite.default, (t(*X), *layers, "silu", "sigmoid", "")
     if name == "squeeze_excite_backward":
-        x = t(*X)
+        x, dy = t(*X), (tensor(*X, layout=layout) / 8).requires_grad_()
         with torch.no_grad():
             _, *small = ops.squeeze_excite(x, *layers, "silu", "sigmoid", "")
         return ops.squeeze_excite_backward.default, (
-            t(*X), x, *layers, *small, "silu", "sigmoid", True, True, True, True, True, ""
+            dy, x, *layers, *small, "silu", "sigmoid", True, True, True, True, True, ""
         )  # fmt: skip
     vectors = [t(6), t(6)]
     if name.startswith("bn_act_max_pool2d"):

@@ -354,12 +354,13 @@ def bn_act_max_pool2d_forward(
     eps: float,
     activation: str,
     *window: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     activated, mean, rstd = batch_norm_act_forward(
         x, weight, bias, None, running_mean, running_var, training, momentum, eps, activation
     )
     y, offsets = max_pool2d_forward(activated, *window)
-    return y, mean, rstd, offsets
+    tap = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
+    return y, mean, rstd, x.new_empty(0, dtype=tap) if offsets is None else offsets
 
 
 def bn_act_max_pool2d_backward(

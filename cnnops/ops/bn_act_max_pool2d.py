@@ -38,8 +38,9 @@ class BnActMaxPool2d(Function):
             return (None,) * 21
         needs = ctx.needs_input_grad[1:4]
         # The kernel converts x to channels_last, and dx back: without that layout the separate gradients are faster.
-        gradients = bn_act_max_pool2d_backward if is_channels_last(ctx.saved_tensors[1]) else _separately
-        grads = gradients(dy, *ctx.saved_tensors, *ctx.args, *needs, ctx.backend)
+        saved = ctx.saved_tensors
+        gradients = bn_act_max_pool2d_backward if is_channels_last(saved[1]) else _separately
+        grads = gradients(dy, *saved, *ctx.args, *needs, ctx.backend)
         return (None, *grads, *[None] * 17)
 
 
@@ -150,9 +151,8 @@ def _fake(problem: NormPool2dProblem, x: Tensor, *args: Any) -> Any:
     norm, pool = problem.norm, problem.pool
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     shape = (pool.N, pool.C, pool.P, pool.Q)
-    offsets = None
-    if args[-2]:
-        offsets = empty(x, shape, True, torch.uint8 if pool.R * pool.S <= 256 else torch.int32)
+    tap = torch.uint8 if pool.R * pool.S <= 256 else torch.int32
+    offsets = empty(x, shape, True, tap) if args[-2] else empty(x, (0,), False, tap)
     statistics = (empty(x, (pool.C,), False, wide) for _ in range(2))
     return (empty(x, shape, norm.channels_last), *statistics, offsets)
 
@@ -176,7 +176,7 @@ bn_act_max_pool2d = register(
     "bn_act_max_pool2d",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, "
     f"float momentum, float eps, str activation, {MAX_POOL}, bool ceil_mode, bool need_offsets, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor?)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     tensors=5,
     kernel="bn_act_max_pool2d_forward",
     describe=_describe,
