@@ -34,7 +34,18 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
-ISA_SOURCES = ("kernels", "conv2d", "depthwise_conv2d", "pool2d", "max_unpool2d", "batch_norm", "activation", "copy")
+ISA_SOURCES = (
+    "kernels",
+    "conv2d",
+    "depthwise_conv2d",
+    "pool2d",
+    "max_unpool2d",
+    "batch_norm",
+    "bn_act_max_pool2d",
+    "squeeze_excite",
+    "activation",
+    "copy",
+)
 DEFAULT_ARCHES = "8.0;9.0a"
 
 

@@ -16,6 +16,7 @@ from torch import SymInt, Tensor
 from .dispatch import scope
 from .geometry import is_channels_last, pad_mode_of
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
+from .ops.bn_act_max_pool2d import bn_act_max_pool2d as _bn_act_max_pool2d
 from .ops.conv2d import conv2d as _conv2d
 from .ops.conv2d_act import conv2d_act as _conv2d_act
 from .ops.conv2d_bn_act import conv2d_bn_act as _conv2d_bn_act
@@ -27,6 +28,7 @@ from .ops.pool2d import adaptive_max_pool2d_indices as _adaptive_max_pool2d_indi
 from .ops.pool2d import avg_pool2d as _avg_pool2d
 from .ops.pool2d import max_pool2d as _max_pool2d
 from .ops.pool2d import max_pool2d_indices as _max_pool2d_indices
+from .ops.squeeze_excite import squeeze_excite as _squeeze_excite
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -34,12 +36,14 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "batch_norm_act",
+    "bn_act_max_pool2d",
     "conv2d",
     "conv2d_act",
     "conv2d_bn_act",
     "conv_transpose2d",
     "max_pool2d",
     "max_unpool2d",
+    "squeeze_excite",
 ]
 
 Pair = int | tuple[int, int]
@@ -543,3 +547,63 @@ def batch_norm_act(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, scope.backend
     )[0]
     return y
+
+
+def bn_act_max_pool2d(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    kernel_size: Pair = 3,
+    stride: Pair | None = 2,
+    padding: Pair = 1,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    activation: str = "relu",
+) -> Tensor:
+    """max_pool2d(activation(batch_norm(x, ...)), kernel_size, ...), without writing what is pooled to memory.
+
+    x: [N, C, H, W]; the rest as in `batch_norm`, `max_pool2d` and `batch_norm_act`; stride=None: kernel_size. Returns
+    [N, C, P, Q], the very numbers of the separate functions on a channels_last x. Errors are those of these functions.
+    """
+    name = "bn_act_max_pool2d"
+    _check_tensor(name, "x", x)
+    _check_optional(name, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    _check_flags(name, training=training, ceil_mode=ceil_mode)
+    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
+        raise TypeError(f"{name}: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
+    kernel, stride, padding = _window(name, kernel_size, stride, padding)
+    window = (*kernel, *stride, *padding, *_pair(name, "dilation", dilation), ceil_mode)
+    y: Tensor = _bn_act_max_pool2d(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, *window, False, scope.backend
+    )[0]
+    return y
+
+
+def squeeze_excite(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """x * gate(bias2 + weight2 activation(bias1 + weight1 mean(x))), the mean over rows and columns. Hu et al., 2018.
+
+    x: [N, C, H, W] or [C, H, W]; weight1: [M, C] or [M, C, 1, 1]; weight2: [C, M] or [C, M, 1, 1]; bias1: [M] or None;
+    bias2: [C] or None, all of one dtype. activation: none, relu, relu6, silu, hardswish or sigmoid; gate: sigmoid or
+    hardsigmoid. Returns x's shape. The means and what is made of them are float32 (float64 for float64) throughout.
+    Raises RuntimeError where shapes or dtypes do not fit, ValueError for another activation or gate.
+    """
+    _check_tensor("squeeze_excite", "x", x)
+    _check_tensor("squeeze_excite", "weight1", weight1)
+    _check_tensor("squeeze_excite", "weight2", weight2)
+    _check_optional("squeeze_excite", bias1=bias1, bias2=bias2)
+    batch = x.unsqueeze(0) if x.dim() == 3 else x
+    y: Tensor = _squeeze_excite(batch, weight1, bias1, weight2, bias2, activation, gate, scope.backend)[0]
+    return y.squeeze(0) if x.dim() == 3 else y

@@ -20,6 +20,9 @@ ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish", "sigmoid")
 ACTIVATIONS_FROM_INPUT = ("silu", "hardswish")
 """Activations whose derivative cannot be read off their output."""
 
+GATES = ("sigmoid", "hardsigmoid")
+"""What squeeze and excitation may bound its scale by; hardsigmoid is relu6(z + 3) / 6."""
+
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 """What a convolution reads beside its input, as in ``torch.nn.Conv2d(padding_mode=...)``."""
 
@@ -530,6 +533,85 @@ def pad_mode_of(name: str, padding_mode: str) -> int:
             f"{name}: padding_mode must be one of {', '.join(PADDING_MODES)}, but got padding_mode={padding_mode!r}"
         )
     return PADDING_MODES.index(padding_mode)
+
+
+@dataclass(frozen=True)
+class NormPool2dProblem:
+    """Batch norm and an activation, then the maximum over windows of the result."""
+
+    norm: NormProblem
+    pool: Pool2dProblem
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pool.dtype
+
+    @property
+    def device(self) -> str:
+        return self.pool.device
+
+
+@dataclass(frozen=True)
+class SqueezeExciteProblem:
+    """x [N, C, H, W], of L = H W positions, scaled per channel by what M hidden channels make of its means."""
+
+    N: int
+    C: int
+    L: int
+    M: int
+    activation: str
+    gate: str
+    dtype: torch.dtype
+    device: str
+    channels_last: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        activation: str,
+        gate: str,
+    ) -> SqueezeExciteProblem:
+        """Check a call and describe it. x: [N, C, H, W]; weight1: [M, C], weight2: [C, M], or as filters of one tap;
+        bias1: [M], bias2: [C], or None."""
+        if x.dim() != 4:
+            raise RuntimeError(f"squeeze_excite: expected input of 4 dimensions [N, C, H, W], but got {_text(x.shape)}")
+        N, C, H, W = x.shape
+        if C < 1 or H < 1 or W < 1:
+            raise RuntimeError(f"squeeze_excite: only the batch may be empty, but got input of {_text(x.shape)}")
+        M = weight1.shape[0] if weight1.dim() else 0
+        for name, weight, shape, wanted in (
+            ("weight1", weight1, [M, C], f"[M, {C}]"),
+            ("weight2", weight2, [C, M], f"[{C}, {M}]"),
+        ):
+            if M < 1 or list(weight.shape) not in (shape, [*shape, 1, 1]):
+                raise RuntimeError(
+                    f"squeeze_excite: expected {name} of shape {wanted} or the same with [.., 1, 1], "
+                    f"but got {_text(weight.shape)} (input of {_text(x.shape)}, weight1 of {_text(weight1.shape)})"
+                )
+        for name, bias, size in (("bias1", bias1, M), ("bias2", bias2, C)):
+            if bias is not None and list(bias.shape) != [size]:
+                raise RuntimeError(f"squeeze_excite: expected {name} of shape [{size}], but got {_text(bias.shape)}")
+        for name, t in (("weight1", weight1), ("bias1", bias1), ("weight2", weight2), ("bias2", bias2)):
+            if t is not None and t.dtype != x.dtype:
+                raise RuntimeError(
+                    f"squeeze_excite: input and {name} must have the same dtype, but got {x.dtype} and {t.dtype}"
+                )
+            if t is not None and t.device != x.device:
+                raise RuntimeError(f"squeeze_excite: {name} is on {t.device}, but input is on {x.device}")
+        check_activation("squeeze_excite", activation)
+        check_gate("squeeze_excite", gate)
+        return cls(N, C, H * W, M, activation, gate, x.dtype, x.device.type, is_channels_last(x))
+
+
+def check_gate(name: str, gate: str) -> None:
+    """Raise ValueError unless squeeze and excitation knows `gate`."""
+    if gate not in GATES:
+        raise ValueError(f"{name}: gate must be one of {', '.join(GATES)}, but got gate={gate!r}")
 
 
 def check_activation(name: str, activation: str) -> None:

@@ -789,6 +789,163 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
   return {dx, vector(dweight, param, launch), vector(dbias, param, launch), dresidual};
 }
 
+// Offsets that nobody wants are empty: torch functionalizes no op that writes to arguments and has optional results.
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_max_pool2d_forward(
+    const Tensor& x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
+    OptionalTensor running_var, bool training, double momentum, double eps, std::string activation,
+    CNNOPS_WINDOW_PARAMS, int64_t dilation_h, int64_t dilation_w, bool ceil_mode, bool need_offsets) {
+  const Launch launch(x);
+  NormProblem norm = norm_problem(x, training, momentum, eps, activation);
+  norm.channels_last = true;
+  const int64_t P = pooled_size(x.size(2), kernel_h, stride_h, pad_h, dilation_h, ceil_mode);
+  const int64_t Q = pooled_size(x.size(3), kernel_w, stride_w, pad_w, dilation_w, ceil_mode);
+  const Sizes sizes{x.size(0), x.size(1), P, Q};
+  const ScalarType acc = accumulation(x.scalar_type());
+  const std::array<int64_t, 1> channels{norm.C};
+  const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
+  const Tensor mean = empty(channels, acc, x, false), rstd = empty(channels, acc, x, false);
+  const ScalarType tap = kernel_h * kernel_w <= 256 ? ScalarType::Byte : ScalarType::Int;
+  const Tensor offsets = need_offsets ? empty(sizes, tap, x, true) : empty(std::array<int64_t, 1>{0}, tap, x, false);
+  if (y.numel() == 0) {
+    zero_elements(mean);
+    zero_elements(rstd);
+    return {y.finish(launch), mean, rstd, offsets};
+  }
+  const Pool2dProblem pool = pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
+  const Tensor dense_x = nhwc(x, x.scalar_type(), launch);
+  const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+  const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
+  kernels().bn_act_max_pool2d_forward(norm, pool,
+                                      {dense_x.data_ptr(), nullptr, pointer(w), pointer(b), pointer(m), pointer(v),
+                                       y.data(), mean.data_ptr(), rstd.data_ptr()},
+                                      need_offsets ? offsets.data_ptr() : nullptr, launch);
+  if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
+  if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
+  return {y.finish(launch), mean, rstd, offsets};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_backward(
+    const Tensor& dy, const Tensor& offsets, const Tensor& x, OptionalTensor weight, OptionalTensor bias,
+    const Tensor& mean, const Tensor& rstd, bool training, double eps, std::string activation, CNNOPS_WINDOW_PARAMS,
+    int64_t dilation_h, int64_t dilation_w, bool need_dx, bool need_dweight, bool need_dbias) {
+  const Launch launch(x);
+  NormProblem norm = norm_problem(x, training, 0, eps, activation);
+  norm.channels_last = true;
+  const ScalarType acc = accumulation(x.scalar_type());
+  const ScalarType param = weight ? weight->scalar_type() : bias ? bias->scalar_type() : acc;
+  const std::array<int64_t, 1> channels{norm.C};
+  std::optional<Output> dx;
+  OptionalTensor dweight, dbias;
+  if (need_dx) dx.emplace(x.sizes(), x, x.scalar_type(), is_channels_last(x));
+  if (need_dweight) dweight = empty(channels, acc, x, false);
+  if (need_dbias) dbias = empty(channels, acc, x, false);
+  if (x.numel() == 0) {
+    if (dweight) zero_elements(*dweight);
+    if (dbias) zero_elements(*dbias);
+  } else {
+    const Pool2dProblem pool =
+        pool2d_problem(x, x.size(2), x.size(3), dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
+    const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch), dense_x = nhwc(x, x.scalar_type(), launch);
+    const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    kernels().bn_act_max_pool2d_backward(
+        norm, pool,
+        {dense_dy.data_ptr(), dense_x.data_ptr(), nullptr, nullptr, pointer(w), pointer(b), mean.data_ptr(),
+         rstd.data_ptr(), dx ? dx->data() : nullptr, nullptr, pointer(dweight), pointer(dbias)},
+        dense_offsets(offsets).data_ptr(), launch);
+  }
+  return {dx ? OptionalTensor(dx->finish(launch)) : std::nullopt, vector(dweight, param, launch),
+          vector(dbias, param, launch)};
+}
+
+Gate gate_of(const std::string& name) {
+  if (name == "sigmoid") return Gate::kSigmoid;
+  STD_TORCH_CHECK(name == "hardsigmoid", "unknown gate '", name, "'");
+  return Gate::kHardsigmoid;
+}
+
+SqueezeExciteProblem squeeze_excite_problem(const Tensor& x, const Tensor& weight1, const std::string& activation,
+                                            const std::string& gate) {
+  return {dtype_of(x),
+          x.size(0),
+          x.size(1),
+          x.size(2) * x.size(3),
+          weight1.size(0),
+          is_channels_last(x),
+          activation_of(activation),
+          gate_of(gate)};
+}
+
+// src [rows, columns] as dense dst [columns, rows], converted; either may have axes of one element behind.
+void transpose(const Tensor& src, const Tensor& dst, Stream stream) {
+  const int64_t rows = src.size(0), columns = src.size(1);
+  const CopyProblem problem{dtype_of(src),
+                            dtype_of(dst),
+                            {1, 1, columns, rows},
+                            {0, 0, src.stride(1), src.stride(0)},
+                            {0, 0, dst.stride(0), dst.stride(1)}};
+  kernels().copy(problem, src.data_ptr(), dst.data_ptr(), stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& x, const Tensor& weight1,
+                                                                  OptionalTensor bias1, const Tensor& weight2,
+                                                                  OptionalTensor bias2, std::string activation,
+                                                                  std::string gate) {
+  const Launch launch(x);
+  const SqueezeExciteProblem problem = squeeze_excite_problem(x, weight1, activation, gate);
+  const ScalarType acc = accumulation(x.scalar_type());
+  const std::array<int64_t, 2> by_channel{problem.N, problem.C}, by_hidden{problem.N, problem.M};
+  const Tensor y = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
+  const Tensor pooled = empty(by_channel, acc, x, false), hidden = empty(by_hidden, acc, x, false);
+  const Tensor scale = empty(by_channel, acc, x, false);
+  if (y.numel() > 0) {
+    const Tensor w2 = empty(std::array<int64_t, 2>{problem.M, problem.C}, acc, x, false);
+    transpose(weight2, w2, launch);
+    const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
+    const OptionalTensor w1 = vector(weight1, acc, launch), b1 = vector(bias1, acc, launch);
+    const OptionalTensor b2 = vector(bias2, acc, launch);
+    kernels().squeeze_excite_forward(problem,
+                                     {dense_x.data_ptr(), pointer(w1), pointer(b1), w2.data_ptr(), pointer(b2),
+                                      y.data_ptr(), pooled.data_ptr(), hidden.data_ptr(), scale.data_ptr()},
+                                     launch);
+  }
+  return {y, pooled, hidden, scale};
+}
+
+// The biases are there for the second derivative, which Python makes of them.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> squeeze_excite_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight1, OptionalTensor, const Tensor& weight2, OptionalTensor,
+    const Tensor& pooled, const Tensor& hidden, const Tensor& scale, std::string activation, std::string gate,
+    bool need_dx, bool need_dweight1, bool need_dbias1, bool need_dweight2, bool need_dbias2) {
+  const Launch launch(x);
+  const SqueezeExciteProblem problem = squeeze_excite_problem(x, weight1, activation, gate);
+  const ScalarType acc = accumulation(x.scalar_type()), param = weight1.scalar_type();
+  const std::array<int64_t, 2> matrix{problem.M, problem.C};
+  OptionalTensor dx, dweight1, dbias1, dweight2, transposed, dbias2;
+  if (need_dx) dx = empty(x.sizes(), x.scalar_type(), x, problem.channels_last);
+  if (need_dweight1) dweight1 = empty(weight1.sizes(), acc, x, false);
+  if (need_dbias1) dbias1 = empty(std::array<int64_t, 1>{problem.M}, acc, x, false);
+  if (need_dweight2) dweight2 = empty(weight2.sizes(), param, x, false);
+  if (need_dbias2) dbias2 = empty(std::array<int64_t, 1>{problem.C}, acc, x, false);
+  if (x.numel() == 0) {
+    for (const OptionalTensor& t : {dweight1, dbias1, dweight2, dbias2})
+      if (t) zero_elements(*t);
+  } else {
+    const Tensor w2 = empty(matrix, acc, x, false);
+    transpose(weight2, w2, launch);
+    if (need_dweight2) transposed = empty(matrix, acc, x, false);
+    const Tensor dense_dy = norm_layout(dy, problem.channels_last, launch);
+    const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
+    const OptionalTensor w1 = vector(weight1, acc, launch);
+    kernels().squeeze_excite_backward(
+        problem,
+        {dense_dy.data_ptr(), dense_x.data_ptr(), pointer(w1), w2.data_ptr(), pooled.data_ptr(), hidden.data_ptr(),
+         scale.data_ptr(), pointer(dx), pointer(dweight1), pointer(dbias1), pointer(transposed), pointer(dbias2)},
+        launch);
+    if (need_dweight2) transpose(*transposed, *dweight2, launch);
+  }
+  return {dx, vector(dweight1, param, launch), vector(dbias1, param, launch), dweight2, vector(dbias2, param, launch)};
+}
+
 std::string build_info_op() { return build_info(); }
 
 }  // namespace
@@ -822,6 +979,10 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
   CNNOPS_IMPL(adaptive_avg_pool2d_backward, adaptive_avg_pool2d_backward);
   CNNOPS_IMPL(batch_norm_act_forward, batch_norm_act_forward);
   CNNOPS_IMPL(batch_norm_act_backward, batch_norm_act_backward);
+  CNNOPS_IMPL(bn_act_max_pool2d_forward, bn_act_max_pool2d_forward);
+  CNNOPS_IMPL(bn_act_max_pool2d_backward, bn_act_max_pool2d_backward);
+  CNNOPS_IMPL(squeeze_excite_forward, squeeze_excite_forward);
+  CNNOPS_IMPL(squeeze_excite_backward, squeeze_excite_backward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CompositeExplicitAutograd, m) {

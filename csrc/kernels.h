@@ -43,6 +43,18 @@ struct BatchNormBackward {
   void *dweight, *dbias;  // [C] or null
 };
 
+// weight1 and weight2 are [M,C] both, the second transposed; they, the biases and all below are in the accumulation
+// type.
+struct SqueezeExciteForward {
+  const void *x, *weight1, *bias1, *weight2, *bias2;  // bias1 [M] and bias2 [C] may be null
+  void *y, *pooled, *hidden, *scale;                  // pooled and scale [N,C], hidden [N,M] before its activation
+};
+
+struct SqueezeExciteBackward {
+  const void *dy, *x, *weight1, *weight2, *pooled, *hidden, *scale;
+  void *dx, *dweight1, *dbias1, *dweight2, *dbias2;  // like what they belong to, or null
+};
+
 struct Kernels {
   // Scratch bytes that the calls below want in `workspace` (256-byte aligned).
   int64_t (*conv2d_forward_workspace)(const Conv2dProblem&);
@@ -80,6 +92,15 @@ struct Kernels {
   void (*batch_norm_act_backward)(const NormProblem&, const BatchNormBackward&, Stream);
   // A backend that has it applies Epilogue::scale in conv2d_forward.
   void (*fold_batch_norm)(DType, int64_t channels, double eps, const BatchNormFold&, Stream);
+
+  // Batch norm, its activation and max_pool2d of the result: x NHWC, y and dy [N,P,Q,C], no residual.
+  void (*bn_act_max_pool2d_forward)(const NormProblem&, const Pool2dProblem&, const BatchNormForward&, void* offsets,
+                                    Stream);
+  void (*bn_act_max_pool2d_backward)(const NormProblem&, const Pool2dProblem&, const BatchNormBackward&,
+                                     const void* offsets, Stream);
+
+  void (*squeeze_excite_forward)(const SqueezeExciteProblem&, const SqueezeExciteForward&, Stream);
+  void (*squeeze_excite_backward)(const SqueezeExciteProblem&, const SqueezeExciteBackward&, Stream);
 
   void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
 

@@ -11,6 +11,8 @@ enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 enum class Activation : int { kNone, kRelu, kRelu6, kSilu, kHardswish, kSigmoid };
 
+enum class Gate : int { kSigmoid, kHardsigmoid };
+
 // What a tap beside the input reads: zero, or the input's pixel that torch's nn.Conv2d(padding_mode=...) repeats there.
 enum class PadMode : int { kZeros, kReflect, kReplicate, kCircular };
 
@@ -62,6 +64,16 @@ struct NormProblem {
   bool training;  // statistics of this batch, else the running ones
   double momentum, eps;
   Activation activation;
+};
+
+// y[n,c,l] = x[n,c,l] * gate(bias2[c] + sum over m of weight2[c,m] * activation(hidden[n,m])), hidden[n,m] = bias1[m] +
+// sum over c of weight1[m,c] * the mean over l of x[n,c,l]. Layout as in NormProblem; M: the hidden channels.
+struct SqueezeExciteProblem {
+  DType dtype;
+  int64_t N, C, L, M;
+  bool channels_last;
+  Activation activation;
+  Gate gate;
 };
 
 // dst[i] = src[i] for a 4-d tensor of any strides (in elements), converting the dtype.

@@ -50,4 +50,20 @@
     "Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? y, Tensor mean, Tensor rstd, "       \
     "bool training, float eps, str activation, bool need_dx, bool need_dweight, bool need_dbias, bool need_dresidual", \
     "(Tensor?, Tensor?, Tensor?, Tensor?)")                                                                            \
+  _(bn_act_max_pool2d_forward,                                                                                         \
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, "       \
+    "float momentum, float eps, str activation, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets",             \
+    "(Tensor, Tensor, Tensor, Tensor)")                                                                                \
+  _(bn_act_max_pool2d_backward,                                                                                        \
+    "Tensor dy, Tensor offsets, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, "     \
+    "float eps, str activation, " CNNOPS_MAX_POOL2D ", bool need_dx, bool need_dweight, bool need_dbias",              \
+    "(Tensor?, Tensor?, Tensor?)")                                                                                     \
+  _(squeeze_excite_forward,                                                                                            \
+    "Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, str gate",                \
+    "(Tensor, Tensor, Tensor, Tensor)")                                                                                \
+  _(squeeze_excite_backward,                                                                                           \
+    "Tensor dy, Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor pooled, "               \
+    "Tensor hidden, Tensor scale, str activation, str gate, bool need_dx, bool need_dweight1, bool need_dbias1, "      \
+    "bool need_dweight2, bool need_dbias2",                                                                            \
+    "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)")                                                                   \
   _(build_info, "", "str")

@@ -352,6 +352,33 @@ class NormCase:
         }
 
 
+@dataclass(frozen=True)
+class SqueezeExciteCase:
+    """x [N, C, H, W] scaled by what M hidden channels make of its means."""
+
+    id: str
+    N: int
+    C: int
+    H: int
+    W: int
+    M: int
+    suite: str = "corner"
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    def with_batch(self, N: int) -> SqueezeExciteCase:
+        return replace(self, N=N)
+
+    def features(self) -> dict[str, Hashable]:
+        return {
+            "channels": "few" if self.C < 8 else "full" if self.C % 8 == 0 else "ragged",
+            "hidden": "few" if self.M < 8 else "full" if self.M % 8 == 0 else "ragged",
+            "positions": "one" if self.H * self.W == 1 else "many",
+        }
+
+
 def _pair_feature(pair: Pair, neutral: int) -> str:
     if pair == (neutral, neutral):
         return "none"
@@ -789,7 +816,29 @@ NORM: tuple[NormCase, ...] = (
     ),
 )
 
-Case = TypeVar("Case", Conv2dCase, Pool2dCase, NormCase)
+SQUEEZE_EXCITE: tuple[SqueezeExciteCase, ...] = (
+    SqueezeExciteCase("ragged", 2, 6, 5, 7, 3),
+    SqueezeExciteCase("full-tile", 3, 32, 8, 8, 16),
+    SqueezeExciteCase("one-position", 3, 17, 1, 1, 5),
+    SqueezeExciteCase("one-channel", 2, 1, 6, 5, 4),
+    SqueezeExciteCase("one-hidden", 2, 9, 4, 3, 1),
+    SqueezeExciteCase("many-images", 19, 37, 6, 5, 9),
+    SqueezeExciteCase("many-images-large-weights", 18, 21, 2, 3, 40),
+    SqueezeExciteCase("beyond-tile", 2, 530, 3, 4, 11),
+    SqueezeExciteCase("long", 1, 5, 131, 127, 3),
+    SqueezeExciteCase("empty-batch", 0, 6, 5, 4, 3),
+    *_suite(
+        "se_resnet",
+        (
+            SqueezeExciteCase("256@56", 16, 256, 56, 56, 16),
+            SqueezeExciteCase("512@28", 16, 512, 28, 28, 32),
+            SqueezeExciteCase("1024@14", 16, 1024, 14, 14, 64),
+            SqueezeExciteCase("2048@7", 16, 2048, 7, 7, 128),
+        ),
+    ),
+)
+
+Case = TypeVar("Case", Conv2dCase, Pool2dCase, NormCase, SqueezeExciteCase)
 
 
 def of_suite(cases: Iterable[Case], *suites: str) -> tuple[Case, ...]:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, Conv2dCase, ConvTranspose2dCase, NormCase, Pool2dCase, Unpool2dCase, pairwise
+from cases import (
+    LAYOUTS,
+    Conv2dCase,
+    ConvTranspose2dCase,
+    NormCase,
+    Pool2dCase,
+    SqueezeExciteCase,
+    Unpool2dCase,
+    pairwise,
+)
 from tolerance import assert_close, assert_same_layout
 from torch import Tensor
 
@@ -22,6 +31,7 @@ from cnnops.geometry import (
     ConvTranspose2dProblem,
     NormProblem,
     Pool2dProblem,
+    SqueezeExciteProblem,
     is_channels_last,
 )
 
@@ -78,6 +88,9 @@ def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:
         return ConvTranspose2dProblem.of(x, weight, x.new_empty(case.K) if case.bias else None, *geometry)
     if isinstance(case, NormCase):
         return NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, case.training, 1.0, "none")
+    if isinstance(case, SqueezeExciteCase):
+        weights = x.new_empty(case.M, case.C), None, x.new_empty(case.C, case.M), None
+        return SqueezeExciteProblem.of(x, *weights, "relu", "sigmoid")
     if isinstance(case, Unpool2dCase):
         return Pool2dProblem.unpooling(x, torch.empty_like(x, dtype=torch.int64), *case.output_shape[2:])
     if case.adaptive:
@@ -97,6 +110,8 @@ PLAINEST: dict[str, Any] = {
     "adaptive_max_pool2d": Pool2dCase("plain", "adaptive_max_pool2d", 1, 16, 8, 8, output_size=(2, 2)),
     "max_unpool2d": Unpool2dCase("plain", 1, 16, 4, 4),
     "batch_norm": NormCase("plain", 2, 16, (8, 8)),
+    "bn_act_max_pool2d": Pool2dCase("plain", "max_pool2d", 1, 16, 8, 8, (2, 2)),
+    "squeeze_excite": SqueezeExciteCase("plain", 1, 16, 8, 8, 8),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from cases import CONV2D, NORM, POOL2D, find
+from cases import CONV2D, NORM, POOL2D, SQUEEZE_EXCITE, find
 from helpers import DTYPES, Backend, on
 from tolerance import assert_same_bits
 
@@ -114,6 +114,32 @@ def test_batch_norm(case: Any, layout: str) -> None:
         same_for_any_thread_count(function, inputs)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bn_act_max_pool2d(layout: str) -> None:
+    case = POOLS[0]
+    random = helpers.generator(case.id)
+    x, *vectors = (helpers.randn(shape, torch.float32, "cpu", random) for shape in (case.x_shape, *[(case.C,)] * 2))
+
+    def function(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+        return CF.bn_act_max_pool2d(x, None, None, weight, bias, True, 0.1, 1e-5)
+
+    with cnnops.use_backend("cpu"):
+        same_for_any_thread_count(function, [helpers.laid_out(x, layout), *vectors])
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize(("id", "N"), [("256@56", 3), ("512@28", 17), ("2048@7", 17)])
+def test_squeeze_excite(id: str, N: int, layout: str) -> None:
+    """Few images, whose slices are shared among threads, and many, with light weights and with heavy ones."""
+    case = find(SQUEEZE_EXCITE, f"se_resnet/{id}").with_batch(N)
+    random = helpers.generator(case.id)
+    shapes = ((case.M, case.C), (case.M,), (case.C, case.M), (case.C,))
+    layers = [helpers.randn(shape, torch.float32, "cpu", random, shape[-1] ** -0.5) for shape in shapes]
+    x = helpers.laid_out(helpers.randn(case.x_shape, torch.float32, "cpu", random), layout)
+    with cnnops.use_backend("cpu"):
+        same_for_any_thread_count(CF.squeeze_excite, [x, *layers])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradient_mode_does_not_change_the_output(activation: str) -> None:
     """What is kept for backward is no part of what is computed."""
@@ -124,6 +150,7 @@ def test_gradient_mode_does_not_change_the_output(activation: str) -> None:
         for function in (
             lambda x: CF.conv2d_act(x, weight, padding=1, activation=activation),
             lambda x: CF.batch_norm_act(x, None, None, *vectors, True, 0.1, 1e-5, None, activation),
+            lambda x: CF.bn_act_max_pool2d(x, None, None, *vectors, True, 0.1, 1e-5, activation=activation),
         ):
             assert_same_bits(function(x), function(x.detach().requires_grad_()).detach())
 

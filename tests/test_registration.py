@@ -95,7 +95,27 @@ def op_arguments(name: str, layout: str = "channels_last") -> Any:
         return ops.adaptive_avg_pool2d.default, (t(*X), 3, 4, "")
     if name == "adaptive_avg_pool2d_backward":
         return ops.adaptive_avg_pool2d_backward.default, (t(2, 6, 3, 4), *X[2:], last, "")
+    layers = [t(3, 6, 1, 1), t(3), t(6, 3, 1, 1), t(6)]
+    if name == "squeeze_excite":
+        return ops.squeeze_excite.default, (t(*X), *layers, "silu", "sigmoid", "")
+    if name == "squeeze_excite_backward":
+        x, dy = t(*X), (tensor(*X, layout=layout) / 8).requires_grad_()
+        with torch.no_grad():
+            _, *small = ops.squeeze_excite(x, *layers, "silu", "sigmoid", "")
+        return ops.squeeze_excite_backward.default, (
+            dy, x, *layers, *small, "silu", "sigmoid", True, True, True, True, True, ""
+        )  # fmt: skip
     vectors = [t(6), t(6)]
+    if name.startswith("bn_act_max_pool2d"):
+        x, state = t(*X), [torch.zeros(6), torch.ones(6)]
+        forward = (x, *vectors, *state, True, 0.1, 1e-5, "silu", *WINDOW, 1, 1, False, True, "")
+        if name == "bn_act_max_pool2d":
+            return ops.bn_act_max_pool2d.default, forward
+        with torch.no_grad():
+            _, mean, rstd, offsets = ops.bn_act_max_pool2d(*forward)
+        return ops.bn_act_max_pool2d_backward.default, (
+            t(*pooled), offsets, x, *vectors, mean, rstd, True, 1e-5, "silu", *WINDOW, 1, 1, True, True, True, ""
+        )  # fmt: skip
     if name == "batch_norm_act":
         state = [torch.zeros(6), torch.ones(6)]
         return ops.batch_norm_act.default, (t(*X), *vectors, t(*X), *state, True, 0.1, 1e-5, "relu", "")
@@ -131,6 +151,10 @@ OPS = (
     "adaptive_avg_pool2d_backward",
     "batch_norm_act",
     "batch_norm_act_backward",
+    "bn_act_max_pool2d",
+    "bn_act_max_pool2d_backward",
+    "squeeze_excite",
+    "squeeze_excite_backward",
 )
 
 
@@ -190,6 +214,10 @@ def _batch_norm_act(activation: str) -> Callable[..., torch.Tensor]:
     return function
 
 
+def _bn_act_max_pool2d(x: Any, weight: Any, bias: Any) -> torch.Tensor:
+    return CF.bn_act_max_pool2d(x, None, None, weight, bias, True, 0.1, 1e-5)
+
+
 CALLS = (
     Call("conv2d", lambda x, w, b: CF.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2), (X, WEIGHT, (4,))),
     Call("conv2d-same-even", lambda x, w: CF.conv2d(x, w, padding="same"), (X, (4, 6, 2, 4))),
@@ -210,6 +238,8 @@ CALLS = (
     Call("max_unpool2d", lambda x: CF.max_unpool2d(x, _positions(x, 35), (2, 3), 1, 1), (X,)),
     Call("adaptive_avg_pool2d", lambda x: CF.adaptive_avg_pool2d(x, (3, None)), (X,)),
     Call("batch_norm", _batch_norm, (X, (6,), (6,))),
+    Call("bn_act_max_pool2d", _bn_act_max_pool2d, (X, (6,), (6,))),
+    Call("squeeze_excite", CF.squeeze_excite, (X, (3, 6, 1, 1), (3,), (6, 3, 1, 1), (6,))),
     *(Call(f"conv2d_act-{name}", _conv2d_act(name), (X, WEIGHT, (4,), Y)) for name in ACTIVATIONS),
     Call("conv2d_bn_act", _conv2d_bn_act, (X, WEIGHT, *[(4,)] * 3, Y)),
     *(Call(f"batch_norm_act-{name}", _batch_norm_act(name), (X, (6,), (6,), X)) for name in ACTIVATIONS),
@@ -433,6 +463,7 @@ def test_autocast_leaves_norms_and_pools(dtype: torch.dtype) -> None:
     with cnnops.use_backend("cpu"), torch.autocast("cpu", torch.bfloat16):
         assert CF.batch_norm(x, None, None, weight, bias, True).dtype == dtype
         assert CF.batch_norm_act(x, None, None, weight, bias, True, 0.1, 1e-5).dtype == dtype
+        assert CF.bn_act_max_pool2d(x, None, None, weight, bias, True, 0.1, 1e-5).dtype == dtype
         assert CF.max_pool2d(x, 2).dtype == dtype
         assert CF.avg_pool2d(x, 2).dtype == dtype
         assert CF.adaptive_avg_pool2d(x, 2).dtype == dtype

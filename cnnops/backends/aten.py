@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import PADDING_MODES
+from ..geometry import PADDING_MODES, is_channels_last
 from . import YES, Support
 from .native import Problem
 
@@ -429,4 +429,100 @@ def batch_norm_act_backward(
         dweight if need_dweight else None,
         dbias if need_dbias else None,
         dz if need_dresidual else None,
+    )
+
+
+def bn_act_max_pool2d_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    *window: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    activated, mean, rstd = batch_norm_act_forward(
+        x, weight, bias, None, running_mean, running_var, training, momentum, eps, activation
+    )
+    y, offsets = max_pool2d_forward(activated, *window)
+    tap = torch.uint8 if window[0] * window[1] <= 256 else torch.int32
+    return y, mean, rstd, x.new_empty(0, dtype=tap) if offsets is None else offsets
+
+
+def bn_act_max_pool2d_backward(
+    dy: Tensor,
+    offsets: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    *window_and_needs: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *window, need_dx, need_dweight, need_dbias = window_and_needs
+    through = max_pool2d_backward(dy, offsets, *x.shape[2:], is_channels_last(x), *window)
+    needs = need_dx, need_dweight, need_dbias, False
+    dx, dweight, dbias, _ = batch_norm_act_backward(
+        through, x, weight, bias, None, None, mean, rstd, training, eps, activation, *needs
+    )
+    return dx, dweight, dbias
+
+
+def squeeze_excite_forward(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    gate: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pooled = x.mean((2, 3), dtype=wide)
+    hidden = F.linear(pooled, weight1.to(wide).flatten(1), None if bias1 is None else bias1.to(wide))
+    gated = F.linear(
+        activate(hidden, activation), weight2.to(wide).flatten(1), None if bias2 is None else bias2.to(wide)
+    )
+    scale = torch.sigmoid(gated) if gate == "sigmoid" else F.relu6(gated + 3) / 6
+    return (x * scale[:, :, None, None]).to(x.dtype), pooled, hidden, scale
+
+
+def squeeze_excite_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    pooled: Tensor,
+    hidden: Tensor,
+    scale: Tensor,
+    activation: str,
+    gate: str,
+    need_dx: bool,
+    need_dweight1: bool,
+    need_dbias1: bool,
+    need_dweight2: bool,
+    need_dbias2: bool,
+) -> tuple[Tensor | None, ...]:
+    """Made of differentiable ops, like `squeeze_excite_forward`: the second derivative is made of these two."""
+    wide = scale.dtype
+    slope = scale * (1 - scale) if gate == "sigmoid" else ((scale > 0) & (scale < 1)).to(wide) / 6
+    dgated = (dy.to(wide) * x).sum((2, 3)) * slope
+    dhidden = dgated @ weight2.to(wide).flatten(1) * activation_gradient(hidden, activation)
+    dpooled = dhidden @ weight1.to(wide).flatten(1) / (x.shape[2] * x.shape[3])
+    dx = dy * scale[:, :, None, None] + dpooled[:, :, None, None]
+    dweight1, dweight2 = dhidden.T @ pooled, dgated.T @ activate(hidden, activation)
+    return (
+        dx.to(x.dtype) if need_dx else None,
+        dweight1.view(weight1.shape).to(weight1.dtype) if need_dweight1 else None,
+        dhidden.sum(0).to(x.dtype) if need_dbias1 else None,
+        dweight2.view(weight2.shape).to(weight2.dtype) if need_dweight2 else None,
+        dgated.sum(0).to(x.dtype) if need_dbias2 else None,
     )

@@ -8,11 +8,20 @@ from typing import Any
 
 import torch
 
-from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem, Pool2dProblem
+from ..geometry import (
+    Conv2dProblem,
+    ConvTranspose2dProblem,
+    NormPool2dProblem,
+    NormProblem,
+    Pool2dProblem,
+    SqueezeExciteProblem,
+)
 from ..torch_private import unwrapped
 from . import YES, Support, no
 
-Problem = Conv2dProblem | ConvTranspose2dProblem | Pool2dProblem | NormProblem
+Problem = (
+    Conv2dProblem | ConvTranspose2dProblem | Pool2dProblem | NormProblem | NormPool2dProblem | SqueezeExciteProblem
+)
 
 INT_MAX = 2**31 - 1
 """Extents cross to native code as 32-bit ints."""
@@ -53,8 +62,10 @@ class Library:
 
 def within_limits(problem: Problem) -> Support:
     """Whether every extent and padded extent fits the structs of problem.h."""
-    if isinstance(problem, NormProblem):
+    if isinstance(problem, (NormProblem, SqueezeExciteProblem)):
         return YES
+    if isinstance(problem, NormPool2dProblem):
+        problem = problem.pool
     transposed = isinstance(problem, ConvTranspose2dProblem)
     H, W = (problem.P, problem.Q) if transposed else (problem.H, problem.W)  # of what the kernel pads
     padded = (H + 2 * problem.pad_h, W + 2 * problem.pad_w)

@@ -2,8 +2,9 @@
 
 from cnnops.nn.blocks import ConvBNAct, conv_bn
 from cnnops.nn.conv import Conv2d, Conv2dAct, ConvTranspose2d, DepthwiseConv2d
-from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d
+from cnnops.nn.norm import BatchNorm2d, BatchNormAct2d, BatchNormActMaxPool2d
 from cnnops.nn.pool import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d, MaxUnpool2d
+from cnnops.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "AdaptiveAvgPool2d",
@@ -11,6 +12,7 @@ __all__ = [
     "AvgPool2d",
     "BatchNorm2d",
     "BatchNormAct2d",
+    "BatchNormActMaxPool2d",
     "Conv2d",
     "Conv2dAct",
     "ConvBNAct",
@@ -18,5 +20,6 @@ __all__ = [
     "DepthwiseConv2d",
     "MaxPool2d",
     "MaxUnpool2d",
+    "SqueezeExcite",
     "conv_bn",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.common_types import _size_2_t
 
 from cnnops import functional
 from cnnops.geometry import check_activation
@@ -53,3 +54,40 @@ class BatchNormAct2d(BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class BatchNormActMaxPool2d(BatchNorm2d):
+    """max_pool2d(act(batch_norm(x))), fused: what follows the first convolution of an ImageNet network.
+
+    num_features: channels of x; the window's arguments are `torch.nn.MaxPool2d`'s, keywords those of `BatchNorm2d`;
+    activation: one of `cnnops.geometry.ACTIVATIONS`; raises ValueError for another. State_dict keys are those of
+    `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: _size_2_t = 3,
+        stride: _size_2_t | None = 2,
+        padding: _size_2_t = 1,
+        dilation: _size_2_t = 1,
+        ceil_mode: bool = False,
+        activation: str = "relu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(num_features, **kwargs)
+        check_activation(type(self).__name__, activation)
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
+        self.dilation, self.ceil_mode, self.activation = dilation, ceil_mode, activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [N, C, H, W]. Returns [N, C, P, Q]."""
+        self._check_input_dim(input)
+        window = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        return functional.bn_act_max_pool2d(input, *self._statistics(), self.eps, *window, self.activation)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, ceil_mode={self.ceil_mode}, activation={self.activation}"
+        )

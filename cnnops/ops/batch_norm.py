@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.aten import activation_gradient
 from ..geometry import ACTIVATIONS_FROM_INPUT, NormProblem, is_channels_last
 from .batching import Dims, along, fold, unfold
-from .registry import Function, empty, register, tangents_of
+from .registry import Function, differentiate, empty, register, tangents_of
 
 
 class BatchNormAct(Function):
@@ -66,24 +66,9 @@ class BatchNormActBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        create_graph = torch.is_grad_enabled()
-        needed = ctx.needs_input_grad[1:7]
-        tensors = ctx.saved_tensors
-        with torch.enable_grad():
-            # Fresh nodes, so that what dy or y owes to x is not counted here: it is theirs to pass on.
-            fresh = (lambda t: t.view_as(t)) if create_graph else (lambda t: t.detach().requires_grad_(t.requires_grad))
-            tensors = [t if t is None else fresh(t) for t in tensors]
-            grads = _gradients(*tensors, *ctx.args)
-            pairs = [(g, u) for g, u in zip(grads, upstream, strict=True) if u is not None and g.requires_grad]
-            wanted = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
-            found = iter(
-                torch.autograd.grad(
-                    [g for g, _ in pairs], wanted, [u for _, u in pairs], create_graph=create_graph, allow_unused=True
-                )
-                if pairs and wanted
-                else [None] * len(wanted)
-            )
-        results = [next(found) if need and t is not None else None for t, need in zip(tensors, needed, strict=False)]
+        results = differentiate(
+            lambda *tensors: _gradients(*tensors, *ctx.args), ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream
+        )
         return (None, *results, *[None] * 10)
 
     @staticmethod

@@ -246,6 +246,39 @@ def register(
     return call
 
 
+def differentiate(
+    formula: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    upstream: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of sum(result * upstream) over all results of formula(*tensors), towards each tensor that is needed.
+
+    For the backward of a gradient formula whose own gradient is rare. formula: made of differentiable ops. tensors: as
+    saved for backward; only as many as `needed` has places for are differentiated by.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Fresh nodes, so that what one tensor owes to another is not counted here: it is theirs to pass on.
+        fresh = (lambda t: t.view_as(t)) if create_graph else (lambda t: t.detach().requires_grad_(t.requires_grad))
+        tensors = [t if t is None else fresh(t) for t in tensors]
+        results = formula(*tensors)
+        pairs = [
+            (r, u)
+            for r, u in zip(results, upstream, strict=True)
+            if u is not None and r is not None and r.requires_grad
+        ]
+        wanted = [t for t, need in zip(tensors, needed, strict=False) if need and t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [r for r, _ in pairs], wanted, [u for _, u in pairs], create_graph=create_graph, allow_unused=True
+            )
+            if pairs and wanted
+            else [None] * len(wanted)
+        )
+    return [next(found) if need and t is not None else None for t, need in zip(tensors, needed, strict=False)]
+
+
 def empty(like: Tensor, sizes: Sequence[int], channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor of these sizes on `like`'s device, for fake functions."""
     layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -44,9 +44,11 @@ void forward(const NormProblem& problem, const BatchNormForward& args) {
 
 template <class T, Activation kActivation>
 void backward(const NormProblem& problem, const BatchNormBackward& args) {
-  const Gradient<T> dy{static_cast<const T*>(args.dy), 0};
-  batch_norm_backward<T, kActivation>(problem, Lines(problem), args,
-                                      [&](const Part& part, const auto& sweep) { sweep(part, dy); });
+  const Lines lines(problem);
+  const Shifted<T> dy{static_cast<const T*>(args.dy), 0}, x{static_cast<const T*>(args.x), 0};
+  batch_norm_backward<T, kActivation>(
+      problem, args, lines, [&](const Part& part, const auto& sweep) { sweep(part, dy, x); }, lines,
+      [&](const Part& part, const auto& sweep) { sweep(part, dy); });
 }
 
 }  // namespace

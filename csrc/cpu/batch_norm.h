@@ -230,8 +230,8 @@ struct Affine {
   }
 
   // (x - mean) * scale + bias + residual: the same bits forward and backward.
-  template <class W, class T, class Param>
-  Vec<A> z_at(const T* x, const T* residual, int64_t i, const Param& param) const {
+  template <class W, class X, class T, class Param>
+  Vec<A> z_at(const X& x, const T* residual, int64_t i, const Param& param) const {
     const Vec<A> z = (read<W>(x + i) - param(mean)) * param(scale) + param(bias);
     return residual ? z + read<W>(residual + i) : z;
   }
@@ -267,18 +267,20 @@ void used_statistics(const NormProblem& problem, const Lines& lines, const Batch
   if (args.rstd) std::copy_n(rstd, C, static_cast<A*>(args.rstd));
 }
 
-// Where a sweep finds the gradient by the activation's output that belongs to x[i]: data[i - base].
+// An array of which only the elements from `base` on lie in memory, at `data`.
 template <class T>
-struct Gradient {
+struct Shifted {
   const T* data;
   int64_t base;
+  const T* operator+(int64_t i) const { return data + (i - base); }
 };
 
-// with_gradient(part, sweep) calls sweep(part, gradient) for parts that together are the one given, line by line in
-// order. It does so twice where anything is summed.
-template <class T, Activation kActivation, class WithGradient>
-void batch_norm_backward(const NormProblem& problem, const Lines& lines, const BatchNormBackward& args,
-                         const WithGradient& with_gradient) {
+// Sweeps twice, over the positions of sum_lines for the sums and over those of lines for dx, with the gradient by the
+// activation's output at each. for_summands(part, sweep) calls sweep(part, gradient, x), and for_gradients(part, sweep)
+// sweep(part, gradient), for parts that together are the one given, or what of it has a gradient that is not zero.
+template <class T, Activation kActivation, class ForSummands, class ForGradients>
+void batch_norm_backward(const NormProblem& problem, const BatchNormBackward& args, const Lines& sum_lines,
+                         const ForSummands& for_summands, const Lines& lines, const ForGradients& for_gradients) {
   using A = Acc<T>;
   const int64_t C = problem.C;
   const double count = static_cast<double>(problem.N * problem.L);
@@ -288,8 +290,8 @@ void batch_norm_backward(const NormProblem& problem, const Lines& lines, const B
   const A *mean = static_cast<const A*>(args.mean), *rstd = static_cast<const A*>(args.rstd);
   const Affine<A> affine(C, mean, rstd, static_cast<const A*>(args.weight), static_cast<const A*>(args.bias));
 
-  const auto gradient_at = [&]<class W>(W, const Gradient<T>& dy, int64_t i, const auto& param) {
-    const Vec<A> g = read<W>(dy.data + (i - dy.base));
+  const auto gradient_at = [&]<class W>(W, const Shifted<T>& dy, const auto& x, int64_t i, const auto& param) {
+    const Vec<A> g = read<W>(dy + i);
     if constexpr (kActivation == Activation::kNone) return g;
     if constexpr (!gradient_reads_input(kActivation))
       if (y) return activation_gradient<kActivation>(g, read<W>(y + i));
@@ -307,14 +309,14 @@ void batch_norm_backward(const NormProblem& problem, const Lines& lines, const B
     const std::unique_ptr<double[]> sums(new double[static_cast<size_t>(2 * C)]);
     double *dz_sum = sums.get(), *product_sum = dz_sum + C;
     const auto block = [&](const Part& part, Pair& out) {
-      Sums<T, 2> sums(lines, part);
-      with_gradient(part, [&](const Part& some, const Gradient<T>& dy) {
-        for_part<T>(lines, some, [&]<class W>(W width, int64_t i, const auto& param, int64_t k) {
-          const Vec<A> dz = gradient_at(width, dy, i, param);
+      Sums<T, 2> sums(sum_lines, part);
+      for_summands(part, [&](const Part& some, const Shifted<T>& dy, const Shifted<T>& x) {
+        for_part<T>(sum_lines, some, [&]<class W>(W width, int64_t i, const auto& param, int64_t k) {
+          const Vec<A> dz = gradient_at(width, dy, x, i, param);
           sums.template add<W>(k, dz, dz * (read<W>(x + i) - param(affine.mean)));
         });
       });
-      sums.fold(lines);
+      sums.fold(sum_lines);
       std::copy_n(sums.at[0], part.width, out.first);
       std::copy_n(sums.at[1], part.width, out.second);
     };
@@ -325,7 +327,7 @@ void batch_norm_backward(const NormProblem& problem, const Lines& lines, const B
         second[c] += more_second[c];
       }
     };
-    reduce(lines, block, add, dz_sum, product_sum);
+    reduce(sum_lines, block, add, dz_sum, product_sum);
     for (int64_t c = 0; c < C; ++c) {
       if (args.dbias) static_cast<A*>(args.dbias)[c] = static_cast<A>(dz_sum[c]);
       if (args.dweight) static_cast<A*>(args.dweight)[c] = static_cast<A>(product_sum[c] * rstd[c]);
@@ -336,9 +338,9 @@ void batch_norm_backward(const NormProblem& problem, const Lines& lines, const B
   if (!dx && !dresidual) return;
 
   for_chunks(lines, [&](const Part& part) {
-    with_gradient(part, [&](const Part& some, const Gradient<T>& dy) {
+    for_gradients(part, [&](const Part& some, const Shifted<T>& dy) {
       for_part<T>(lines, some, [&]<class W>(W width, int64_t i, const auto& param, int64_t) {
-        const Vec<A> dz = gradient_at(width, dy, i, param);
+        const Vec<A> dz = gradient_at(width, dy, x, i, param);
         if (dresidual) write<W>(dresidual + i, dz);
         if (!dx) return;
         Vec<A> rest = dz;

@@ -29,4 +29,8 @@
   _(batch_norm_act_forward)       \
   _(batch_norm_act_backward)      \
   _(fold_batch_norm)              \
+  _(bn_act_max_pool2d_forward)    \
+  _(bn_act_max_pool2d_backward)   \
+  _(squeeze_excite_forward)       \
+  _(squeeze_excite_backward)      \
   _(copy)
