@@ -32,7 +32,8 @@ struct Pack {
   using Offset = Vec<Lane>;
   static constexpr int kWidth = kVector ? kLanes<T> : 1, kUnroll = kUnroll_;
 
-  static V read(const T* p) {
+  template <class X>
+  static V read(const X* p) {
     if constexpr (kVector)
       return load(p);
     else
@@ -169,9 +170,9 @@ void for_offset(const Pool2dProblem& problem, F&& f) {
 // Row p of the outputs of one image: y [Q,C] and, where they are kept, offsets. row_of(h) is the image's row h; between
 // any row that is asked for and `end` lies memory that may be read. A window without a tap inside the input gives -inf
 // and the offset 0. A NaN always replaces what is kept, and nothing replaces a NaN but another; a tie replaces nothing.
-template <class T, class O, bool kKeepOffsets, class Axis, class Rows>
+template <class T, class O, bool kKeepOffsets, class X, class Axis, class Rows>
 void max_row(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, int64_t p, const Rows& row_of,
-             const T* end, T* y, O* offsets) {
+             const X* end, T* y, O* offsets) {
   const int64_t C = problem.C, Q = problem.Q, dilation_h = rows.dilation, dilation_w = cols.dilation;
   const Span taps_h = rows.taps_of(p);
   const int64_t first_h = rows.first(p), last_h = first_h + (taps_h.end - 1) * dilation_h;
@@ -190,9 +191,9 @@ void max_row(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, i
         kept[u] = typename K::Offset{} + static_cast<typename K::Lane>(first_tap);
       }
       for (int64_t r = taps_h.begin; r < taps_h.end; ++r) {
-        const T* row = row_of(first_h + r * dilation_h);
+        const X* row = row_of(first_h + r * dilation_h);
         for (int64_t s = taps_w.begin; s < taps_w.end; ++s) {
-          const T* from = row + (first_w + s * dilation_w) * C + c;
+          const X* from = row + (first_w + s * dilation_w) * C + c;
           const auto tap = typename K::Offset{} + static_cast<typename K::Lane>(r * S + s);
           for (int u = 0; u < K::kUnroll; ++u) {
             const auto v = K::read(from + u * K::kWidth);
@@ -210,8 +211,8 @@ void max_row(const Pool2dProblem& problem, const Axis& rows, const Axis& cols, i
   }
 }
 
-template <class T, class O, bool kKeepOffsets, class Rows>
-void max_row(const Pool2dProblem& problem, int64_t p, const Rows& row_of, const T* end, T* y, O* offsets) {
+template <class T, class O, bool kKeepOffsets, class X, class Rows>
+void max_row(const Pool2dProblem& problem, int64_t p, const Rows& row_of, const X* end, T* y, O* offsets) {
   const Sliding rows = rows_of(problem, problem.dilation_h), cols = cols_of(problem, problem.dilation_w);
   max_row<T, O, kKeepOffsets>(problem, rows, cols, p, row_of, end, y, offsets);
 }
