@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 import torch.nn.functional as F
-from torch import SymInt, Tensor
+from torch import SymInt, Tensor, channels_last
 
 from .dispatch import scope
 from .geometry import PADDING_MODES, is_channels_last, pad_mode_of
@@ -102,7 +102,10 @@ def _padding(
     if total_h % 2 or total_w % 2:
         if pad_mode:
             sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
-            return F.pad(input, sides, PADDING_MODES[pad_mode]), (0, 0)
+            padded = F.pad(input, sides, PADDING_MODES[pad_mode])
+            if is_channels_last(input):  # which torch's circular padding forgets
+                padded = padded.contiguous(memory_format=channels_last)
+            return padded, (0, 0)
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (pad_h, pad_w)
 
