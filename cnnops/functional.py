@@ -577,10 +577,8 @@ def bn_act_max_pool2d(
     _check_tensor(name, "x", x)
     _check_optional(name, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_flags(name, training=training, ceil_mode=ceil_mode)
-    if not isinstance(momentum, (float, int)) or not isinstance(eps, (float, int)):
-        raise TypeError(f"{name}: momentum and eps must be floats, but got momentum={momentum!r}, eps={eps!r}")
-    kernel, stride, padding = _window(name, kernel_size, stride, padding)
-    window = (*kernel, *stride, *padding, *_pair(name, "dilation", dilation), ceil_mode)
+    _check_floats(name, momentum=momentum, eps=eps)
+    window = (*_window(name, kernel_size, stride, padding), *_pair(name, "dilation", dilation), ceil_mode)
     y: Tensor = _bn_act_max_pool2d(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, *window, False, scope.backend
     )[0]
