@@ -50,9 +50,19 @@ def _cases() -> ModuleType:
 
 
 def bench_cases(op: str) -> list[Any]:
-    """The network layers of tests/cases.py for "conv2d", "pool2d" or "batch_norm"."""
+    """The network layers of tests/cases.py for a suite's `CASES`."""
     cases = _cases()
-    return list(cases.networks({"conv2d": cases.CONV2D, "pool2d": cases.POOL2D, "batch_norm": cases.NORM}[op]))
+    lists = {
+        "conv2d": cases.CONV2D,
+        "conv2d_bn_act": cases.of_suite(cases.CONV2D, "resnet18_cifar", "resnet18"),
+        "conv_transpose2d": cases.CONV_TRANSPOSE2D,
+        "pool2d": cases.POOL2D,
+        "max_unpool2d": cases.UNPOOL2D,
+        "batch_norm": cases.NORM,
+        "bn_act_max_pool2d": [case for case in cases.POOL2D if case.op == "max_pool2d" and case.kernel == (3, 3)],
+        "squeeze_excite": cases.SQUEEZE_EXCITE,
+    }
+    return list(cases.networks(lists[op]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,7 +131,8 @@ def _selected(config: pytest.Config, op: str) -> list[Any]:
     cases, cuda = bench_cases(op), config.option.device.startswith("cuda")
     wanted = config.option.suites.split(",") if config.option.suites else QUICK_SUITES if config.option.quick else None
     if config.option.suites:
-        known = {case.suite for name in ("conv2d", "pool2d", "batch_norm") for case in bench_cases(name)}
+        names = ("conv2d", "conv_transpose2d", "pool2d", "max_unpool2d", "batch_norm", "squeeze_excite")
+        known = {case.suite for name in names for case in bench_cases(name)}
         if unknown := sorted(set(wanted) - known):
             raise pytest.UsageError(f"--suites: expected {', '.join(sorted(known))}, but got {', '.join(unknown)}")
     batch = config.option.batch or (CUDA_BATCH if cuda else None)

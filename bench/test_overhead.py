@@ -17,11 +17,11 @@ from cnnops.bench.timing import CpuClock
 from cnnops.bench.verify import agree
 
 WINDOW = {"kernel_h": 2, "kernel_w": 2, "stride_h": 2, "stride_w": 2, "pad_h": 0, "pad_w": 0}
-CONV = {"stride_h": 1, "stride_w": 1, "pad_h": 1, "pad_w": 1, "groups": 1}
+CONV = {"stride_h": 1, "stride_w": 1, "pad_h": 1, "pad_w": 1}
 SCALARS = {
-    "dilation_h": 1, "dilation_w": 1, "ceil_mode": False, "count_include_pad": True, "divisor_override": 0, "P": 1,
-    "Q": 1, "training": True, "momentum": 0.1, "eps": 1e-5, "backend": "", "residual": None,
-    "return_indices": False, "need_offsets": False,
+    "dilation_h": 1, "dilation_w": 1, "groups": 1, "pad_mode": 0, "output_pad_h": 0, "output_pad_w": 0,
+    "ceil_mode": False, "count_include_pad": True, "divisor_override": 0, "need_offsets": False, "need_z": False,
+    "training": True, "momentum": 0.1, "eps": 1e-5, "activation": "relu", "gate": "sigmoid", "backend": "",
 }  # fmt: skip
 
 
@@ -29,36 +29,63 @@ def _norm(functional_norm):
     return lambda x, weight, bias, mean, var: functional_norm(x, mean, var, weight, bias, True, 0.1, 1e-5)
 
 
-# name: ours, torch's, names of the tensors it takes, the further values its torch.ops entry takes by name
+def _squeeze_excite(x, fc1, fc1_bias, fc2, fc2_bias):
+    hidden = F.relu(F.linear(x.mean((2, 3)), fc1, fc1_bias))
+    return x * torch.sigmoid(F.linear(hidden, fc2, fc2_bias))[:, :, None, None]
+
+
+FILTERED = {"x": "x", "weight": "filters", "bias": "bias"}
+STATISTICS = {"running_mean": "running_mean", "running_var": "running_var"}
+NORM = {"x": "x", "weight": "weight", "bias": "beta"} | STATISTICS
+
+# op: ours, torch's, the tensors in both calls' order (argument of the torch.ops entry: value below), and the other
+# arguments of that entry which `SCALARS` lacks; None for a function that has no entry of its own.
 OPS = {
     "conv2d": (
         lambda x, filters, bias: CF.conv2d(x, filters, bias, padding=1),
-        lambda x, filters, bias: F.conv2d(x, filters, bias, padding=1),
-        ("x", "filters", "bias"), CONV,
+        lambda x, filters, bias: F.conv2d(x, filters, bias, padding=1), FILTERED, CONV,
+    ),
+    "conv2d reflect": (
+        lambda x, filters, bias: CF.conv2d(x, filters, bias, padding=1, padding_mode="reflect"),
+        lambda x, filters, bias: F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), filters, bias), FILTERED, None,
     ),
     "conv2d_act": (
         lambda x, filters, bias: CF.conv2d_act(x, filters, bias, padding=1),
-        lambda x, filters, bias: F.relu(F.conv2d(x, filters, bias, padding=1)),
-        ("x", "filters", "bias"), CONV | {"activation": "relu"},
+        lambda x, filters, bias: F.relu(F.conv2d(x, filters, bias, padding=1)), FILTERED, CONV,
     ),
-    "max_pool2d": (lambda x: CF.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), ("x",), WINDOW),
-    "avg_pool2d": (lambda x: CF.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2), ("x",), WINDOW),
+    "conv2d_bn_act": (
+        lambda x, filters, bias, *norm: CF.conv2d_bn_act(x, filters, bias, *norm, padding=1),
+        lambda x, filters, bias, *norm: F.relu(F.batch_norm(F.conv2d(x, filters, bias, padding=1), *norm)),
+        FILTERED | STATISTICS | {"bn_weight": "weight", "bn_bias": "beta"}, CONV,
+    ),
+    "conv_transpose2d": (
+        lambda x, filters, bias: CF.conv_transpose2d(x, filters, bias, padding=1),
+        lambda x, filters, bias: F.conv_transpose2d(x, filters, bias, padding=1), FILTERED, CONV,
+    ),
+    "max_pool2d": (lambda x: CF.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2), {"x": "x"}, WINDOW),
+    "max_unpool2d": (
+        lambda x, indices: CF.max_unpool2d(x, indices, 2), lambda x, indices: F.max_unpool2d(x, indices, 2),
+        {"x": "pooled", "indices": "indices"}, {"P": 4, "Q": 4},
+    ),
+    "avg_pool2d": (lambda x: CF.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2), {"x": "x"}, WINDOW),
     "adaptive_avg_pool2d": (
-        lambda x: CF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1), ("x",), {},
+        lambda x: CF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1), {"x": "x"}, {"P": 1, "Q": 1},
     ),
     "adaptive_max_pool2d": (
-        lambda x: CF.adaptive_max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 1), ("x",), {},
+        lambda x: CF.adaptive_max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 1), {"x": "x"}, {"P": 1, "Q": 1},
     ),
-    "batch_norm": (
-        _norm(CF.batch_norm), _norm(F.batch_norm), ("x", "weight", "bias", "running_mean", "running_var"), None,
+    "batch_norm": (_norm(CF.batch_norm), _norm(F.batch_norm), NORM, None),
+    "batch_norm_act": (_norm(CF.batch_norm_act), lambda *args: F.relu(_norm(F.batch_norm)(*args)), NORM, {}),
+    "bn_act_max_pool2d": (
+        _norm(CF.bn_act_max_pool2d), lambda *args: F.max_pool2d(F.relu(_norm(F.batch_norm)(*args)), 3, 2, 1),
+        NORM, WINDOW | {"kernel_h": 3, "kernel_w": 3, "pad_h": 1, "pad_w": 1},
     ),
-    "batch_norm_act": (
-        _norm(CF.batch_norm_act), lambda *args: F.relu(_norm(F.batch_norm)(*args)),
-        ("x", "weight", "bias", "running_mean", "running_var"), {"activation": "relu"},
+    "squeeze_excite": (
+        CF.squeeze_excite, _squeeze_excite,
+        {"x": "x", "weight1": "fc1", "bias1": "fc1_bias", "weight2": "fc2", "bias2": "fc2_bias"}, {},
     ),
 }  # fmt: skip
 
-# batch_norm has no torch.ops entry of its own: it is batch_norm_act without an activation.
 ENTRIES = [
     (name, entry)
     for name in OPS
@@ -67,19 +94,17 @@ ENTRIES = [
 ]
 
 
-def _by_schema(name, names, scalars):
-    """torch.ops.cnnops.<name> as a function of the named tensors, its other arguments filled in by their names."""
+def _by_schema(name, tensors, scalars):
+    """torch.ops.cnnops.<name> as a function of the tensors, its other arguments filled in by their names."""
     op = getattr(torch.ops.cnnops, name).default
     arguments = [argument.name for argument in op._schema.arguments]
-    tensors = {"filters": "weight"}
-    places = {tensors.get(tensor, tensor): i for i, tensor in enumerate(names)}
-    template = [SCALARS.get(argument, scalars.get(argument)) for argument in arguments]
-    spots = [(arguments.index(argument), place) for argument, place in places.items()]
+    template = [(SCALARS | scalars).get(argument) for argument in arguments]
+    spots = [arguments.index(argument) for argument in tensors]
 
     def call(*values):
         filled = template.copy()
-        for spot, place in spots:
-            filled[spot] = values[place]
+        for spot, value in zip(spots, values, strict=True):
+            filled[spot] = value
         result = op(*filled)
         return result if isinstance(result, torch.Tensor) else result[0]
 
@@ -89,21 +114,29 @@ def _by_schema(name, names, scalars):
 @pytest.mark.parametrize("pass_", ["forward", "forward+backward"])
 @pytest.mark.parametrize(("name", "entry"), ENTRIES)
 def test_overhead(name, pass_, entry, measure, generator):
-    ours, peer, names, scalars = OPS[name]
+    ours, peer, tensors, scalars = OPS[name]
     if entry == "torch.ops":
-        ours = _by_schema(name, names, scalars)
+        ours = _by_schema(name, tensors, scalars)
+    names = tuple(tensors.values())
     dtype = torch.float32
+    device = generator.device
     values = {
         "x": normal((1, 8, 4, 4), dtype, generator), "filters": normal((8, 8, 3, 3), dtype, generator),
-        "weight": torch.full((8,), 1.5, device=generator.device), "bias": normal((8,), dtype, generator),
-        "running_mean": torch.zeros(8, device=generator.device), "running_var": torch.ones(8, device=generator.device),
+        "weight": torch.full((8,), 1.5, device=device), "bias": normal((8,), dtype, generator),
+        "beta": normal((8,), dtype, generator), "running_mean": torch.zeros(8, device=device),
+        "running_var": torch.ones(8, device=device), "pooled": normal((1, 8, 2, 2), dtype, generator),
+        "indices": torch.tensor([[0, 2], [8, 10]], device=device).expand(1, 8, 2, 2).contiguous(),
+        "fc1": normal((2, 8), dtype, generator), "fc1_bias": normal((2,), dtype, generator),
+        "fc2": normal((8, 2), dtype, generator), "fc2_bias": normal((8,), dtype, generator),
     }  # fmt: skip
 
     dy = normal(peer(*(values[n] for n in names)).shape, dtype, generator)
 
     def call(op):
         backward = pass_ == "forward+backward"
-        leaves = [values[n].clone().requires_grad_(backward and not n.startswith("running")) for n in names]
+        leaves = [
+            values[n].clone().requires_grad_(backward and not n.startswith(("running", "indices"))) for n in names
+        ]
         if not backward:
             return lambda: op(*leaves)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]

@@ -290,6 +290,9 @@ class Unpool2dCase:
             P, Q = ((extent - 1) * step + size - 2 * pad for extent, size, step, pad in sides)
         return self.N, self.C, P, Q
 
+    def with_batch(self, N: int) -> Unpool2dCase:
+        return replace(self, N=N)
+
     def features(self) -> dict[str, Hashable]:
         return {
             "stride": _pair_feature(self.stride or self.kernel, 1),
@@ -517,6 +520,10 @@ PADDED: tuple[Conv2dCase, ...] = tuple(
 """The corners of `CONV2D` in nn.Conv2d's other padding modes."""
 
 
+def _suite(name: str, cases: Iterable[T]) -> tuple[T, ...]:
+    return tuple(replace(case, id=f"{name}/{case.id}", suite=name) for case in cases)  # type: ignore[type-var,attr-defined]
+
+
 def _transposed(
     id: str, x: tuple[int, int, int, int], filters: tuple[int, int, int], **rest: object
 ) -> ConvTranspose2dCase:
@@ -579,6 +586,15 @@ CONV_TRANSPOSE2D: tuple[ConvTranspose2dCase, ...] = (
     _transposed("depthwise-2x2-s3-unreached", (2, 6, 3, 4), (6, 2, 2), stride=(3, 3), groups=6, bias=True),
     _transposed("empty-batch", (0, 3, 6, 5), (4, 3, 3), stride=(2, 2), padding=(1, 1), bias=True),
     _transposed("empty-batch-depthwise", (0, 6, 6, 5), (6, 3, 3), groups=6),
+    *_suite(
+        "decoders",
+        (
+            _transposed("unet2x2-128to64@28-s2", (16, 128, 28, 28), (64, 2, 2), stride=(2, 2), bias=True),
+            _transposed("dcgan4x4-256to128@8-s2", (64, 256, 8, 8), (128, 4, 4), stride=(2, 2), padding=(1, 1)),
+            _transposed("dcgan4x4-64to3@32-s2", (64, 64, 32, 32), (3, 4, 4), stride=(2, 2), padding=(1, 1)),
+            _transposed("3x3-64@32", (64, 64, 32, 32), (64, 3, 3), padding=(1, 1)),
+        ),
+    ),
 )
 
 # Every distinct convolution of the networks, named by their place in them.
@@ -631,10 +647,6 @@ _MBCONV = (
     _conv("dw3x3-960@7", (32, 960, 7, 7), (960, 3, 3), padding=(1, 1), groups=960),
     _conv("dw5x5-1152@7", (32, 1152, 7, 7), (1152, 5, 5), padding=(2, 2), groups=1152),
 )
-
-
-def _suite(name: str, cases: Iterable[T]) -> tuple[T, ...]:
-    return tuple(replace(case, id=f"{name}/{case.id}", suite=name) for case in cases)  # type: ignore[type-var,attr-defined]
 
 
 CONV2D: tuple[Conv2dCase, ...] = (
@@ -736,6 +748,7 @@ _RESNET_POOLS = (
     _adaptive("global-2048@7", (32, 2048, 7, 7), 1),
 )
 _CNN_POOLS = (
+    Pool2dCase("adaptive-max-512@7", "adaptive_max_pool2d", 32, 512, 7, 7, output_size=1),
     _max("max2x2-32@32", (64, 32, 32, 32), (2, 2)),
     _max("max2x2-64@16", (64, 64, 16, 16), (2, 2)),
     _avg("avg4x4-512@4", (64, 512, 4, 4), (4, 4)),
@@ -765,6 +778,7 @@ UNPOOL2D: tuple[Unpool2dCase, ...] = (
     Unpool2dCase("one-channel", 2, 1, 4, 3),
     Unpool2dCase("empty-batch", 0, 3, 3, 2),
     Unpool2dCase("empty-output", 2, 3, 1, 1, padding=(1, 1)),
+    *_suite("segnet", (Unpool2dCase("2x2-64@56", 16, 64, 56, 56), Unpool2dCase("2x2-256@14", 16, 256, 14, 14))),
 )
 
 NORM: tuple[NormCase, ...] = (

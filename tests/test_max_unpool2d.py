@@ -6,7 +6,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, UNPOOL2D, VIEWS, Unpool2dCase, find
+from cases import LAYOUTS, UNPOOL2D, VIEWS, Unpool2dCase, find, of_suite
 from helpers import Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_layout
 
@@ -47,7 +47,7 @@ def check(case: Unpool2dCase, x: torch.Tensor, indices: torch.Tensor, dy: torch.
     assert_exact(dx.cpu(), their_dx.cpu().double(), "dx", signed_zeros=True)
 
 
-@over("max_unpool2d_forward", UNPOOL2D)
+@over("max_unpool2d_forward", of_suite(UNPOOL2D, "corner"))
 def test_max_unpool2d(backend: Backend, case: Unpool2dCase, dtype: torch.dtype, layout: str) -> None:
     for indices_layout in LAYOUTS:
         check(case, input_of(case, dtype, layout, backend.device), indices_of(case, indices_layout, backend.device))

@@ -478,7 +478,10 @@ def _all_calls() -> list[Any]:
 
     convs = [*of_suite(CONV2D, "corner"), *PADDED[::7]]
     calls = [(case.id, conv(case), case.x_shape, case.weight_shape) for case in convs if case.C]
-    calls += [(case.id + "-T", transposed(case), case.x_shape, case.weight_shape) for case in CONV_TRANSPOSE2D]
+    calls += [
+        (case.id + "-T", transposed(case), case.x_shape, case.weight_shape)
+        for case in of_suite(CONV_TRANSPOSE2D, "corner")
+    ]
     for case in of_suite(POOL2D, "corner"):
         calls.append((case.id, lambda x, case=case: getattr(CF, case.op)(x, **case.arguments()), case.x_shape, None))
     for case in of_suite(NORM, "corner"):
