@@ -103,7 +103,7 @@ class ResNet(nn.Module):
     """Stem, four stages of blocks at 64, 128, 256 and 512 channels, global average pool, fully connected layer.
 
     block: BasicBlock or Bottleneck. depths: blocks in each stage. stem: "cifar", a 3x3 convolution that keeps the
-    resolution, or "imagenet", a 7x7 one with stride 2 and a max pool. width: factor on every channel count.
+    resolution, or "imagenet", a 7x7 one with stride 2 and a max pool, fused with bn1. width: factor on every channel count.
     Takes [N, in_chans, H, W]; returns logits [N, num_classes]. Loads torchvision's checkpoints of the same depth (stem
     "imagenet", 1000 classes).
     """
@@ -123,11 +123,10 @@ class ResNet(nn.Module):
         channels = stages[0]
         if stem == "imagenet":
             self.conv1 = layers.Conv2d(in_chans, channels, 7, stride=2, padding=3, bias=False)
-            self.maxpool = layers.MaxPool2d(3, stride=2, padding=1)
+            self.bn1 = layers.BatchNormActMaxPool2d(channels, kernel_size=3, stride=2, padding=1)
         else:
             self.conv1 = layers.Conv2d(in_chans, channels, 3, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        self.bn1 = layers.BatchNormAct2d(channels)
+            self.bn1 = layers.BatchNormAct2d(channels)
 
         def stage(depth: int, to: int, stride: int) -> nn.Sequential:
             nonlocal channels
@@ -147,12 +146,9 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(channels, num_classes)
         initialise(self)
 
-    def _stem(self, x: Tensor) -> Tensor:
-        return self.maxpool(conv_bn(self.conv1, self.bn1, x))
-
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_chans, H, W] to the last feature map, [N, num_features, h, w]."""
-        x = self.layer1(self._stem(x))
+        x = self.layer1(conv_bn(self.conv1, self.bn1, x))
         x = self.layer2(x)
         x = self.layer3(x)
         return self.layer4(x)

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, MaxPool2d
 
-__all__ = ["AdaptiveAvgPool2d", "BatchNorm2d", "BatchNormAct2d", "Conv2d", "Conv2dAct", "MaxPool2d"]
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "BatchNorm2d",
+    "BatchNormAct2d",
+    "BatchNormActMaxPool2d",
+    "Conv2d",
+    "Conv2dAct",
+    "MaxPool2d",
+]
 
 
 class Conv2dAct(nn.Conv2d):
@@ -28,3 +36,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
         if residual is not None:
             y += residual
         return F.relu_(y)
+
+
+class BatchNormActMaxPool2d(nn.BatchNorm2d):
+    """max_pool2d(relu(batch_norm(x)))."""
+
+    def __init__(self, num_features: int, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__(num_features)
+        self.window = kernel_size, stride, padding
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu_(super().forward(input)), *self.window)
