@@ -4,7 +4,8 @@
     python setup.py build_native --simt    # also cnnops/_native_simt.so, the CUDA sources on a CPU, for the tests
 
 Environment: CNNOPS_BUILD=auto|cpu|cuda|none (auto: CUDA where nvcc is found), FORCE_CUDA=1 (no nvcc is an error),
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "8.0 9.0+PTX"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (the emulator's library).
+TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "8.0 9.0+PTX"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (not for
+CUDA): the CPU's or the emulator's library with these sanitizers, beside the plain one, as _native_<backend>_address.so.
 """
 
 from __future__ import annotations
@@ -83,15 +84,25 @@ def link_torch(library: str = "torch_cpu") -> str:
     return f"-L{lib} -Wl,--no-as-needed -l{library}"
 
 
-def cpu_target() -> Target:
-    target = Target(ROOT / "cnnops/_native_cpu.so", link_torch())
+def sanitizing(sanitize: str) -> tuple[str, str, str]:
+    """What the sanitizers add to a library's name, to its compiler's flags and to its linker's."""
+    if not sanitize:
+        return "", "", ""
+    return f"_{sanitize.split(',')[0]}", f" -g -fsanitize={sanitize} -fno-omit-frame-pointer", f" -fsanitize={sanitize}"
+
+
+def cpu_target(sanitize: str) -> Target:
+    suffix, extra, link = sanitizing(sanitize)
+    if sanitize:
+        extra += " -O1"  # sanitized code compiles slowly
+    target = Target(ROOT / f"cnnops/_native_cpu{suffix}.so", link_torch() + link)
     include, _ = torch_paths()
-    target.add(CSRC / "bind.cpp", bind_flags("cpu", "CPU"))
-    target.add(CSRC / "cpu/parallel.cpp", f"{TORCH_FLAGS} -isystem {include}")
-    target.add(CSRC / "cpu/isa.cpp", f"'-DCNNOPS_FLAGS=\"{CXX_FLAGS} {CPU_FLAGS}\"'")
+    target.add(CSRC / "bind.cpp", bind_flags("cpu", "CPU") + extra)
+    target.add(CSRC / "cpu/parallel.cpp", f"{TORCH_FLAGS} -isystem {include}{extra}")
+    target.add(CSRC / "cpu/isa.cpp", f"'-DCNNOPS_FLAGS=\"{CXX_FLAGS} {CPU_FLAGS}{extra}\"'{extra}")
     for isa, flags in ISA_FLAGS.items():
         for stem in ISA_SOURCES:
-            target.add(CSRC / f"cpu/{stem}.cpp", f"{CPU_FLAGS} {flags} -DCNNOPS_ISA={isa}", suffix=f".{isa}")
+            target.add(CSRC / f"cpu/{stem}.cpp", f"{CPU_FLAGS} {flags} -DCNNOPS_ISA={isa}{extra}", suffix=f".{isa}")
     return target
 
 
@@ -99,11 +110,10 @@ def simt_target(sanitize: str) -> Target:
     import pybind11
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    flags = (
-        f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{f' -fsanitize={sanitize} -fno-omit-frame-pointer' if sanitize else ''}"
-    )
-    name = "_native_simt" + (f"_{sanitize.split(',')[0]}" if sanitize else "")
-    target = Target(ROOT / f"cnnops/{name}.so", link_torch() + (f" -fsanitize={sanitize}" if sanitize else ""))
+    suffix, extra, link = sanitizing(sanitize)
+    flags = f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{extra}"
+    name = f"_native_simt{suffix}"
+    target = Target(ROOT / f"cnnops/{name}.so", link_torch() + link)
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
     for source in sorted(CSRC.glob("simt/*.cpp")):
         target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")
@@ -208,15 +218,16 @@ class build_native(Command):
         if wanted not in ("auto", "cpu", "cuda", "none"):
             sys.exit(f"setup.py: CNNOPS_BUILD must be auto, cpu, cuda or none, but is {wanted!r}")
         targets = []
+        sanitize = os.environ.get("CNNOPS_SANITIZE", "")
         cuda = find_cuda() if wanted in ("auto", "cuda") else None
         if cuda is None and (wanted == "cuda" or os.environ.get("FORCE_CUDA") == "1"):
             sys.exit("setup.py: CUDA was asked for, but no nvcc is found (on the PATH, in CUDA_HOME, or as a package)")
         if wanted != "none":
-            targets.append(cpu_target())
+            targets.append(cpu_target(sanitize))
         if cuda is not None:
             targets.append(cuda_target(cuda))
         if self.simt:
-            targets.append(simt_target(os.environ.get("CNNOPS_SANITIZE", "")))
+            targets.append(simt_target(sanitize))
         if not targets:
             return
         path = write_ninja(targets, cuda)

@@ -103,7 +103,7 @@ void advise_huge_pages(const Tensor& t) {
 // Tests set CNNOPS_POISON, so that an element that no kernel writes shows as a NaN.
 void poison(void* data, size_t bytes) {
   static const bool wanted = std::getenv("CNNOPS_POISON") != nullptr;
-  if (wanted) std::memset(data, 0xFF, bytes);
+  if (wanted && bytes > 0) std::memset(data, 0xFF, bytes);
 }
 
 // By aoti_torch_empty_strided: torch::stable::empty looks the op up by its name, which costs more than the allocation.
@@ -154,7 +154,8 @@ class Launch {
 // The kernel copies up to four axes; further ones in front are walked here.
 void copy(const Tensor& src, const Tensor& dst, Stream stream) {
   if (src.numel() == 0) return;
-  CopyProblem problem{dtype_of(src), dtype_of(dst), {1, 1, 1, 1}, {}, {}};
+  CopyProblem problem{
+      .src_dtype = dtype_of(src), .dst_dtype = dtype_of(dst), .size = {1, 1, 1, 1}, .src_stride = {}, .dst_stride = {}};
   const int64_t front = std::max<int64_t>(src.dim() - 4, 0), pad = std::max<int64_t>(4 - src.dim(), 0);
   int64_t inner = 1;
   for (int64_t i = front; i < src.dim(); ++i) {
@@ -275,28 +276,44 @@ class Workspace {
 
 Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute, CNNOPS_CONV2D_PARAMS) {
   const auto narrow = [](int64_t v) { return static_cast<int>(v); };
-  return {dtype_of(compute),
-          narrow(x.size(0)),
-          narrow(x.size(1)),
-          narrow(x.size(2)),
-          narrow(x.size(3)),
-          narrow(weight.size(0)),
-          narrow(weight.size(2)),
-          narrow(weight.size(3)),
-          narrow(output_size(x.size(2), weight.size(2), stride_h, pad_h, dilation_h)),
-          narrow(output_size(x.size(3), weight.size(3), stride_w, pad_w, dilation_w)),
-          narrow(stride_h),
-          narrow(stride_w),
-          narrow(pad_h),
-          narrow(pad_w),
-          narrow(dilation_h),
-          narrow(dilation_w),
-          narrow(groups),
-          static_cast<PadMode>(pad_mode)};
+  return {.dtype = dtype_of(compute),
+          .N = narrow(x.size(0)),
+          .C = narrow(x.size(1)),
+          .H = narrow(x.size(2)),
+          .W = narrow(x.size(3)),
+          .K = narrow(weight.size(0)),
+          .R = narrow(weight.size(2)),
+          .S = narrow(weight.size(3)),
+          .P = narrow(output_size(x.size(2), weight.size(2), stride_h, pad_h, dilation_h)),
+          .Q = narrow(output_size(x.size(3), weight.size(3), stride_w, pad_w, dilation_w)),
+          .stride_h = narrow(stride_h),
+          .stride_w = narrow(stride_w),
+          .pad_h = narrow(pad_h),
+          .pad_w = narrow(pad_w),
+          .dilation_h = narrow(dilation_h),
+          .dilation_w = narrow(dilation_w),
+          .groups = narrow(groups),
+          .pad_mode = static_cast<PadMode>(pad_mode)};
 }
 
 ScalarType conv2d_compute(const Tensor& x) {
   return kernels().conv2d_in_float ? accumulation(x.scalar_type()) : x.scalar_type();
+}
+
+Output conv2d_output(const Conv2dProblem& problem, const Tensor& x, const Tensor& weight, ScalarType compute) {
+  return Output(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute,
+                is_channels_last(x) || is_channels_last(weight));
+}
+
+// y, dense NHWC of the type that the convolution computes in, with an epilogue that has this residual besides.
+void convolve(const Conv2dProblem& problem, const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+              Epilogue epilogue, void* y, Stream stream) {
+  const ScalarType compute = conv2d_compute(x);
+  const Tensor dense_x = nhwc(x, compute, stream), dense_weight = nhwc(weight, compute, stream);
+  const OptionalTensor dense_residual = nhwc(residual, compute, stream);
+  epilogue.residual = pointer(dense_residual);
+  const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
+  kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y, workspace.data(), stream);
 }
 
 std::tuple<Tensor, OptionalTensor> conv2d_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
@@ -306,17 +323,13 @@ std::tuple<Tensor, OptionalTensor> conv2d_act_forward(const Tensor& x, const Ten
   const ScalarType compute = conv2d_compute(x);
   const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
   const Activation act = activation_of(activation);
-  const bool channels_last = is_channels_last(x) || is_channels_last(weight);
-  const Output y(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  const Output y = conv2d_output(problem, x, weight, compute);
   std::optional<Output> z;
-  if (need_z) z.emplace(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  if (need_z) z.emplace(conv2d_output(problem, x, weight, compute));
   if (y.numel() > 0) {
-    const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
-    const OptionalTensor dense_bias = vector(bias, compute, launch), dense_residual = nhwc(residual, compute, launch);
-    const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
-    const Epilogue epilogue{pointer(dense_bias), pointer(dense_residual), need_z ? Activation::kNone : act};
-    kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(),
-                             need_z ? z->data() : y.data(), workspace.data(), launch);
+    const OptionalTensor dense_bias = vector(bias, compute, launch);
+    const Epilogue epilogue{.bias = pointer(dense_bias), .activation = need_z ? Activation::kNone : act};
+    convolve(problem, x, weight, residual, epilogue, need_z ? z->data() : y.data(), launch);
     if (need_z) kernels().activation_forward(problem.dtype, act, y.numel(), z->data(), y.data(), launch);
   }
   return {y.finish(launch), z ? OptionalTensor(z->finish(launch)) : std::nullopt};
@@ -362,24 +375,24 @@ Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTens
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x), acc = accumulation(x.scalar_type());
   const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
-  const bool channels_last = is_channels_last(x) || is_channels_last(weight);
-  const Output y(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, channels_last);
+  const Output y = conv2d_output(problem, x, weight, compute);
   if (y.numel() == 0) return y.finish(launch);
   const std::array<int64_t, 1> channels{problem.K};
   const Tensor scale = empty(channels, acc, x, false), shift = empty(channels, acc, x, false);
   const OptionalTensor conv_bias = vector(bias, acc, launch), mean = vector(running_mean, acc, launch),
                        var = vector(running_var, acc, launch), w = vector(bn_weight, acc, launch),
                        b = vector(bn_bias, acc, launch);
-  kernels().fold_batch_norm(
-      problem.dtype, problem.K, eps,
-      {pointer(conv_bias), pointer(mean), pointer(var), pointer(w), pointer(b), scale.data_ptr(), shift.data_ptr()},
-      launch);
-  const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
-  const OptionalTensor dense_residual = nhwc(residual, compute, launch);
-  const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
-  const Epilogue epilogue{shift.data_ptr(), pointer(dense_residual), activation_of(activation), scale.data_ptr()};
-  kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y.data(), workspace.data(),
-                           launch);
+  kernels().fold_batch_norm(problem.dtype, problem.K, eps,
+                            {.conv_bias = pointer(conv_bias),
+                             .running_mean = pointer(mean),
+                             .running_var = pointer(var),
+                             .weight = pointer(w),
+                             .bias = pointer(b),
+                             .scale = scale.data_ptr(),
+                             .shift = shift.data_ptr()},
+                            launch);
+  const Epilogue epilogue{.bias = shift.data_ptr(), .activation = activation_of(activation), .scale = scale.data_ptr()};
+  convolve(problem, x, weight, residual, epilogue, y.data(), launch);
   return y.finish(launch);
 }
 
@@ -415,24 +428,24 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
 Conv2dProblem conv_transpose2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute,
                                        CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
   const auto narrow = [](int64_t v) { return static_cast<int>(v); };
-  return {dtype_of(compute),
-          narrow(x.size(0)),
-          narrow(weight.size(1) * groups),
-          narrow(transposed_output_size(x.size(2), weight.size(2), stride_h, pad_h, output_pad_h, dilation_h)),
-          narrow(transposed_output_size(x.size(3), weight.size(3), stride_w, pad_w, output_pad_w, dilation_w)),
-          narrow(weight.size(0)),
-          narrow(weight.size(2)),
-          narrow(weight.size(3)),
-          narrow(x.size(2)),
-          narrow(x.size(3)),
-          narrow(stride_h),
-          narrow(stride_w),
-          narrow(pad_h),
-          narrow(pad_w),
-          narrow(dilation_h),
-          narrow(dilation_w),
-          narrow(groups),
-          PadMode::kZeros};
+  return {.dtype = dtype_of(compute),
+          .N = narrow(x.size(0)),
+          .C = narrow(weight.size(1) * groups),
+          .H = narrow(transposed_output_size(x.size(2), weight.size(2), stride_h, pad_h, output_pad_h, dilation_h)),
+          .W = narrow(transposed_output_size(x.size(3), weight.size(3), stride_w, pad_w, output_pad_w, dilation_w)),
+          .K = narrow(weight.size(0)),
+          .R = narrow(weight.size(2)),
+          .S = narrow(weight.size(3)),
+          .P = narrow(x.size(2)),
+          .Q = narrow(x.size(3)),
+          .stride_h = narrow(stride_h),
+          .stride_w = narrow(stride_w),
+          .pad_h = narrow(pad_h),
+          .pad_w = narrow(pad_w),
+          .dilation_h = narrow(dilation_h),
+          .dilation_w = narrow(dilation_w),
+          .groups = narrow(groups),
+          .pad_mode = PadMode::kZeros};
 }
 
 Tensor conv_transpose2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
@@ -467,12 +480,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv_transpose2d_back
     return to.finish(launch);
   }
   const Tensor dense_dy = nhwc(dy, compute, launch);
-  if (to.dx) {
-    const Tensor dense_weight = nhwc(weight, compute, launch);
-    const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
-    kernels().conv2d_forward(problem, Epilogue{nullptr, nullptr, Activation::kNone}, dense_dy.data_ptr(),
-                             dense_weight.data_ptr(), to.dx->data(), workspace.data(), launch);
-  }
+  if (to.dx) convolve(problem, dense_dy, weight, std::nullopt, Epilogue{}, to.dx->data(), launch);
   if (to.dweight) {
     const Tensor dense_x = nhwc(x, compute, launch);
     const Workspace workspace(kernels().conv2d_backward_workspace(problem, false, true, false), x);
@@ -510,23 +518,24 @@ Pool2dProblem pool2d_problem(const Tensor& t, int64_t H, int64_t W, int64_t P, i
                              int64_t dilation_h = 1, int64_t dilation_w = 1, bool count_include_pad = true,
                              int64_t divisor_override = 0) {
   const auto narrow = [](int64_t v) { return static_cast<int>(v); };
-  return {t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Int ? DType::kFloat : dtype_of(t),
-          narrow(t.size(0)),
-          narrow(t.size(1)),
-          narrow(H),
-          narrow(W),
-          narrow(kernel_h),
-          narrow(kernel_w),
-          narrow(P),
-          narrow(Q),
-          narrow(stride_h),
-          narrow(stride_w),
-          narrow(pad_h),
-          narrow(pad_w),
-          narrow(dilation_h),
-          narrow(dilation_w),
-          count_include_pad,
-          divisor_override};
+  const bool offsets = t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Int;
+  return {.dtype = offsets ? DType::kFloat : dtype_of(t),
+          .N = narrow(t.size(0)),
+          .C = narrow(t.size(1)),
+          .H = narrow(H),
+          .W = narrow(W),
+          .R = narrow(kernel_h),
+          .S = narrow(kernel_w),
+          .P = narrow(P),
+          .Q = narrow(Q),
+          .stride_h = narrow(stride_h),
+          .stride_w = narrow(stride_w),
+          .pad_h = narrow(pad_h),
+          .pad_w = narrow(pad_w),
+          .dilation_h = narrow(dilation_h),
+          .dilation_w = narrow(dilation_w),
+          .count_include_pad = count_include_pad,
+          .divisor_override = divisor_override};
 }
 
 // torch's ceil_mode: round up, but start no window beyond the input and its left padding.
@@ -681,8 +690,15 @@ OptionalTensor norm_layout(const OptionalTensor& t, bool channels_last, Stream s
 }
 
 Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, int64_t Q, bool channels_last) {
-  Unpool2dProblem problem{dtype, indices.size(0), indices.size(1), indices.size(2), indices.size(3), P, Q,
-                          {},    channels_last};
+  Unpool2dProblem problem{.dtype = dtype,
+                          .N = indices.size(0),
+                          .C = indices.size(1),
+                          .H = indices.size(2),
+                          .W = indices.size(3),
+                          .P = P,
+                          .Q = Q,
+                          .index_stride = {},
+                          .channels_last = channels_last};
   for (int i = 0; i < 4; ++i) problem.index_stride[i] = indices.stride(i);
   return problem;
 }
@@ -725,8 +741,15 @@ Tensor max_unpool2d_backward(const Tensor& dy, const Tensor& indices, bool chann
 NormProblem norm_problem(const Tensor& x, bool training, double momentum, double eps, const std::string& activation) {
   int64_t L = 1;
   for (int64_t i = 2; i < x.dim(); ++i) L *= x.size(i);
-  return {
-      dtype_of(x), x.size(0), x.size(1), L, is_channels_last(x), training, momentum, eps, activation_of(activation)};
+  return {.dtype = dtype_of(x),
+          .N = x.size(0),
+          .C = x.size(1),
+          .L = L,
+          .channels_last = is_channels_last(x),
+          .training = training,
+          .momentum = momentum,
+          .eps = eps,
+          .activation = activation_of(activation)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, OptionalTensor weight, OptionalTensor bias,
@@ -749,8 +772,15 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, Optio
   const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
   const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
   kernels().batch_norm_act_forward(problem,
-                                   {dense_x.data_ptr(), pointer(dense_residual), pointer(w), pointer(b), pointer(m),
-                                    pointer(v), y.data_ptr(), mean.data_ptr(), rstd.data_ptr()},
+                                   {.x = dense_x.data_ptr(),
+                                    .residual = pointer(dense_residual),
+                                    .weight = pointer(w),
+                                    .bias = pointer(b),
+                                    .running_mean = pointer(m),
+                                    .running_var = pointer(v),
+                                    .y = y.data_ptr(),
+                                    .mean = mean.data_ptr(),
+                                    .rstd = rstd.data_ptr()},
                                    launch);
   if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
   if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
@@ -780,11 +810,20 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
     const OptionalTensor dense_residual = norm_layout(residual, channels_last, launch);
     const OptionalTensor dense_y = norm_layout(y, channels_last, launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
-    kernels().batch_norm_act_backward(
-        problem,
-        {dense_dy.data_ptr(), dense_x.data_ptr(), pointer(dense_residual), pointer(dense_y), pointer(w), pointer(b),
-         mean.data_ptr(), rstd.data_ptr(), pointer(dx), pointer(dresidual), pointer(dweight), pointer(dbias)},
-        launch);
+    kernels().batch_norm_act_backward(problem,
+                                      {.dy = dense_dy.data_ptr(),
+                                       .x = dense_x.data_ptr(),
+                                       .residual = pointer(dense_residual),
+                                       .y = pointer(dense_y),
+                                       .weight = pointer(w),
+                                       .bias = pointer(b),
+                                       .mean = mean.data_ptr(),
+                                       .rstd = rstd.data_ptr(),
+                                       .dx = pointer(dx),
+                                       .dresidual = pointer(dresidual),
+                                       .dweight = pointer(dweight),
+                                       .dbias = pointer(dbias)},
+                                      launch);
   }
   return {dx, vector(dweight, param, launch), vector(dbias, param, launch), dresidual};
 }
@@ -816,8 +855,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_max_pool2d_forward(
   const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
   const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
   kernels().bn_act_max_pool2d_forward(norm, pool,
-                                      {dense_x.data_ptr(), nullptr, pointer(w), pointer(b), pointer(m), pointer(v),
-                                       y.data(), mean.data_ptr(), rstd.data_ptr()},
+                                      {.x = dense_x.data_ptr(),
+                                       .residual = nullptr,
+                                       .weight = pointer(w),
+                                       .bias = pointer(b),
+                                       .running_mean = pointer(m),
+                                       .running_var = pointer(v),
+                                       .y = y.data(),
+                                       .mean = mean.data_ptr(),
+                                       .rstd = rstd.data_ptr()},
                                       need_offsets ? offsets.data_ptr() : nullptr, launch);
   if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
   if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
@@ -847,11 +893,20 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_bac
         pool2d_problem(x, x.size(2), x.size(3), dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
     const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch), dense_x = nhwc(x, x.scalar_type(), launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
-    kernels().bn_act_max_pool2d_backward(
-        norm, pool,
-        {dense_dy.data_ptr(), dense_x.data_ptr(), nullptr, nullptr, pointer(w), pointer(b), mean.data_ptr(),
-         rstd.data_ptr(), dx ? dx->data() : nullptr, nullptr, pointer(dweight), pointer(dbias)},
-        dense_offsets(offsets).data_ptr(), launch);
+    kernels().bn_act_max_pool2d_backward(norm, pool,
+                                         {.dy = dense_dy.data_ptr(),
+                                          .x = dense_x.data_ptr(),
+                                          .residual = nullptr,
+                                          .y = nullptr,
+                                          .weight = pointer(w),
+                                          .bias = pointer(b),
+                                          .mean = mean.data_ptr(),
+                                          .rstd = rstd.data_ptr(),
+                                          .dx = dx ? dx->data() : nullptr,
+                                          .dresidual = nullptr,
+                                          .dweight = pointer(dweight),
+                                          .dbias = pointer(dbias)},
+                                         dense_offsets(offsets).data_ptr(), launch);
   }
   return {dx ? OptionalTensor(dx->finish(launch)) : std::nullopt, vector(dweight, param, launch),
           vector(dbias, param, launch)};
@@ -865,24 +920,24 @@ Gate gate_of(const std::string& name) {
 
 SqueezeExciteProblem squeeze_excite_problem(const Tensor& x, const Tensor& weight1, const std::string& activation,
                                             const std::string& gate) {
-  return {dtype_of(x),
-          x.size(0),
-          x.size(1),
-          x.size(2) * x.size(3),
-          weight1.size(0),
-          is_channels_last(x),
-          activation_of(activation),
-          gate_of(gate)};
+  return {.dtype = dtype_of(x),
+          .N = x.size(0),
+          .C = x.size(1),
+          .L = x.size(2) * x.size(3),
+          .M = weight1.size(0),
+          .channels_last = is_channels_last(x),
+          .activation = activation_of(activation),
+          .gate = gate_of(gate)};
 }
 
 // src [rows, columns] as dense dst [columns, rows], converted; either may have axes of one element behind.
 void transpose(const Tensor& src, const Tensor& dst, Stream stream) {
   const int64_t rows = src.size(0), columns = src.size(1);
-  const CopyProblem problem{dtype_of(src),
-                            dtype_of(dst),
-                            {1, 1, columns, rows},
-                            {0, 0, src.stride(1), src.stride(0)},
-                            {0, 0, dst.stride(0), dst.stride(1)}};
+  const CopyProblem problem{.src_dtype = dtype_of(src),
+                            .dst_dtype = dtype_of(dst),
+                            .size = {1, 1, columns, rows},
+                            .src_stride = {0, 0, src.stride(1), src.stride(0)},
+                            .dst_stride = {0, 0, dst.stride(0), dst.stride(1)}};
   kernels().copy(problem, src.data_ptr(), dst.data_ptr(), stream);
 }
 
@@ -904,8 +959,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& 
     const OptionalTensor w1 = vector(weight1, acc, launch), b1 = vector(bias1, acc, launch);
     const OptionalTensor b2 = vector(bias2, acc, launch);
     kernels().squeeze_excite_forward(problem,
-                                     {dense_x.data_ptr(), pointer(w1), pointer(b1), w2.data_ptr(), pointer(b2),
-                                      y.data_ptr(), pooled.data_ptr(), hidden.data_ptr(), scale.data_ptr()},
+                                     {.x = dense_x.data_ptr(),
+                                      .weight1 = pointer(w1),
+                                      .bias1 = pointer(b1),
+                                      .weight2 = w2.data_ptr(),
+                                      .bias2 = pointer(b2),
+                                      .y = y.data_ptr(),
+                                      .pooled = pooled.data_ptr(),
+                                      .hidden = hidden.data_ptr(),
+                                      .scale = scale.data_ptr()},
                                      launch);
   }
   return {y, pooled, hidden, scale};
@@ -936,11 +998,20 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     const Tensor dense_dy = norm_layout(dy, problem.channels_last, launch);
     const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
     const OptionalTensor w1 = vector(weight1, acc, launch);
-    kernels().squeeze_excite_backward(
-        problem,
-        {dense_dy.data_ptr(), dense_x.data_ptr(), pointer(w1), w2.data_ptr(), pooled.data_ptr(), hidden.data_ptr(),
-         scale.data_ptr(), pointer(dx), pointer(dweight1), pointer(dbias1), pointer(transposed), pointer(dbias2)},
-        launch);
+    kernels().squeeze_excite_backward(problem,
+                                      {.dy = dense_dy.data_ptr(),
+                                       .x = dense_x.data_ptr(),
+                                       .weight1 = pointer(w1),
+                                       .weight2 = w2.data_ptr(),
+                                       .pooled = pooled.data_ptr(),
+                                       .hidden = hidden.data_ptr(),
+                                       .scale = scale.data_ptr(),
+                                       .dx = pointer(dx),
+                                       .dweight1 = pointer(dweight1),
+                                       .dbias1 = pointer(dbias1),
+                                       .dweight2 = pointer(transposed),
+                                       .dbias2 = pointer(dbias2)},
+                                      launch);
     if (need_dweight2) transpose(*transposed, *dweight2, launch);
   }
   return {dx, vector(dweight1, param, launch), vector(dbias1, param, launch), dweight2, vector(dbias2, param, launch)};

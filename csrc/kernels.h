@@ -16,9 +16,9 @@ using Stream = void*;  // cudaStream_t on CUDA; null on a CPU
 
 // Applied to the convolution's sum before it is rounded: activation(sum * scale[k] + bias[k] + residual[n,p,q,k]).
 struct Epilogue {
-  const void* bias;      // [K] or null
-  const void* residual;  // like y, or null
-  Activation activation;
+  const void* bias = nullptr;      // [K] or null
+  const void* residual = nullptr;  // like y, or null
+  Activation activation = Activation::kNone;
   const void* scale = nullptr;  // [K] or null; bias and scale are then in the accumulation type. See fold_batch_norm.
 };
 

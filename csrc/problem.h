@@ -1,6 +1,6 @@
 // The problem descriptions: what a kernel must know beside its pointers. Same names as in cnnops/geometry.py.
-// Plain structs, passed by value to device code. Extents fit int (geometry.py refuses larger ones); offsets are
-// 64-bit.
+// Plain structs, passed by value to device code. Extents that are ints fit them (a backend's supports() refuses larger
+// ones); offsets are 64-bit.
 #pragma once
 
 #include <cstdint>

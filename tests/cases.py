@@ -584,6 +584,7 @@ CONV_TRANSPOSE2D: tuple[ConvTranspose2dCase, ...] = (
         bias=True,
     ),
     _transposed("depthwise-2x2-s3-unreached", (2, 6, 3, 4), (6, 2, 2), stride=(3, 3), groups=6, bias=True),
+    _transposed("depthwise-2-to-1-beyond-tile", (1, 42, 4, 16), (21, 3, 3), padding=(1, 1), groups=21, bias=True),
     _transposed("empty-batch", (0, 3, 6, 5), (4, 3, 3), stride=(2, 2), padding=(1, 1), bias=True),
     _transposed("empty-batch-depthwise", (0, 6, 6, 5), (6, 3, 3), groups=6),
     *_suite(

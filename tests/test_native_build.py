@@ -253,8 +253,9 @@ def test_every_isa_level_is_reported() -> None:
     assert info["isa"] in LEVELS
 
 
-def test_the_sanitized_emulator_is_a_library_of_its_own() -> None:
-    program = "from cnnops.backends import simt; print(simt.library.path.name)"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CNNOPS_SIMT_LIBRARY": "thread"}
+@pytest.mark.parametrize("backend", ["cpu", "simt"])
+def test_a_sanitized_library_is_one_of_its_own(backend: str) -> None:
+    program = f"from cnnops.backends import {backend}; print({backend}.library.path.name)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), f"CNNOPS_{backend.upper()}_LIBRARY": "thread"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "_native_simt_thread.so", done.stderr
+    assert done.stdout.strip() == f"_native_{backend}_thread.so", done.stderr

@@ -1,6 +1,12 @@
-"""C++ SIMD kernels for the CPU: baseline x86-64, AVX2 + FMA and AVX-512, chosen at run time."""
+"""C++ SIMD kernels for the CPU: baseline x86-64, AVX2 + FMA and AVX-512, chosen at run time.
+
+CNNOPS_CPU_LIBRARY=address, read on import, takes the library that CNNOPS_SANITIZE made of setup.py build_native in place
+of the plain one. The sanitizer's runtime has to be in the process first: .ci/slow-parts has the recipe.
+"""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -12,7 +18,11 @@ NAME = "cpu"
 devices = ("cpu",)
 named_only = False
 
-library = Library(NAME, "run `make build` in a checkout, or `pip install --no-build-isolation .` with a C++ compiler")
+library = Library(
+    NAME,
+    "run `make build` in a checkout, or `pip install --no-build-isolation .` with a C++ compiler",
+    variant=os.environ.get("CNNOPS_CPU_LIBRARY", ""),
+)
 usable = library.status
 function = library.function
 

@@ -59,7 +59,8 @@ struct Lines {
       : channels_last(last), C(channels), L(last ? 1 : positions), count(last ? N * positions : N) {}
 
   // One position or one channel is dense in both layouts: the faster one is taken.
-  explicit Lines(const NormProblem& p) : Lines(p.N, p.C, p.L, p.L == 1 || (p.channels_last && p.C > 1)) {}
+  template <class Problem>
+  explicit Lines(const Problem& p) : Lines(p.N, p.C, p.L, p.L == 1 || (p.channels_last && p.C > 1)) {}
 };
 
 // body(W{}, i, param, slot), W being Full or One, for all numbers of the part, at offset i in x: param(array) is a

@@ -245,12 +245,14 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const
   convolve(forward_conv<T>(p, x, packed.zeros, y), epilogue, packed.filters, int64_t{p.R} * p.S * channels);
 }
 
-// f(dx of a pixel) for each input, shared among threads.
-template <class T, class F>
-void for_inputs(const Conv2dProblem& p, T* dx, const F& f) {
+// Every pixel of dx gets the bias, or zeros where there is none.
+template <class T>
+void fill_inputs(const Conv2dProblem& p, const T* bias, T* dx) {
   const int64_t C = p.C, pixels = int64_t{p.N} * p.H * p.W, piece = ceil_div(65536, C);
-  parallel_for(ceil_div(pixels, piece), piece * C, [&, C, pixels, piece](int64_t i) {
-    for (int64_t at = i * piece; at < std::min(pixels, (i + 1) * piece); ++at) f(dx + at * C);
+  parallel_for(ceil_div(pixels, piece), piece * C, [=](int64_t i) {
+    const int64_t begin = i * piece, end = std::min(pixels, begin + piece);
+    if (!bias) return std::fill(dx + begin * C, dx + end * C, T{});
+    for (int64_t at = begin; at < end; ++at) std::copy_n(bias, C, dx + at * C);
   });
 }
 
@@ -264,10 +266,9 @@ void backward_input(const Conv2dProblem& p, const T* dy, const T* weight, const 
   bool all_reached = true;
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) { all_reached &= conv.has_taps(); });
   // Inputs that no tap reaches lie strided among the others: a sweep over all is faster than picking them out.
-  if (!all_reached) for_inputs(p, dx, [&](T* to) { bias ? std::copy_n(bias, p.C, to) : std::fill_n(to, p.C, T{}); });
+  if (!all_reached) fill_inputs(p, bias, dx);
   for_backward_classes<T>(p, dy, packed.zeros, dx, [&](const TapConv<T>& conv) {
-    if (conv.has_taps())
-      convolve(conv, Epilogue{bias, nullptr, Activation::kNone}, packed.filters, int64_t{p.R} * p.S * filters);
+    if (conv.has_taps()) convolve(conv, Epilogue{.bias = bias}, packed.filters, int64_t{p.R} * p.S * filters);
   });
 }
 
@@ -328,12 +329,7 @@ void input_gradient(const Conv2dProblem& p, const T* dy, const T* weight, const 
     input_gradient<T>(padded, dy, weight, nullptr, dpadded, static_cast<char*>(workspace) + arena.used());
     return fold_padding(p, dpadded, dx);
   }
-  if (!is_depthwise(p)) return backward_input(p, dy, weight, bias, dx, workspace);
-  depthwise_backward_input(p, dy, weight, dx, workspace);
-  if (bias)
-    for_inputs(p, dx, [&](T* to) {
-      for (int c = 0; c < p.C; ++c) to[c] += bias[c];
-    });
+  (is_depthwise(p) ? depthwise_backward_input<T> : backward_input<T>)(p, dy, weight, bias, dx, workspace);
 }
 
 // backward_weight is a product over pixels: rows are filters, broadcast from dy; columns are (r,s,c), vectors of x.

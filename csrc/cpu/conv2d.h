@@ -50,7 +50,16 @@ inline int64_t source(PadMode mode, int64_t i, int64_t extent) {
 }
 
 inline TapAxis forward_axis(int in, int out, int kernel, int stride, int pad, int dilation) {
-  return {out, 0, 1, in, stride, -int64_t{pad}, dilation, kernel, 0, 1};
+  return {.count = out,
+          .first = 0,
+          .step = 1,
+          .extent = in,
+          .in_step = stride,
+          .offset = -int64_t{pad},
+          .offset_step = dilation,
+          .taps = kernel,
+          .tap = 0,
+          .tap_step = 1};
 }
 
 // The inputs h = first (mod stride) as outputs of a stride-1 convolution over dy: tap r reaches output
@@ -61,8 +70,16 @@ inline TapAxis backward_axis(int in, int out, int kernel, int stride, int pad, i
   int tap = 0;
   while (tap < kernel && reach(tap) % stride != 0) ++tap;
   const int taps = static_cast<int>(ceil_div(kernel - tap, tap_step));
-  const int64_t offset_step = -int64_t{dilation} * tap_step / stride;
-  return {ceil_div(in - first, stride), first, stride, out, 1, reach(tap) / stride, offset_step, taps, tap, tap_step};
+  return {.count = ceil_div(in - first, stride),
+          .first = first,
+          .step = stride,
+          .extent = out,
+          .in_step = 1,
+          .offset = reach(tap) / stride,
+          .offset_step = -int64_t{dilation} * tap_step / stride,
+          .taps = taps,
+          .tap = tap,
+          .tap_step = tap_step};
 }
 
 // out[n, h, w, k] = sum over (taps of h, taps of w, c) of in[n, ., ., c] * filter[tap, c, k] for one class of outputs.
@@ -90,19 +107,19 @@ struct TapConv {
 
 template <class T>
 TapConv<T> forward_conv(const Conv2dProblem& p, const T* x, const T* zeros, T* y) {
-  return {p.N,
-          forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h),
-          forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w),
-          p.P,
-          p.Q,
-          p.S,
-          p.groups,
-          p.C / p.groups,
-          p.K / p.groups,
-          x,
-          zeros,
-          y,
-          p.pad_mode};
+  return {.images = p.N,
+          .h = forward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h),
+          .w = forward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w),
+          .out_height = p.P,
+          .out_width = p.Q,
+          .filter_width = p.S,
+          .groups = p.groups,
+          .in_channels = p.C / p.groups,
+          .out_channels = p.K / p.groups,
+          .in = x,
+          .zeros = zeros,
+          .out = y,
+          .pad_mode = p.pad_mode};
 }
 
 // f(conv) for each class of inputs that the same filter taps reach.
@@ -110,9 +127,18 @@ template <class T, class F>
 void for_backward_classes(const Conv2dProblem& p, const T* dy, const T* zeros, T* dx, const F& f) {
   for (int h = 0; h < std::min(p.stride_h, p.H); ++h)
     for (int w = 0; w < std::min(p.stride_w, p.W); ++w)
-      f(TapConv<T>{p.N, backward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h, h),
-                   backward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w, w), p.H, p.W, p.S, p.groups,
-                   p.K / p.groups, p.C / p.groups, dy, zeros, dx});
+      f(TapConv<T>{.images = p.N,
+                   .h = backward_axis(p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h, h),
+                   .w = backward_axis(p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w, w),
+                   .out_height = p.H,
+                   .out_width = p.W,
+                   .filter_width = p.S,
+                   .groups = p.groups,
+                   .in_channels = p.K / p.groups,
+                   .out_channels = p.C / p.groups,
+                   .in = dy,
+                   .zeros = zeros,
+                   .out = dx});
 }
 
 // An output, and the input that a tap of offset 0 would read. Positions so far outside that no tap comes back stand for
@@ -266,7 +292,8 @@ int64_t depthwise_backward_workspace(const Conv2dProblem&, bool need_dx, bool ne
 template <class T>
 void depthwise_forward(const Conv2dProblem&, const Epilogue&, const T* x, const T* weight, T* y, void* workspace);
 template <class T>
-void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, T* dx, void* workspace);
+void depthwise_backward_input(const Conv2dProblem&, const T* dy, const T* weight, const T* bias, T* dx,
+                              void* workspace);
 template <class T>
 void depthwise_backward_weight(const Conv2dProblem&, const T* dy, const T* x, T* dweight, void* workspace);
 

@@ -2,12 +2,12 @@
 //
 //   y[n,p,q,k]     = activation(sum over (r,s) of x[n, p*stride_h - pad_h + r*dilation_h, q*.., c] * weight[k,r,s]
 //                               + bias[k] + residual[n,p,q,k])
-//   dx[n,h,w,c]    = sum over (r,s,m) of dy[n,p,q,k] * weight[k,r,s], (p,q) the outputs whose tap (r,s) is (h,w)
+//   dx[n,h,w,c]    = sum over (r,s,m) of dy[n,p,q,k] * weight[k,r,s], (p,q) the outputs whose tap (r,s) is (h,w),
+//                    and bias[c] where it is the output of a transposed convolution
 //   dweight[k,r,s] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //
-// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory.
-// Where
-//            M > 1 a vector of x is spread, each channel over its M filters, and one of dx is the sum of M neighbours.
+// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory;
+//            where M > 1 a vector of x is spread, each channel over its M filters, and dx sums up M neighbours.
 // Engine     forward and backward_input are the convolution over taps of conv2d.h: kTile columns of one vector of
 //            filters in registers, down the rows. A row of the filter lies in registers too, and each vector of x that
 //            is loaded meets all its taps. backward_weight keeps the sums of some rows of the filter in registers,
@@ -131,11 +131,11 @@ struct Tile {
   const T* in;
   int64_t in_pitch;
   const T* weight;
-  int64_t begin, end, first;
-  int count;
+  int64_t begin, end, first = 0;
+  int count = 0;
   const Epilogue& epilogue;
   T* out;
-  int64_t at, row_pitch, pitch, channel;
+  int64_t at = 0, row_pitch, pitch, channel;
   int lanes;
 };
 
@@ -162,8 +162,8 @@ template <class T, Access kAccess, int kWidth, int kTaps, int kStep>
       const int64_t from = j < (tile.count - 1) * kStep + kTaps ? source(tile.pad_mode, left + j, w.extent) : -1;
       column[j] = from < 0 ? -1 : from * pitch;
     }
-  const bool plain = tile.lanes == kLanes<T> && !tile.epilogue.bias && !tile.epilogue.residual &&
-                     tile.epilogue.activation == Activation::kNone;
+  const bool plain = tile.lanes == kLanes<T> && !tile.epilogue.scale && !tile.epilogue.bias &&
+                     !tile.epilogue.residual && tile.epilogue.activation == Activation::kNone;
   for (int64_t i = tile.begin; i < tile.end; ++i) {
     Vec<T> sum[kWidth] = {};
     const T* weight = tile.weight;
@@ -235,6 +235,9 @@ void convolve_tile(const Tile<T>& tile) {
   });
 }
 
+// Of x for a row of y, but for those that it shares with the row above.
+inline int64_t input_rows(const Conv2dProblem& p) { return std::min(p.stride_h, p.H); }
+
 // f(image, begin, end) for strips of at most `rows` rows, each an item; row_bytes: of input that a row needs.
 template <class F>
 void for_strips(int64_t images, int64_t rows, int64_t row_bytes, int64_t work, const F& f) {
@@ -248,28 +251,25 @@ void for_strips(int64_t images, int64_t rows, int64_t row_bytes, int64_t work, c
 template <class T>
 void forward(const Conv2dProblem& p, const Epilogue& epilogue, const Taps<T>& taps, const T* x, T* y) {
   const Blocks<T> blocks(p);
-  const int64_t C = p.C, K = p.K, row_bytes = int64_t{p.W} * C * p.stride_h * sizeof(T);
+  const int64_t C = p.C, K = p.K, row_bytes = input_rows(p) * p.W * C * sizeof(T);
   for_strips(p.N, p.P, row_bytes, p.Q * K * taps.count(), [&](int64_t n, int64_t begin, int64_t end) {
     for (int64_t block = 0; block < blocks.count(); ++block)
       for (int64_t v = 0; v < blocks.vectors(); ++v) {
         const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
-        Tile<T> tile{taps,
-                     p.pad_mode,
-                     Reader<T>(blocks, v),
-                     x + n * p.H * p.W * C + blocks.first(block),
-                     C,
-                     taps.weight + packed * taps.count() * kLanes<T>,
-                     begin,
-                     end,
-                     0,
-                     0,
-                     epilogue,
-                     y,
-                     0,
-                     p.Q * K,
-                     K,
-                     k,
-                     blocks.filters(v)};
+        Tile<T> tile{.taps = taps,
+                     .pad_mode = p.pad_mode,
+                     .reader = Reader<T>(blocks, v),
+                     .in = x + n * p.H * p.W * C + blocks.first(block),
+                     .in_pitch = C,
+                     .weight = taps.weight + packed * taps.count() * kLanes<T>,
+                     .begin = begin,
+                     .end = end,
+                     .epilogue = epilogue,
+                     .out = y,
+                     .row_pitch = p.Q * K,
+                     .pitch = K,
+                     .channel = k,
+                     .lanes = blocks.filters(v)};
         for (; tile.first < p.Q; tile.first += kTile) {
           tile.count = static_cast<int>(std::min<int64_t>(kTile, p.Q - tile.first));
           tile.at = (n * p.P * p.Q + tile.first) * K + k;
@@ -279,24 +279,24 @@ void forward(const Conv2dProblem& p, const Epilogue& epilogue, const Taps<T>& ta
   });
 }
 
-// dx[c] = dx of its M filters, summed; `pixels` of them.
+// dx[c] = dx of its M filters, summed, plus the bias if there is one; `pixels` of them.
 template <class T, int kMultiplier>
-void sum_filters(const T* from, int64_t from_pitch, int64_t pixels, int64_t multiplier, int channels, T* dx,
-                 int64_t pitch) {
+void sum_filters(const T* from, int64_t from_pitch, int64_t pixels, int64_t multiplier, int channels, const T* bias,
+                 T* dx, int64_t pitch) {
   const int64_t count = kMultiplier ? kMultiplier : multiplier;
   for (int64_t i = 0; i < pixels; ++i)
     for (int c = 0; c < channels; ++c) {
       T sum{};
       for (int64_t m = 0; m < count; ++m) sum += from[i * from_pitch + c * count + m];
-      dx[i * pitch + c] = sum;
+      dx[i * pitch + c] = bias ? sum + bias[c] : sum;
     }
 }
 
 template <class T>
-void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes, const T* dy, T* dx) {
+void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes, const T* dy, const T* bias, T* dx) {
   const Blocks<T> blocks(p);
-  const Epilogue none{nullptr, nullptr, Activation::kNone};
   const int64_t C = p.C, K = p.K, M = blocks.multiplier, lanes = blocks.vectors() * kLanes<T>;
+  const Epilogue epilogue{.bias = M == 1 ? bias : nullptr};  // where M > 1, what the tiles give is summed first
   const int64_t products = int64_t{p.W} * K * p.R * p.S, row_bytes = int64_t{p.Q} * K * sizeof(T);
   for_strips(p.N, ceil_div(p.H, p.stride_h), row_bytes, products, [&](int64_t n, int64_t begin, int64_t stop) {
     std::vector<T> unsummed(M > 1 ? kSumRows * kTile * lanes : 0);
@@ -307,23 +307,21 @@ void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes,
         const int64_t at = (n * p.H + h.first) * p.W * C + w.first * C + blocks.first(block);
         const auto tile_of = [&](int64_t v) {
           const int64_t k = blocks.first_filter(block, v), packed = block * blocks.vectors() + v;
-          return Tile<T>{taps,
-                         PadMode::kZeros,
-                         Reader<T>(blocks.filters(v)),
-                         dy + n * p.P * p.Q * K + k,
-                         K,
-                         taps.weight + packed * taps.count() * kLanes<T>,
-                         begin,
-                         end,
-                         0,
-                         0,
-                         none,
-                         dx,
-                         at,
-                         row_pitch,
-                         pitch,
-                         0,
-                         blocks.filters(v)};
+          return Tile<T>{.taps = taps,
+                         .pad_mode = PadMode::kZeros,
+                         .reader = Reader<T>(blocks.filters(v)),
+                         .in = dy + n * p.P * p.Q * K + k,
+                         .in_pitch = K,
+                         .weight = taps.weight + packed * taps.count() * kLanes<T>,
+                         .begin = begin,
+                         .end = end,
+                         .epilogue = epilogue,
+                         .out = dx,
+                         .at = at,
+                         .row_pitch = row_pitch,
+                         .pitch = pitch,
+                         .channel = k,
+                         .lanes = blocks.filters(v)};
         };
         for (int64_t first = 0; first < w.count; first += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, w.count - first));
@@ -353,8 +351,9 @@ void backward_input(const Conv2dProblem& p, const std::vector<Taps<T>>& classes,
               const T* from = unsummed.data() + row * kTile * lanes;
               T* to = dx + at + (i + row) * row_pitch + first * pitch;
               const int width = static_cast<int>(blocks.width());
+              const T* added = bias ? bias + blocks.first(block) : nullptr;
               choose<0, 2, 3, 4>(M <= 4 ? M : 0, [&](auto multiplier) {
-                sum_filters<T, multiplier.value>(from, lanes, count, M, width, to, pitch);
+                sum_filters<T, multiplier.value>(from, lanes, count, M, width, added, to, pitch);
               });
             }
           }
@@ -533,11 +532,12 @@ void depthwise_forward(const Conv2dProblem& p, const Epilogue& epilogue, const T
 }
 
 template <class T>
-void depthwise_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, void* workspace) {
+void depthwise_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, const T* bias, T* dx,
+                              void* workspace) {
   Arena arena(workspace);
   const std::vector<Taps<T>> classes = backward_taps<T>(arena, p);
   for (const Taps<T>& taps : classes) pack_weight(p, Blocks<T>(p), taps, weight);
-  backward_input(p, classes, dy, dx);
+  backward_input(p, classes, dy, bias, dx);
 }
 
 template <class T>
@@ -550,7 +550,7 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
   const int64_t C = p.C, K = p.K, vectors = blocks.vectors(), vector_size = plan.taps * kLanes<T>;
   const int64_t work = plan.slice_rows * p.Q * plan.taps * kItemBlocks * vectors * kLanes<T>;
   const std::vector<Run> runs = runs_of(h, p.pad_mode);
-  const int64_t strip = std::max<int64_t>(1, kStripBytes / (kLanes<T> * p.W * p.stride_h * sizeof(T)));
+  const int64_t strip = std::max<int64_t>(1, kStripBytes / (input_rows(p) * p.W * kLanes<T> * sizeof(T)));
   parallel_for(plan.slices * plan.pieces, work, [&](int64_t item) {
     const int64_t slice = item / plan.pieces, begin = item % plan.pieces * kItemBlocks;
     const int64_t end = std::min<int64_t>(begin + kItemBlocks, blocks.count());
@@ -560,9 +560,18 @@ void depthwise_backward_weight(const Conv2dProblem& p, const T* dy, const T* x, 
     for (int64_t row = slice * plan.slice_rows; row < last; row += strip)
       for (int64_t block = begin; block < end; ++block)
         for (int64_t v = 0; v < vectors; ++v)
-          add_products(Products<T>{h, w, p.pad_mode, Reader<T>(blocks, v), Reader<T>(blocks.filters(v)),
-                                   x + blocks.first(block), dy + blocks.first_filter(block, v), C, K, row,
-                                   std::min(row + strip, last), slab + (block * vectors + v) * vector_size},
+          add_products(Products<T>{.h = h,
+                                   .w = w,
+                                   .pad_mode = p.pad_mode,
+                                   .x_reader = Reader<T>(blocks, v),
+                                   .dy_reader = Reader<T>(blocks.filters(v)),
+                                   .x = x + blocks.first(block),
+                                   .dy = dy + blocks.first_filter(block, v),
+                                   .x_pitch = C,
+                                   .dy_pitch = K,
+                                   .begin = row,
+                                   .end = std::min(row + strip, last),
+                                   .slab = slab + (block * vectors + v) * vector_size},
                        runs);
   });
   parallel_for(C, plan.slices * plan.taps * blocks.multiplier, [&](int64_t c) {
@@ -599,7 +608,7 @@ int64_t depthwise_backward_workspace(const Conv2dProblem& p, bool need_dx, bool 
 
 #define CNNOPS_INSTANTIATE(T)                                                                            \
   template void depthwise_forward(const Conv2dProblem&, const Epilogue&, const T*, const T*, T*, void*); \
-  template void depthwise_backward_input(const Conv2dProblem&, const T*, const T*, T*, void*);           \
+  template void depthwise_backward_input(const Conv2dProblem&, const T*, const T*, const T*, T*, void*); \
   template void depthwise_backward_weight(const Conv2dProblem&, const T*, const T*, T*, void*);
 CNNOPS_INSTANTIATE(float)
 CNNOPS_INSTANTIATE(double)

@@ -5,9 +5,9 @@
 //   dx[n,c,h,w] = dy[n,c,indices[n,c,h,w]]
 //
 // Layout     x, dx, y, dy dense, all [N,C,..] or all [N,..,C]; indices by their strides, so that they are never copied.
-// Ownership  One index of parallel_for owns the planes of one image's next kBlock channels (of a single one where
-// planes
-//            are apart): what it writes, it writes in one order, so every schedule gives the same bits.
+// Ownership  One index of parallel_for owns the planes of kBlock channels of an image, or of one where planes lie
+// apart:
+//            what it writes, it writes in one order, so every schedule gives the same bits.
 // Traffic    forward: x and indices once, y twice where an image does not fit the cache; backward: indices once, what
 //            they point to of dy, dx.
 #include <algorithm>

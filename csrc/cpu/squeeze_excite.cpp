@@ -33,10 +33,7 @@ struct Slices {
   Lines lines;
   int64_t L, count, extent, size;  // size: of a slice, along an axis of `extent`
 
-  explicit Slices(const SqueezeExciteProblem& p)
-      : lines(p.N, p.C, p.L, p.L == 1 || (p.channels_last && p.C > 1)),
-        L(p.L),
-        extent(lines.channels_last ? p.L : p.C) {
+  explicit Slices(const SqueezeExciteProblem& p) : lines(p), L(p.L), extent(lines.channels_last ? p.L : p.C) {
     const int64_t wanted = std::clamp<int64_t>(p.C * p.L / kSliceSize, 1, std::max<int64_t>(1, kSlicesOfAll / p.N));
     size = (extent + wanted - 1) / wanted;
     count = (extent + size - 1) / size;
