@@ -467,6 +467,19 @@ def test_autocast_leaves_norms_and_pools(dtype: torch.dtype) -> None:
         assert CF.max_pool2d(x, 2).dtype == dtype
         assert CF.avg_pool2d(x, 2).dtype == dtype
         assert CF.adaptive_avg_pool2d(x, 2).dtype == dtype
+        assert CF.adaptive_max_pool2d(x, 2).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_unpools_in_float32(dtype: torch.dtype) -> None:
+    x, dx = tensor(2, 3, 6, 8).to(dtype).requires_grad_(), []
+    y, indices = F.max_pool2d(x, 2, return_indices=True)
+    for library in (CF, F):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = library.max_unpool2d(y, indices, 2)
+        assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        dx += torch.autograd.grad(z.square().sum(), x, retain_graph=True)
+    assert_same_bits(*dx)
 
 
 def _all_calls() -> list[Any]:
