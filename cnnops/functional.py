@@ -365,7 +365,7 @@ def avg_pool2d(
 
     input: [N, C, H, W] or [C, H, W], floating. count_include_pad: padding counts as zeros in the mean.
     divisor_override: what to divide each window's sum by, not 0. Returns [.., P, Q]. Raises RuntimeError if padding
-    exceeds half the window.
+    exceeds half the window, IndexError for an input of fewer dimensions.
     """
     if not isinstance(input, Tensor):
         _check_tensor("avg_pool2d", "input", input)
@@ -475,7 +475,7 @@ def max_unpool2d(
     `max_pool2d` returns them. Of values that share a position the last in row-major order stays, and each gets that
     position's gradient. P = (H - 1) stride - 2 padding + kernel_size, unless output_size says (P, Q) or a whole shape,
     less than stride away. Raises ValueError for an output_size out of that range, RuntimeError for an index outside the
-    plane, before anything is written.
+    plane, before anything is written. Autocast on the CPU widens input to float32, as torch's does.
     """
     _check_tensor("max_unpool2d", "input", input)
     _check_tensor("max_unpool2d", "indices", indices)
@@ -523,8 +523,9 @@ def batch_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias per channel, ``torch.nn.functional.batch_norm``.
 
     input: [N, C, ...]; the others [C] or None, in input's dtype or float32. training: use this batch's mean and biased
-    variance, and move the running ones towards them by momentum (the running variance towards the unbiased one).
-    Raises RuntimeError where sizes do not fit, ValueError in training for one value per channel or eps <= 0.
+    variance, and move the running ones towards them by momentum (the running variance towards the unbiased one). They
+    get no gradient. Raises RuntimeError where sizes do not fit, ValueError in training for one value per channel,
+    eps <= 0 or one running statistic without the other.
     """
     return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, activation="none")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_same_layout
 from torch import nn
 
 import cnnops
@@ -382,7 +383,20 @@ def test_wrong_call(wrong: Wrong) -> None:
         assert word in str(ours.value), f"{word!r} is not in: {ours.value}"
 
 
+def channels_last(*shape: int) -> torch.Tensor:
+    return zeros(*shape).contiguous(memory_format=torch.channels_last)
+
+
 RIGHT: dict[str, Callable[[Any], Any]] = {
+    "conv2d-channels-last": conv2d(channels_last(2, 3, 5, 5)),
+    "conv2d-channels-last-weight": conv2d(weight=channels_last(4, 3, 3, 3)),
+    "convT-channels-last": transposed(channels_last(2, 4, 5, 5)),
+    "max-channels-last": max_pool2d(channels_last(2, 3, 5, 5)),
+    "max-unbatched": max_pool2d((3, 5, 5)),
+    "avg-channels-last": avg_pool2d(channels_last(2, 3, 5, 5)),
+    "adaptive-channels-last": adaptive(channels_last(2, 3, 5, 5)),
+    "adaptive-max-channels-last": adaptive_max(channels_last(2, 3, 5, 5)),
+    "bn-channels-last": batch_norm(channels_last(2, 3, 5, 5)),
     "conv2d-no-batch": conv2d((0, 3, 5, 5)),
     "conv2d-no-channels": conv2d((2, 0, 5, 5), (4, 0, 3, 3)),
     "conv2d-kernel-is-padded-input": conv2d((2, 3, 1, 1), padding=1),
@@ -467,6 +481,7 @@ def test_call_at_the_edge(id: str) -> None:
     assert ours.shape == theirs.shape
     assert ours.device == theirs.device
     assert ours.is_meta or torch.equal(ours, theirs)
+    assert_same_layout(ours, theirs)
 
 
 @pytest.mark.parametrize("id", ["residual-shape", "residual-dtype", "activation"])

@@ -501,8 +501,9 @@ def test_a_module_after(again: Any, name: str) -> None:
     for module in (again(layer), layer):
         leaf = x.clone().requires_grad_()
         y = module(leaf, *rest)
-        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf)))
-    for a, b in zip(*results, strict=True):
+        buffers = [] if isinstance(module, functools.partial) else module.buffers()  # a checkpoint runs forward twice
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf), *buffers))
+    for a, b in zip(*results, strict=False):
         assert_same_bits(a, b)
 
 

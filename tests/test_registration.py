@@ -515,6 +515,49 @@ def test_fake_outputs_have_the_real_strides(function: Any, x_shape: Any, weight_
                 assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
 
 
+@pytest.mark.parametrize(
+    "call",
+    # an uneven "same" takes torch's own F.pad, whose fake gradient forgets channels_last
+    [call for call in CALLS if call.id != "conv2d-reflect-even"],
+    ids=lambda call: call.id,
+)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed"])
+def test_fake_calls_have_the_real_strides(call: Call, layout: str) -> None:
+    """As above, for every op and its gradients."""
+    tensors = [helpers.laid_out(t, layout).requires_grad_() for t in call.tensors()]
+    with cnnops.use_backend("cpu"):
+        real = [call.function(*tensors)]
+        real += torch.autograd.grad(real[0].sum(), tensors)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(t) for t in tensors]
+            fake = [call.function(*fakes)]
+            fake += torch.autograd.grad(fake[0].sum(), fakes)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@each_call
+def test_inference_mode(call: Call) -> None:
+    with cnnops.use_backend("cpu"), torch.no_grad():
+        expected = call.function(*call.tensors())
+        with torch.inference_mode():
+            y = call.function(*[t.clone() for t in call.tensors()])
+    assert y.is_inference()
+    assert_same_bits(y, expected)
+
+
+@each_call
+def test_torchs_deterministic_mode_refuses_nothing(call: Call) -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with cnnops.use_backend("cpu"):
+        expected = results(call.function, call.tensors())
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert_all_same_bits(results(call.function, call.tensors()), expected)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 @on("conv2d_forward")
 def test_in_place_after_ours(backend: Backend) -> None:
     """`out += shortcut; F.relu_(out)`, as residual networks have it."""
