@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cnnops.train import Trainer
 
 Command = Callable[[argparse.Namespace], int]
@@ -177,20 +179,53 @@ def explain(options: argparse.Namespace) -> int:
     import cnnops
     from cnnops import functional as CF
 
-    arguments = {name: value for name, value in vars(options).items() if name in _GEOMETRY and value is not None}
+    arguments = {name: value for name, value in vars(options).items() if name in _ARGUMENTS and value is not None}
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     try:
         x = torch.empty(options.input, dtype=getattr(torch, options.dtype), device=options.device)
         x = x.contiguous(memory_format=layout) if len(options.input) == 4 else x
-        tensors = [x] if options.op != "conv2d" else [x, x.new_empty(options.weight or ())]
+        arguments |= _operands(options.op, x, options.weight, options.training)
         with cnnops.use_backend(options.backend) if options.backend else contextlib.nullcontext():
-            print(cnnops.explain(getattr(CF, options.op), *tensors, **arguments))
+            print(cnnops.explain(getattr(CF, options.op), x, **arguments))
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # the last: a torch without CUDA
         raise UsageError(str(error).splitlines()[0]) from error
     return 0
 
 
-_GEOMETRY = ("stride", "padding", "dilation", "groups", "kernel_size", "output_size")
+def _operands(op: str, x: Tensor, shape: tuple[int, ...] | None, training: bool) -> dict[str, Any]:
+    """What function `op` takes besides x and `_ARGUMENTS`, with weights of this shape, by its own names for them."""
+    import torch
+
+    weight = x.new_empty(shape or ())
+    first, channels = (tuple(t.shape[axis : axis + 1]) for t, axis in ((weight, 0), (x, 1)))
+    if op in ("conv2d", "conv2d_act", "conv_transpose2d"):
+        return {"weight": weight}
+    if op == "squeeze_excite":
+        return {"weight1": weight, "bias1": None, "weight2": x.new_empty(channels + first), "bias2": None}
+    if op == "max_unpool2d":
+        return {"indices": torch.empty_like(x, dtype=torch.int64)}
+    if "pool2d" in op and op != "bn_act_max_pool2d":
+        return {}
+    # A batch norm, of x or of what a convolution makes of it.
+    of_conv = op == "conv2d_bn_act"
+    mean, var, scale, shift = (x.new_empty(first if of_conv else channels) for _ in range(4))
+    affine = {"bn_weight": scale, "bn_bias": shift} if of_conv else {"weight": scale, "bias": shift}
+    statistics = {"running_mean": mean, "running_var": var, "training": training, "momentum": 0.1, "eps": 1e-5}
+    return {**statistics, **affine, **({"weight": weight, "bias": None} if of_conv else {})}
+
+
+_ARGUMENTS = (
+    "stride",
+    "padding",
+    "output_padding",
+    "dilation",
+    "groups",
+    "kernel_size",
+    "output_size",
+    "padding_mode",
+    "activation",
+    "gate",
+)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -210,6 +245,7 @@ def _padding(text: str) -> str | int | tuple[int, ...]:
 
 
 def parser() -> argparse.ArgumentParser:
+    from cnnops import functional
     from cnnops.train.config import TrainConfig
 
     top = _Parser(
@@ -253,15 +289,19 @@ def parser() -> argparse.ArgumentParser:
         "say which backend would run a call and its gradients, and why each other one would not",
         "Example: cnnops explain conv2d --input 64,64,32,32 --weight 64,64,3,3 --padding 1",
     )
-    sub.add_argument("op", choices=("conv2d", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"), help="the function")
+    sub.add_argument("op", choices=functional.__all__, metavar="OP", help=f"one of {', '.join(functional.__all__)}")
     sub.add_argument("--input", type=_sizes, required=True, metavar="N,C,H,W", help="the input's shape")
-    sub.add_argument("--weight", type=_sizes, metavar="K,C,R,S", help="conv2d: the weight's shape")
-    kinds: dict[str, Callable[[str], Any]] = {"groups": int, "padding": _padding}
-    for name in _GEOMETRY:
+    sub.add_argument(
+        "--weight", type=_sizes, metavar="K,C,R,S", help="a convolution's weight's shape, or squeeze_excite's weight1's"
+    )
+    sub.add_argument("--training", action="store_true", help="a batch norm uses its batch's statistics")
+    words = ("padding_mode", "activation", "gate")
+    kinds: dict[str, Callable[[str], Any]] = {"groups": int, "padding": _padding, **dict.fromkeys(words, str)}
+    for name in _ARGUMENTS:
         sub.add_argument(
             f"--{name.replace('_', '-')}",
             type=kinds.get(name, _numbers),
-            metavar="INT",
+            metavar="STR" if name in words else "INT",
             help="as the function's argument",
         )
     sub.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))

@@ -7,11 +7,12 @@ Each normalises its arguments (an int to a pair, "same" to numbers, an unbatched
 from __future__ import annotations
 
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import SymInt, Tensor, channels_last
+from torch import SymFloat, SymInt, Tensor, channels_last
 
 from .dispatch import scope
 from .geometry import is_channels_last, pad_mode_of
@@ -95,10 +96,13 @@ def _check_flags(function: str, **flags: Any) -> None:
             raise TypeError(f"{function}: {name} must be a bool, but got {name}={value!r}")
 
 
-def _check_floats(function: str, **numbers: Any) -> None:
-    for name, value in numbers.items():
-        if not isinstance(value, (float, int)):
-            raise TypeError(f"{function}: {name} must be a float, but got {name}={value!r}")
+def _float(function: str, name: str, value: Any) -> Any:
+    """`value` as a float (or what stands for one, while tracing): numpy's numbers and a tensor of one are, a None is not."""
+    if isinstance(value, (float, int, SymInt, SymFloat)):
+        return value
+    if isinstance(value, Real) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()):
+        return float(value)
+    raise TypeError(f"{function}: {name} must be a float, but got {name}={value!r}")
 
 
 def _padding(
@@ -286,7 +290,7 @@ def conv2d_bn_act(
         residual=residual,
     )
     _check_flags("conv2d_bn_act", training=training)
-    _check_floats("conv2d_bn_act", momentum=momentum, eps=eps)
+    momentum, eps = _float("conv2d_bn_act", "momentum", momentum), _float("conv2d_bn_act", "eps", eps)
     batch = x.unsqueeze(0) if x.dim() == 3 else x
     if residual is not None and x.dim() == 3:
         residual = residual.unsqueeze(0)
@@ -311,7 +315,8 @@ def _window(function: str, kernel_size: Any, stride: Any, padding: Any) -> tuple
         step = kernel_size if stride is None else stride
         return kernel_size, kernel_size, step, step, padding, padding
     kernel = _pair(function, "kernel_size", kernel_size)
-    strides = kernel if stride is None or stride == [] or stride == () else _pair(function, "stride", stride)
+    unset = stride is None or (isinstance(stride, (tuple, list)) and not stride)
+    strides = kernel if unset else _pair(function, "stride", stride)
     return (*kernel, *strides, *_pair(function, "padding", padding))
 
 
@@ -360,7 +365,7 @@ def avg_pool2d(
 
     input: [N, C, H, W] or [C, H, W], floating. count_include_pad: padding counts as zeros in the mean.
     divisor_override: what to divide each window's sum by, not 0. Returns [.., P, Q]. Raises RuntimeError if padding
-    exceeds half the window.
+    exceeds half the window, IndexError for an input of fewer dimensions.
     """
     if not isinstance(input, Tensor):
         _check_tensor("avg_pool2d", "input", input)
@@ -470,7 +475,7 @@ def max_unpool2d(
     `max_pool2d` returns them. Of values that share a position the last in row-major order stays, and each gets that
     position's gradient. P = (H - 1) stride - 2 padding + kernel_size, unless output_size says (P, Q) or a whole shape,
     less than stride away. Raises ValueError for an output_size out of that range, RuntimeError for an index outside the
-    plane, before anything is written.
+    plane, before anything is written. Autocast on the CPU widens input to float32, as torch's does.
     """
     _check_tensor("max_unpool2d", "input", input)
     _check_tensor("max_unpool2d", "indices", indices)
@@ -518,8 +523,9 @@ def batch_norm(
     """(input - mean) / sqrt(var + eps) * weight + bias per channel, ``torch.nn.functional.batch_norm``.
 
     input: [N, C, ...]; the others [C] or None, in input's dtype or float32. training: use this batch's mean and biased
-    variance, and move the running ones towards them by momentum (the running variance towards the unbiased one).
-    Raises RuntimeError where sizes do not fit, ValueError in training for one value per channel or eps <= 0.
+    variance, and move the running ones towards them by momentum (the running variance towards the unbiased one). They
+    get no gradient. Raises RuntimeError where sizes do not fit, ValueError in training for one value per channel,
+    eps <= 0 or one running statistic without the other.
     """
     return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, activation="none")
 
@@ -545,7 +551,7 @@ def batch_norm_act(
         "batch_norm", running_mean=running_mean, running_var=running_var, weight=weight, bias=bias, residual=residual
     )
     _check_flags("batch_norm", training=training)
-    _check_floats("batch_norm", momentum=momentum, eps=eps)
+    momentum, eps = _float("batch_norm", "momentum", momentum), _float("batch_norm", "eps", eps)
     y: Tensor = _batch_norm_act(
         x, weight, bias, residual, running_mean, running_var, training, momentum, eps, activation, scope.backend
     )[0]
@@ -577,7 +583,7 @@ def bn_act_max_pool2d(
     _check_tensor(name, "x", x)
     _check_optional(name, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     _check_flags(name, training=training, ceil_mode=ceil_mode)
-    _check_floats(name, momentum=momentum, eps=eps)
+    momentum, eps = _float(name, "momentum", momentum), _float(name, "eps", eps)
     window = (*_window(name, kernel_size, stride, padding), *_pair(name, "dilation", dilation), ceil_mode)
     y: Tensor = _bn_act_max_pool2d(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, *window, False, scope.backend

@@ -91,7 +91,7 @@ def _check_pairs(name: str, groups: int, **pairs: tuple[int, int]) -> None:
 
 
 def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, filters: int) -> None:
-    """Raise RuntimeError unless weight and bias [filters] have x's dtype and device."""
+    """Raise RuntimeError unless weight and bias [filters] have x's dtype and device; of a meta x torch asks no device."""
     if x.dtype != weight.dtype:
         raise RuntimeError(f"{name}: input and weight must have the same dtype, but got {x.dtype} and {weight.dtype}")
     if bias is not None:
@@ -102,7 +102,7 @@ def _check_operands(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, f
         if bias.dtype != x.dtype:
             raise RuntimeError(f"{name}: input and bias must have the same dtype, but got {x.dtype} and {bias.dtype}")
     for other, argument in ((weight, "weight"), (bias, "bias")):
-        if other is not None and other.device != x.device:
+        if other is not None and other.device != x.device and not x.is_meta:
             raise RuntimeError(f"{name}: {argument} is on {other.device}, but input is on {x.device}")
 
 
@@ -378,7 +378,9 @@ class Pool2dProblem:
     ) -> Pool2dProblem:
         """Check a call of the pool `name` and describe it. x: [N, C, H, W]."""
         if x.dim() != 4:
-            raise RuntimeError(f"{name}: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
+            missing_axis = name == "avg_pool2d" and x.dim() < 4  # which torch looks up before it counts the axes
+            kind = IndexError if missing_axis else RuntimeError
+            raise kind(f"{name}: expected input of 3 or 4 dimensions, but got {_text(x.shape)}")
         N, C, H, W = x.shape
         if C < 1 or H < 1 or W < 1:
             raise RuntimeError(f"{name}: only the batch may be empty, but got input of {_text(x.shape)}")
@@ -496,7 +498,7 @@ class NormProblem:
             missing = "running_mean" if running_mean is None else "running_var"
             raise RuntimeError(f"batch_norm: {missing} must be given when training=False, but got None")
         if (running_mean is None) != (running_var is None):
-            raise RuntimeError("batch_norm: running_mean and running_var must be given together, but only one was")
+            raise ValueError("batch_norm: running_mean and running_var must be given together, but only one was")
         params = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
         given = {name: t for name, t in params.items() if t is not None}
         param_dtype = next((t.dtype for t in given.values()), x.dtype)

@@ -128,6 +128,31 @@ def test_explain_takes_what_the_function_takes(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.startswith("conv2d_forward: cpu")
 
 
+EXPLAINED = {
+    "adaptive_avg_pool2d": ["--output-size", "2"],
+    "adaptive_max_pool2d": ["--output-size", "2,3"],
+    "avg_pool2d": ["--kernel-size", "2"],
+    "batch_norm": ["--training"],
+    "batch_norm_act": ["--activation", "silu"],
+    "bn_act_max_pool2d": ["--training"],
+    "conv2d": ["--weight", "4,6,3,3", "--padding-mode", "reflect", "--padding", "1"],
+    "conv2d_act": ["--weight", "4,6,3,3", "--activation", "silu"],
+    "conv2d_bn_act": ["--weight", "4,6,3,3"],
+    "conv_transpose2d": ["--weight", "6,4,3,3", "--stride", "2", "--output-padding", "1"],
+    "max_pool2d": ["--kernel-size", "2"],
+    "max_unpool2d": ["--kernel-size", "2"],
+    "squeeze_excite": ["--weight", "2,6", "--gate", "hardsigmoid"],
+}
+
+
+@pytest.mark.parametrize("op", cnnops.functional.__all__)
+def test_explain_knows_every_op(op: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", op, "--input", "2,6,8,9", "--channels-last", *EXPLAINED[op]]) == 0
+    decisions = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(decisions) >= 2
+    assert all(line.endswith(": cpu") for line in decisions), decisions
+
+
 def test_environment_names_no_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch.scope, "backend", "cdna")
     assert_fails(TRAIN, "CNNOPS_BACKEND must be one of", capsys)

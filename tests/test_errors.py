@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerance import assert_same_layout
 from torch import nn
 
 import cnnops
@@ -245,6 +246,9 @@ WRONG = (
     Wrong("avg-no-channels", avg_pool2d((2, 0, 5, 5)), RuntimeError, ("input", "[2, 0, 5, 5]")),
     Wrong("avg-kernel-exceeds-input", avg_pool2d((2, 3, 2, 2), 3), RuntimeError, ("3 x 3", "2 x 2")),
     Wrong("avg-padding-over-half", avg_pool2d(kernel_size=2, padding=2), RuntimeError, ("padding", "(2, 2)")),
+    Wrong("avg-2-d", avg_pool2d((5, 5)), IndexError, ("input", "[5, 5]")),
+    Wrong("avg-5-d", avg_pool2d((1, 1, 3, 5, 5)), RuntimeError, ("input", "[1, 1, 3, 5, 5]")),
+    Wrong("avg-stride-float", avg_pool2d(stride=np.float64(2.0)), TypeError, ("stride", "2.0")),
     Wrong("avg-divisor-0", avg_pool2d(divisor_override=0), RuntimeError, ("divisor", "0")),
     Wrong("avg-int32", avg_pool2d(zeros(1, 1, 4, 4, dtype=torch.int32)), NotImplementedError, ()),
     Wrong("adaptive-no-rows", adaptive((2, 3, 0, 5)), RuntimeError, ("input", "[2, 3, 0, 5]")),
@@ -326,6 +330,10 @@ WRONG = (
         RuntimeError,
         ("running_mean", "float32", "bfloat16"),
     ),
+    Wrong("bn-1-d", batch_norm((3,)), RuntimeError, ("input", "[3]")),
+    Wrong("bn-one-statistic", batch_norm(mean=None, training=True), ValueError, ("running_mean", "running_var")),
+    Wrong("bn-one-statistic-eval", batch_norm(var=None), RuntimeError, ("running_var", "None")),
+    Wrong("bn-eps-complex", batch_norm(eps=1j), TypeError, ("eps", "1j")),
     Wrong("bn-eps-0", batch_norm(training=True, eps=0), ValueError, ("eps", "0")),
     Wrong("bn-eps-negative", batch_norm(training=True, eps=-1), ValueError, ("eps", "-1")),
     Wrong("bn-momentum-none", batch_norm(momentum=None), TypeError, ("momentum", "None")),
@@ -375,7 +383,20 @@ def test_wrong_call(wrong: Wrong) -> None:
         assert word in str(ours.value), f"{word!r} is not in: {ours.value}"
 
 
+def channels_last(*shape: int) -> torch.Tensor:
+    return zeros(*shape).contiguous(memory_format=torch.channels_last)
+
+
 RIGHT: dict[str, Callable[[Any], Any]] = {
+    "conv2d-channels-last": conv2d(channels_last(2, 3, 5, 5)),
+    "conv2d-channels-last-weight": conv2d(weight=channels_last(4, 3, 3, 3)),
+    "convT-channels-last": transposed(channels_last(2, 4, 5, 5)),
+    "max-channels-last": max_pool2d(channels_last(2, 3, 5, 5)),
+    "max-unbatched": max_pool2d((3, 5, 5)),
+    "avg-channels-last": avg_pool2d(channels_last(2, 3, 5, 5)),
+    "adaptive-channels-last": adaptive(channels_last(2, 3, 5, 5)),
+    "adaptive-max-channels-last": adaptive_max(channels_last(2, 3, 5, 5)),
+    "bn-channels-last": batch_norm(channels_last(2, 3, 5, 5)),
     "conv2d-no-batch": conv2d((0, 3, 5, 5)),
     "conv2d-no-channels": conv2d((2, 0, 5, 5), (4, 0, 3, 3)),
     "conv2d-kernel-is-padded-input": conv2d((2, 3, 1, 1), padding=1),
@@ -386,6 +407,10 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "conv2d-uint8": conv2d(zeros(2, 3, 5, 5, dtype=torch.uint8), zeros(4, 3, 3, 3, dtype=torch.uint8)),
     "conv2d-complex64": conv2d(zeros(2, 3, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
     "conv2d-numpy-int": conv2d(stride=np.int64(2), padding=(np.int32(1), 0), groups=np.int64(1)),
+    "conv2d-same-even-kernel": conv2d(weight=(4, 3, 2, 4), padding="same"),
+    "conv2d-denormal": conv2d(torch.full((1, 1, 1, 1), 1e-20), torch.full((1, 1, 1, 1), 1e-20)),
+    "conv2d-meta-input": conv2d(zeros(2, 3, 5, 5).to("meta")),
+    "conv2d-meta-input-bias": conv2d(zeros(2, 3, 5, 5).to("meta"), zeros(4, 3, 3, 3).to("meta"), (4,)),
     "conv2d-reflect-no-batch": lambda library: library.nn.Conv2d(3, 4, 3, padding=2, padding_mode="reflect")(
         zeros(0, 3, 5, 5)
     ),
@@ -397,7 +422,14 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "convT-int64": transposed(zeros(2, 4, 5, 5, dtype=torch.int64), zeros(4, 3, 3, 3, dtype=torch.int64)),
     "convT-complex64": transposed(zeros(2, 4, 5, 5, dtype=torch.complex64), zeros(4, 3, 3, 3, dtype=torch.complex64)),
     "convT-numpy-int": transposed(stride=np.int64(2), output_padding=(np.int32(1), 0), groups=np.int64(1)),
+    "convT-meta-input": transposed(zeros(2, 4, 5, 5).to("meta")),
     "max-numpy-int": max_pool2d(kernel_size=np.int64(2)),
+    "max-numpy-stride": max_pool2d(stride=np.int64(1)),
+    "max-stride-empty": max_pool2d(stride=[]),
+    "max-ceil-last-window-in-padding": max_pool2d((1, 1, 5, 5), stride=3, padding=1, ceil_mode=True),
+    "max-ceil-overlapping": max_pool2d((1, 1, 6, 6), 3, stride=2, padding=1, ceil_mode=True),
+    "avg-ceil-last-window-in-padding": avg_pool2d((1, 1, 5, 5), stride=3, padding=1, ceil_mode=True),
+    "avg-numpy-stride": avg_pool2d(stride=np.int64(1)),
     "max-no-batch": max_pool2d((0, 3, 5, 5)),
     "max-kernel-exceeds-input-ceil": max_pool2d((2, 3, 2, 2), 3, ceil_mode=True),
     "max-int8": max_pool2d(zeros(1, 1, 4, 4, dtype=torch.int8)),
@@ -435,6 +467,8 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "bn-no-channels": batch_norm((2, 0, 2, 2), mean=None, var=None, training=True),
     "bn-bfloat16-with-float32": batch_norm(zeros(2, 3, 2, 2, dtype=BFLOAT), weight=3, bias=3),
     "bn-eps-0-eval": batch_norm(eps=0),
+    "bn-numpy-numbers": batch_norm(momentum=np.float32(0.5), eps=np.int64(1), training=True),
+    "bn-numbers-in-tensors": batch_norm(momentum=torch.tensor(0.5), eps=torch.tensor(1), training=True),
 }
 
 
@@ -445,7 +479,9 @@ def test_call_at_the_edge(id: str) -> None:
     ours, theirs = RIGHT[id](OURS), RIGHT[id](TORCHS)
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
-    assert torch.equal(ours, theirs)
+    assert ours.device == theirs.device
+    assert ours.is_meta or torch.equal(ours, theirs)
+    assert_same_layout(ours, theirs)
 
 
 @pytest.mark.parametrize("id", ["residual-shape", "residual-dtype", "activation"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import io
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +16,9 @@ import torch.nn.functional as F
 from tolerance import assert_close, assert_same_bits, assert_same_layout
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import cnnops
 from cnnops import nn as cnn
@@ -56,11 +61,12 @@ class Twins:
         assert_same(y, *results)
 
     def check_state(self) -> None:
+        """Parameters, and statistics of inputs of unit variance: a mean's terms are about 1, however small it is."""
         states = [module.state_dict() for module in self]
         assert len({len(state) for state in states}) == 1
         for ours, theirs, exact in zip(*(state.values() for state in states), strict=True):
             if ours.is_floating_point():
-                assert_same(ours, theirs, exact)
+                assert_close(ours, theirs, exact, exact.abs() + 1, 1)
             else:
                 assert torch.equal(ours, theirs)
 
@@ -138,11 +144,11 @@ def test_depthwise_conv2d_wants_channels(arguments: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
 def test_conv_bn_act_pads(padding_mode: str) -> None:
-    block = cnn.ConvBNAct(4, 6, 3, padding=1, padding_mode=padding_mode).double().eval()
-    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False, padding_mode=padding_mode).double()
-    plain.load_state_dict(block.conv.state_dict())
-    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
-    assert_same(block(x), F.relu(plain(x) / (1 + block.bn.eps) ** 0.5))
+    block = cnn.ConvBNAct(4, 6, 3, padding=1, padding_mode=padding_mode)
+    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False, padding_mode=padding_mode)
+    pair = Twins(block, nn.Sequential(plain, nn.BatchNorm2d(6)))
+    pair.eval()
+    pair.check(torch.randn(2, 4, 5, 5), None, F.relu)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -347,19 +353,69 @@ def test_max_pool_indices() -> None:
 
 
 def test_adaptive_max_pool_indices() -> None:
-    ours, theirs = twins("AdaptiveMaxPool2d", (2, 4), return_indices=True)
+    ours, theirs, _ = twins("AdaptiveMaxPool2d", (2, 4), return_indices=True)
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
     assert torch.equal(ours(x)[1], theirs(x)[1])
 
 
 def test_max_unpool_is_torchs() -> None:
-    ours, theirs = twins("MaxUnpool2d", 3, stride=2, padding=1)
-    assert isinstance(ours, nn.MaxUnpool2d)
-    x = torch.randn(2, 3, 7, 8, dtype=torch.float64)
+    ours, theirs, _ = twins("MaxUnpool2d", 3, stride=2, padding=1)
+    x = torch.randn(2, 3, 7, 8)
     y, indices = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-    assert_same(ours(y, indices, output_size=x.shape), theirs(y, indices, output_size=x.shape))
+    assert_same_bits(ours(y, indices, output_size=x.shape), theirs(y, indices, output_size=x.shape))
     y, indices = F.max_pool2d(x[:, :, :, 1:], 3, 2, 1, return_indices=True)
-    assert_same(ours(y[0], indices[0]), theirs(y[0], indices[0]))
+    assert_same_bits(ours(y[0], indices[0]), theirs(y[0], indices[0]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("output_size", [None, (11, 12), [12, 11], (2, 6, 12, 12)])
+def test_conv_transpose2d_is_torchs(output_size: Any, bias: bool) -> None:
+    pair, x = twins("ConvTranspose2d", 4, 6, 3, 2, groups=2, bias=bias), torch.randn(2, 4, 5, 5)
+    pair.check(x)
+    assert_same(*(module(x.to(module.weight), output_size) for module in pair))
+    with pytest.raises(ValueError, match="output size"):
+        pair.ours(x, (13, 12))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("activation", ["relu", "none"])
+def test_batch_norm_act_max_pool(activation: str, momentum: float | None) -> None:
+    norm, act = nn.BatchNorm2d(5, momentum=momentum), {"relu": nn.ReLU(), "none": nn.Identity()}[activation]
+    pair = Twins(
+        cnn.BatchNormActMaxPool2d(5, activation=activation, momentum=momentum),
+        nn.Sequential(norm, act, nn.MaxPool2d(3, 2, 1)),
+    )
+    assert list(pair.ours.state_dict()) == list(norm.state_dict())
+    for x in torch.randn(3, 4, 5, 7, 8):
+        pair.check(x)
+    pair.check_state()
+    pair.eval()
+    pair.check(x)
+    shown = f"kernel_size=3, stride=2, padding=1, dilation=1, ceil_mode=False, activation={activation}"
+    assert shown in repr(pair.ours)
+
+
+class ComposedSqueezeExcite(nn.Module):
+    """torchvision's, of torch's own modules."""
+
+    def __init__(self, channels: int, squeeze_channels: int, act: Any, gate: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(channels, squeeze_channels, 1), nn.Conv2d(squeeze_channels, channels, 1)
+        self.act, self.gate = act, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc2(self.act(self.fc1(F.adaptive_avg_pool2d(x, 1)))))
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "hardsigmoid"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_squeeze_excite(activation: str, gate: str) -> None:
+    composed = ComposedSqueezeExcite(12, 4, getattr(F, activation), getattr(F, gate))
+    pair = Twins(cnn.SqueezeExcite(12, 4, activation, gate), composed)
+    shapes = {name: tuple(t.shape) for name, t in pair.ours.state_dict().items()}
+    assert shapes == {name: tuple(t.shape) for name, t in composed.state_dict().items()}
+    pair.check(torch.randn(2, 12, 5, 6))
+    assert f"activation={activation}, gate={gate}" in repr(pair.ours)
 
 
 @pytest.mark.parametrize("layer", [cnn.Conv2dAct(1, 1, 1), cnn.BatchNormAct2d(1), cnn.ConvBNAct(1, 1, 1)])
@@ -371,5 +427,122 @@ def test_repr_says_the_activation(layer: nn.Module) -> None:
 def test_unknown_activation(build: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"activation must be one of none, relu.* but got activation='gelu'"):
         build(1, 1, 1, activation="gelu")
-    with pytest.raises(ValueError, match="BatchNormAct2d: activation"):
-        cnn.BatchNormAct2d(1, activation="gelu")
+
+
+def test_unknown_activation_or_gate() -> None:
+    for build in (cnn.BatchNormAct2d, cnn.BatchNormActMaxPool2d):
+        with pytest.raises(ValueError, match=f"{build.__name__}: activation"):
+            build(1, activation="gelu")
+    with pytest.raises(ValueError, match="SqueezeExcite: activation"):
+        cnn.SqueezeExcite(12, 4, "gelu")
+    with pytest.raises(
+        ValueError, match="SqueezeExcite: gate must be one of sigmoid, hardsigmoid, but got gate='tanh'"
+    ):
+        cnn.SqueezeExcite(12, 4, gate="tanh")
+
+
+# A module of each class, with what it is called with beside an x of [2, 4, 6, 6].
+LAYERS: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
+    "AdaptiveAvgPool2d": (cnn.AdaptiveAvgPool2d((2, 3)), ()),
+    "AdaptiveMaxPool2d": (cnn.AdaptiveMaxPool2d((2, 3)), ()),
+    "AvgPool2d": (cnn.AvgPool2d(2), ()),
+    "BatchNorm2d": (cnn.BatchNorm2d(4), ()),
+    "BatchNormAct2d": (cnn.BatchNormAct2d(4), ()),
+    "BatchNormActMaxPool2d": (cnn.BatchNormActMaxPool2d(4), ()),
+    "Conv2d": (cnn.Conv2d(4, 6, 3, padding=1), ()),
+    "Conv2dAct": (cnn.Conv2dAct(4, 6, 3), ()),
+    "ConvBNAct": (cnn.ConvBNAct(4, 6, 3), ()),
+    "ConvTranspose2d": (cnn.ConvTranspose2d(4, 6, 3, 2), ()),
+    "DepthwiseConv2d": (cnn.DepthwiseConv2d(4, 3, multiplier=2), ()),
+    "MaxPool2d": (cnn.MaxPool2d(2), ()),
+    "MaxUnpool2d": (cnn.MaxUnpool2d(2), (torch.arange(36).view(6, 6).expand(2, 4, 6, 6).contiguous(),)),
+    "SqueezeExcite": (cnn.SqueezeExcite(4, 2), ()),
+}
+
+
+def test_every_module_is_listed() -> None:
+    assert set(LAYERS) == {name for name in cnn.__all__ if isinstance(getattr(cnn, name), type)}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_arguments_are_torchs(name: str) -> None:
+    if hasattr(nn, name):
+        ours, theirs = (inspect.signature(getattr(library, name)) for library in (cnn, nn))
+        assert str(ours) == str(theirs)
+
+
+def saved_and_loaded(layer: nn.Module) -> nn.Module:
+    file, again = io.BytesIO(), copy.deepcopy(layer)
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    for t in again.state_dict().values():
+        t.zero_()
+    again.load_state_dict(torch.load(file, weights_only=True))
+    return again
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        copy.deepcopy,
+        lambda layer: pickle.loads(pickle.dumps(layer)),
+        saved_and_loaded,
+        lambda layer: torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True),
+        lambda layer: functools.partial(checkpoint, copy.deepcopy(layer), use_reentrant=False),
+    ],
+    ids=["deepcopy", "pickle", "save", "compile", "checkpoint"],
+)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_module_after(again: Any, name: str) -> None:
+    torch._dynamo.reset()
+    layer, rest = copy.deepcopy(LAYERS[name][0]), LAYERS[name][1]
+    results = []
+    x = torch.randn(2, 4, 6, 6)
+    for module in (again(layer), layer):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf, *rest)
+        buffers = [] if isinstance(module, functools.partial) else module.buffers()  # a checkpoint runs forward twice
+        results.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaf), *buffers))
+    for a, b in zip(*results, strict=False):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_exported_module(name: str) -> None:
+    layer, rest = copy.deepcopy(LAYERS[name][0]).eval(), LAYERS[name][1]
+    x = torch.randn(2, 4, 6, 6)
+    assert_same_bits(torch.export.export(layer, (x, *rest)).module()(x, *rest).detach(), layer(x, *rest).detach())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_meta_and_float64(name: str) -> None:
+    """Built there, not moved there."""
+    layer, rest = LAYERS[name]
+    made = {
+        "BatchNormAct2d": (4,),
+        "BatchNormActMaxPool2d": (4,),
+        "BatchNorm2d": (4,),
+        "SqueezeExcite": (4, 2),
+        "DepthwiseConv2d": (4, 3),
+    }.get(name, (4, 6, 3))
+    if not list(layer.parameters()):
+        return
+    for device in ("meta", "cpu"):
+        module = type(layer)(*made, device=device, dtype=torch.float64)
+        assert {(t.device.type, t.dtype) for t in module.parameters()} == {(device, torch.float64)}
+        y = module(torch.randn(2, 4, 6, 6, dtype=torch.float64, device=device), *rest)
+        assert (y.device.type, y.dtype) == (device, torch.float64)
+
+
+def test_torchs_own_fusion_takes_ours() -> None:
+    for name, transpose in (("Conv2d", False), ("ConvTranspose2d", True)):
+        pair = Twins(
+            nn.Sequential(getattr(cnn, name)(4, 6, 3), cnn.BatchNorm2d(6)),
+            nn.Sequential(getattr(nn, name)(4, 6, 3), nn.BatchNorm2d(6)),
+        )
+        pair.eval()
+        x = torch.randn(2, 4, 6, 6)
+        fused = fuse_conv_bn_eval(*pair.ours, transpose=transpose)
+        assert type(fused) is type(pair.ours[0])
+        theirs, exact = (fuse_conv_bn_eval(*pair_, transpose=transpose) for pair_ in (pair.theirs, pair.exact))
+        assert_same(fused(x), theirs(x), exact(x.double()))

@@ -467,6 +467,19 @@ def test_autocast_leaves_norms_and_pools(dtype: torch.dtype) -> None:
         assert CF.max_pool2d(x, 2).dtype == dtype
         assert CF.avg_pool2d(x, 2).dtype == dtype
         assert CF.adaptive_avg_pool2d(x, 2).dtype == dtype
+        assert CF.adaptive_max_pool2d(x, 2).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_autocast_unpools_in_float32(dtype: torch.dtype) -> None:
+    x, dx = tensor(2, 3, 6, 8).to(dtype).requires_grad_(), []
+    y, indices = F.max_pool2d(x, 2, return_indices=True)
+    for library in (CF, F):
+        with torch.autocast("cpu", torch.bfloat16):
+            z = library.max_unpool2d(y, indices, 2)
+        assert z.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        dx += torch.autograd.grad(z.square().sum(), x, retain_graph=True)
+    assert_same_bits(*dx)
 
 
 def _all_calls() -> list[Any]:
@@ -503,6 +516,49 @@ def test_fake_outputs_have_the_real_strides(function: Any, x_shape: Any, weight_
             meta = function(*[t.to("meta") for t in tensors])
             for found in (fake, meta):
                 assert (found.shape, found.dtype, found.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize(
+    "call",
+    # an uneven "same" takes torch's own F.pad, whose fake gradient forgets channels_last
+    [call for call in CALLS if call.id != "conv2d-reflect-even"],
+    ids=lambda call: call.id,
+)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "transposed"])
+def test_fake_calls_have_the_real_strides(call: Call, layout: str) -> None:
+    """As above, for every op and its gradients."""
+    tensors = [helpers.laid_out(t, layout).requires_grad_() for t in call.tensors()]
+    with cnnops.use_backend("cpu"):
+        real = [call.function(*tensors)]
+        real += torch.autograd.grad(real[0].sum(), tensors)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(t) for t in tensors]
+            fake = [call.function(*fakes)]
+            fake += torch.autograd.grad(fake[0].sum(), fakes)
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@each_call
+def test_inference_mode(call: Call) -> None:
+    with cnnops.use_backend("cpu"), torch.no_grad():
+        expected = call.function(*call.tensors())
+        with torch.inference_mode():
+            y = call.function(*[t.clone() for t in call.tensors()])
+    assert y.is_inference()
+    assert_same_bits(y, expected)
+
+
+@each_call
+def test_torchs_deterministic_mode_refuses_nothing(call: Call) -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with cnnops.use_backend("cpu"):
+        expected = results(call.function, call.tensors())
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert_all_same_bits(results(call.function, call.tensors()), expected)
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @on("conv2d_forward")

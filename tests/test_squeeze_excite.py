@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cnnops
 import cnnops.functional as CF
-from cnnops import nn as cnn
 from cnnops.geometry import is_channels_last
 
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2")
@@ -248,29 +247,6 @@ def test_flops_are_those_of_two_layers() -> None:
             function(*leaves).sum().backward()
         totals.append(counter.get_total_flops())
     assert totals[0] == totals[1] > 0
-
-
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_module(activation: str, gate: str) -> None:
-    block = cnn.SqueezeExcite(12, 4, activation, gate).double()
-    state = {name: tuple(t.shape) for name, t in block.state_dict().items()}
-    assert state == {
-        "fc1.weight": (4, 12, 1, 1),
-        "fc1.bias": (4,),
-        "fc2.weight": (12, 4, 1, 1),
-        "fc2.bias": (12,),
-    }
-    x = torch.randn(2, 12, 5, 6, dtype=torch.float64)
-    with cnnops.use_backend("cpu"):
-        torch.testing.assert_close(block(x), composed(activation, gate)(x, *block.parameters()))
-    assert f"activation={activation}, gate={gate}" in repr(block)
-    with pytest.raises(
-        ValueError, match="SqueezeExcite: gate must be one of sigmoid, hardsigmoid, but got gate='tanh'"
-    ):
-        cnn.SqueezeExcite(12, 4, gate="tanh")
-    with pytest.raises(ValueError, match="SqueezeExcite: activation"):
-        cnn.SqueezeExcite(12, 4, "gelu")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.common_types import _size_2_t
 
@@ -68,12 +69,14 @@ class ConvBNAct(nn.Module):
         bias: bool = False,
         activation: str = "relu",
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.conv = Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self.bn = BatchNormAct2d(out_channels, activation=activation)
+        self.bn = BatchNormAct2d(out_channels, activation=activation, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [N, C, H, W]; residual: [N, K, P, Q] or None. Returns [N, K, P, Q]."""

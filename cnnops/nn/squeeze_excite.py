@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from cnnops import functional
@@ -16,12 +19,20 @@ class SqueezeExcite(nn.Module):
     fc1.bias, fc2.weight [channels, squeeze_channels, 1, 1], fc2.bias.
     """
 
-    def __init__(self, channels: int, squeeze_channels: int, activation: str = "relu", gate: str = "sigmoid") -> None:
+    def __init__(
+        self,
+        channels: int,
+        squeeze_channels: int,
+        activation: str = "relu",
+        gate: str = "sigmoid",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_activation(type(self).__name__, activation)
         check_gate(type(self).__name__, gate)
-        self.fc1 = nn.Conv2d(channels, squeeze_channels, 1)
-        self.fc2 = nn.Conv2d(squeeze_channels, channels, 1)
+        self.fc1 = nn.Conv2d(channels, squeeze_channels, 1, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(squeeze_channels, channels, 1, device=device, dtype=dtype)
         self.activation, self.gate = activation, gate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..geometry import Pool2dProblem, is_channels_last
-from .registry import Function, empty, register
+from ..torch_private import autocast_keys, exclude_keys
+from .registry import Function, empty, library, register
 
 
 class MaxUnpool2d(Function):
@@ -82,3 +83,14 @@ max_unpool2d_backward = register(
     fake=_fake_backward,
     function=MaxUnpool2dBackward,
 )
+
+
+def _widened(x: Tensor, *args: Any) -> Any:
+    """The call as torch's autocast makes it on the CPU (on CUDA it leaves it alone): in float32."""
+    with exclude_keys(autocast_keys("CPU")):
+        return torch.ops.cnnops.max_unpool2d.default(
+            x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, *args
+        )
+
+
+library.impl("max_unpool2d", _widened, "AutocastCPU")
