@@ -31,7 +31,7 @@ from ..torch_private import (
     inside_a_transform,
     transforming,
 )
-from .batching import Dims, Rule, for_each_sample
+from .batching import Dims, Rule, for_each_sample, for_no_sample
 
 library = torch.library.Library("cnnops", "DEF")
 
@@ -230,6 +230,8 @@ def register(
             shared = [t for t, dim in zip(args, dims, strict=True) if dim is None and isinstance(t, Tensor)]
             if any(t is each for t in written(*args) for each in shared):
                 raise RuntimeError(f"{name}: vmap cannot write to a tensor that all samples share, but got one")
+        if info.batch_size == 0:
+            return for_no_sample(op, dims, *args)
         return batched(op, info.batch_size, dims, *args)
 
     for device in ("CPU", "CUDA"):
