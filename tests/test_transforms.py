@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from test_registration import NativeCalls
 from tolerance import assert_close, assert_same_bits
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
@@ -440,6 +441,88 @@ def test_every_op_has_a_batching_rule(name: str, native: NativeCalls) -> None:
             assert torch.equal(t, expected)
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", registration.OPS)
+def test_no_sample(name: str, axis: int) -> None:
+    """An empty batch results in empty batches of what a sample results in."""
+    op, args = registration.op_arguments(name)
+    places = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
+    tensors = [args[i].detach() for i in places]
+
+    def function(*tensors: Tensor) -> Any:
+        replaced = dict(zip(places, tensors, strict=True))
+        return [t for t in tree_leaves(op(*[replaced.get(i, arg) for i, arg in enumerate(args)])) if t is not None]
+
+    got = vmap(function, axis)(*[torch.stack([t, t], axis).narrow(axis, 0, 0).clone() for t in tensors])
+    for t, sample in zip(got, function(*[t.clone() for t in tensors]), strict=True):
+        assert (t.shape, t.dtype) == ((0, *sample.shape), sample.dtype)
+
+
+@each_op
+def test_derivatives_of_no_sample(op: Op) -> None:
+    """Mapped arguments get as many gradients, shared ones a gradient of zeros."""
+    x, *rest = [t[:0] for t in op.tensors(samples=1)]
+    shared = op.tensors()[1:]
+    axes = (0, *[None] * len(shared))
+    scalar, places = everywhere(op.ours, len(axes))
+    for t, g in zip([x, *rest], vmap(grad(scalar, places))(x, *rest), strict=True):
+        assert g.shape == t.shape
+    scalar, places = everywhere(vmap(op.ours, axes), len(axes))
+    for t, g in zip([x, *shared], grad(scalar, places)(x, *shared), strict=True):
+        assert torch.equal(g, torch.zeros_like(t))
+    y, tangent = jvp(vmap(op.ours), (x, *rest), (x, *rest))
+    assert y.shape == tangent.shape == (0, *op.ours(*op.tensors()).shape)
+
+
+def test_a_sample_of_nan_stays_alone() -> None:
+    """Layers of each sample's own."""
+    tensors = next(op for op in OPS if op.id == "squeeze_excite").tensors(samples=3)
+    expected = vmap(CF.squeeze_excite)(*tensors)
+    tensors[1][1] = float("nan")
+    got = vmap(CF.squeeze_excite)(*tensors)
+    assert got[1].isnan().all()
+    assert_same_bits(got[::2], expected[::2])
+
+
+def test_windows_without_a_tap_have_no_tangent() -> None:
+    """Nor a gradient: the one window begins in the padding and steps over the input."""
+
+    def pool(x: Tensor) -> Tensor:
+        return CF.max_pool2d(x, 2, 1, 1, 2)
+
+    x = torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    y, tangent = jvp(pool, (x,), (x,))
+    assert torch.equal(y, torch.full_like(x, float("-inf")))
+    assert torch.equal(tangent, torch.zeros_like(x))
+    assert torch.equal(at_dual_level(pool)(x), torch.zeros_like(x))
+    assert torch.equal(vmap(grad(lambda x: pool(x).exp().sum()))(x[None])[0], torch.zeros_like(x))
+    # the gradient's own gradient and tangent, in both modes
+    _, pullback = torch.func.vjp(pool, x)
+    assert torch.equal(torch.func.vjp(lambda dy: pullback(dy)[0], y)[1](x)[0], torch.zeros_like(x))
+    assert torch.equal(jvp(lambda dy: pullback(dy)[0], (x,), (x,))[1], torch.zeros_like(x))
+
+    def norm_and_pool(x: Tensor) -> Tensor:
+        return CF.bn_act_max_pool2d(x, None, None, None, None, True, 0.1, 1e-5, 2, 1, 1, 2)
+
+    assert torch.equal(jvp(norm_and_pool, (x,), (x,))[1], torch.zeros_like(x))
+
+
+def test_unpooled_values_that_meet() -> None:
+    """The last stays, with its tangent; each gets the place's gradient."""
+    x, where = registration.tensor(3, *X), torch.zeros(3, *X, dtype=torch.int64)
+
+    def unpool(x: Tensor, where: Tensor) -> Tensor:
+        return CF.max_unpool2d(x, where, 2)
+
+    expected = torch.stack([unpool(*sample) for sample in zip(x, where, strict=True)])
+    y, tangent = jvp(lambda x: vmap(unpool)(x, where), (x,), (3 * x,))
+    assert torch.equal(y, expected)
+    assert torch.equal(tangent, 3 * y)
+    assert torch.equal(y[..., 0, 0], x[..., -1, -1])
+    gradient = vmap(grad(lambda *t: unpool(*t).square().sum()))(x, where)
+    assert torch.equal(gradient, 2 * x[..., -1:, -1:].expand_as(x))
+
+
 def test_loss_of_an_ensemble_is_one_call_for_each_layer(native: NativeCalls) -> None:
     """Models by vmap over their parameters, as torch.func.stack_module_state has them."""
     models = [cnnops.nn.ConvBNAct(3, 4, 3, padding=1).eval() for _ in range(3)]
@@ -500,6 +583,29 @@ def test_compiled_without_graph_breaks(op: Op, transform: str) -> None:
     got = tree_leaves(torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors))
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert_close(a, b, b.double(), b.abs().amax().double().expand_as(b), tensors[0].numel(), f"result {i}")
+
+
+def test_compiled_composite() -> None:
+    """Traced by a mode alone, it is still taken apart where there are tangents, and nowhere else."""
+    x, weight, *_, residual = next(op for op in OPS if op.id == "conv2d_bn_act").tensors()
+    mean, var = torch.zeros(6), torch.ones(6)
+    graphs: list[list[str]] = []
+
+    def function(x: Tensor) -> Tensor:
+        geometry = (2, 1, 1, 0, 1, 1, 2, 0)
+        args = (None, residual, mean, var, None, None, *geometry, 1e-5, "silu", "cpu")
+        return torch.ops.cnnops.conv2d_bn_act(x, weight, *args)
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if "cnnops" in str(node.target)])
+        return graph
+
+    for transformed in (function, at_dual_level(function), lambda x: jvp(function, (x,), (x,))[1]):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+        assert_same_bits(compiled(x), transformed(x))
+    assert graphs[0] == ["cnnops.conv2d_bn_act.default"]
+    assert not [name for graph in graphs[1:] for name in graph if "bn_act" in name]
 
 
 def test_autocast_inside_a_transform() -> None:
