@@ -267,6 +267,20 @@ def test_gradients_of_each_sample(op: Op, native: NativeCalls) -> None:
 
 
 @each_op
+def test_gradients_of_each_sample_by_x_alone(op: Op, native: NativeCalls) -> None:
+    """Samples are images to every op, where no parameter wants a gradient and no statistic is of a batch."""
+    axes = (0, *[None] * (len(op.shapes) - 1))
+
+    def gradients(function: Function) -> Function:
+        return vmap(grad(lambda *t: function(*t).sin().sum()), axes)
+
+    tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
+    gradients(op.ours)(*tensors)
+    assert max(Counter(name for name, _ in native.calls).values()) == 1
+    check(op, gradients, tensors)
+
+
+@each_op
 def test_gradient_of_all_samples(op: Op, native: NativeCalls) -> None:
     """grad over vmap."""
     for axes in combinations(op):

@@ -211,21 +211,17 @@ def along_norm(tensors: str, results: str) -> Rule:
     tensors: a letter for each, "x" for images, "c" for a number for each channel; the last two are the running
     statistics, training follows them. results: likewise, "-" for one that is left alone.
     """
-    count = len(tensors)
+    last = slice(len(tensors) - 2, len(tensors))
 
     def rule(op: Any, size: int, dims: Dims, *args: Any) -> Any:
-        training = args[count]
+        training = args[last.stop]
         axes = _axes_of_norm(tensors, dims, training)
-        # Folded here: what the call writes to them goes back to the samples.
-        running = [
-            fold(t, dim, axes["c"], size) for t, dim in zip(args[count - 2 : count], dims[count - 2 :], strict=False)
-        ]
-        places = tuple(axes[kind] for kind in results)
-        found = along([axes[kind] for kind in tensors[:-2]], places)(
-            op, size, dims, *args[: count - 2], *running, *args[count:]
-        )
+        # Folded here, so that what the call writes to them can go back to the samples.
+        running = [fold(t, dim, axes["c"], size) for t, dim in zip(args[last], dims[last], strict=True)]
+        folded = along([axes[kind] for kind in tensors[:-2]], tuple(axes[kind] for kind in results))
+        found = folded(op, size, dims, *args[: last.start], *running, *args[last.stop :])
         if training:
-            for t, dim, updated in zip(args[count - 2 : count], dims[count - 2 :], running, strict=False):
+            for t, dim, updated in zip(args[last], dims[last], running, strict=True):
                 if t is not None:
                     t.movedim(dim, 0).copy_(unfold(updated, 0, size)[0])
         return found
@@ -240,8 +236,8 @@ def along_norm_backward(tensors: str, results: str) -> Rule:
         first = len(args) - 1 - len(results)
         sums = any(need for need, kind in zip(args[first:-1], results, strict=True) if kind == "c")
         axes = _axes_of_norm(tensors, dims, args[len(tensors)] or sums)
-        found = along([axes[kind] for kind in tensors], tuple(axes[kind] for kind in results))
-        return found(op, size, dims, *args)
+        folded = along([axes[kind] for kind in tensors], tuple(axes[kind] for kind in results))
+        return folded(op, size, dims, *args)
 
     return rule
 

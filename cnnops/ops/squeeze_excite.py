@@ -39,8 +39,8 @@ class SqueezeExcite(Function):
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         activation, gate, _ = ctx.args
 
-        def formula(*tensors: Any) -> tuple[Tensor]:
-            return aten.squeeze_excite_forward(*tensors, activation, gate)[:1]
+        def formula(x: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> tuple[Tensor]:
+            return aten.squeeze_excite_forward(x, weight1, bias1, weight2, bias2, activation, gate)[:1]
 
         return (*tangents_of(formula, ctx.saved_tensors[:5], tangents[:5]), None, None, None)
 
@@ -82,9 +82,9 @@ def _gradients(
     *needs: bool,
 ) -> tuple[Tensor | None, ...]:
     """The wanted gradients by torch's own differentiable ops."""
-    forward: tuple[Any, ...] = (x, weight1, bias1, weight2, bias2, activation, gate)
-    _, *small = aten.squeeze_excite_forward(*forward)
-    arguments: tuple[Any, ...] = (dy, x, weight1, bias1, weight2, bias2, *small, activation, gate, *needs)
+    layers = weight1, bias1, weight2, bias2
+    _, *small = aten.squeeze_excite_forward(x, *layers, activation, gate)
+    arguments: tuple[Any, ...] = (dy, x, *layers, *small, activation, gate, *needs)
     return aten.squeeze_excite_backward(*arguments)
 
 
