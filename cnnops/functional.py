@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import SymFloat, SymInt, Tensor, channels_last
+from torch import SymFloat, SymInt, Tensor
 
 from .dispatch import scope
 from .geometry import is_channels_last, pad_mode_of
@@ -129,7 +129,7 @@ def _padding(
             sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
             padded = F.pad(input, sides, padding_mode)
             if is_channels_last(input):  # which torch's circular padding forgets
-                padded = padded.contiguous(memory_format=channels_last)
+                padded = padded.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # a layout that vmap can ask for
             return padded, (0, 0), 0
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (pad_h, pad_w), 0 if (pad_h, pad_w) == (0, 0) else pad_mode

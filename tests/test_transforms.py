@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from test_registration import NativeCalls
 from tolerance import assert_close, assert_same_bits
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
@@ -43,6 +45,10 @@ class Op:
     ours: Function
     theirs: Function
     shapes: tuple[tuple[int, ...], ...]
+    calls: int = 1
+    """Native calls of the function, mapped or not."""
+    loops: bool = False
+    """Whether three samples with layers of their own, or gradients of theirs, are three calls."""
 
     def tensors(self, dtype: torch.dtype = torch.float32, samples: int | None = None) -> list[Tensor]:
         lead = () if samples is None else (samples,)
@@ -84,13 +90,86 @@ def _batch_norm_act(activation: str, training: bool) -> Op:
     )
 
 
+def _padded(function: Function) -> Function:
+    """A convolution by torch, reflecting."""
+    return lambda x, *rest: function(F.pad(x, (2, 2, 1, 1), "reflect"), *rest)
+
+
+def _conv2d_bn_act(library: Any) -> Function:
+    def function(x: Tensor, weight: Tensor, bias: Tensor, bn_weight: Tensor, bn_bias: Tensor, residual: Tensor) -> Any:
+        mean, var = torch.linspace(-1, 1, 6).to(x), torch.linspace(4, 9, 6).to(x)
+        if library is CF:
+            return CF.conv2d_bn_act(
+                x, weight, bias, mean, var, bn_weight, bn_bias, False, 0.1, 1e-5, *CONV, residual, "silu"
+            )
+        y = F.batch_norm(F.conv2d(x, weight, bias, *CONV), mean, var, bn_weight, bn_bias, False, 0.1, 1e-5)
+        return F.silu(y + residual)
+
+    return function
+
+
+def _bn_act_max_pool2d(activation: str, training: bool) -> Op:
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        statistics = (None, None) if training else (MEAN.to(x), VAR.to(x))
+        return CF.bn_act_max_pool2d(x, *statistics, weight, bias, training, 0.1, 1e-5, activation=activation)
+
+    return Op(
+        f"bn_act_max_pool2d-{activation}-{'train' if training else 'eval'}",
+        ours,
+        lambda x, w, b: F.max_pool2d(ACTIVATE[activation](_norm(x, w, b, training)), 3, 2, 1),
+        (X, (4,), (4,)),
+    )
+
+
+def _squeeze_excite(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    hidden = F.silu(F.conv2d(x.mean((2, 3), keepdim=True), w1, b1))
+    return x * torch.sigmoid(F.conv2d(hidden, w2, b2))
+
+
+PLACES = (torch.arange(2 * 4 * 5 * 6) * 7 % 120).view(X)
+"""Where unpooling puts values in planes of 10 x 12; none meet."""
+
+
+def _unpooled(x: Tensor) -> Tensor:
+    return (
+        torch.zeros_like(x)
+        .repeat(1, 1, 2, 2)
+        .flatten(2)
+        .scatter(2, PLACES.flatten(2), x.flatten(2))
+        .unflatten(2, (10, 12))
+    )
+
+
 OPS = (
     Op("conv2d", lambda x, w, b: CF.conv2d(x, w, b, *CONV), lambda x, w, b: F.conv2d(x, w, b, *CONV), (X, WEIGHT, (6,))),
+    Op(
+        "conv2d-reflect",
+        lambda x, w, b: CF.conv2d(x, w, b, (2, 1), (1, 2), 1, 2, padding_mode="reflect"),
+        _padded(lambda x, w, b: F.conv2d(x, w, b, (2, 1), 0, 1, 2)),
+        (X, WEIGHT, (6,)),
+    ),
+    Op(
+        "conv_transpose2d",
+        lambda x, w, b: CF.conv_transpose2d(x, w, b, (2, 1), (1, 0), (1, 0), 2),
+        lambda x, w, b: F.conv_transpose2d(x, w, b, (2, 1), (1, 0), (1, 0), 2),
+        (X, (4, 3, 3, 2), (6,)),
+    ),
     *(_conv2d_act(activation) for activation in ACTIVATE),
+    Op("conv2d_bn_act", _conv2d_bn_act(CF), _conv2d_bn_act(F), (X, WEIGHT, *[(6,)] * 3, Y), 2),
     Op("max_pool2d", lambda x: CF.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), (X,)),
     Op("avg_pool2d", lambda x: CF.avg_pool2d(x, 3, 2, 1, True, False), lambda x: F.avg_pool2d(x, 3, 2, 1, True, False), (X,)),
     Op("adaptive_avg_pool2d", lambda x: CF.adaptive_avg_pool2d(x, (3, 4)), lambda x: F.adaptive_avg_pool2d(x, (3, 4)), (X,)),
+    Op("adaptive_max_pool2d", lambda x: CF.adaptive_max_pool2d(x, (3, 4)), lambda x: F.adaptive_max_pool2d(x, (3, 4)), (X,)),
+    Op("max_unpool2d", lambda x: CF.max_unpool2d(x, PLACES, 2), _unpooled, (X,)),
     *(_batch_norm_act(activation, training) for activation in ACTIVATE for training in (True, False)),
+    *(_bn_act_max_pool2d("silu", training) for training in (True, False)),
+    Op(
+        "squeeze_excite",
+        lambda *t: CF.squeeze_excite(*t, "silu"),
+        _squeeze_excite,
+        (X, (3, 4, 1, 1), (3,), (4, 3, 1, 1), (4,)),
+        loops=True,
+    ),
 )  # fmt: skip
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.id)
 
@@ -143,13 +222,14 @@ def combinations(op: Op) -> list[tuple[int | None, ...]]:
 
 
 @each_op
-def test_vmap_is_one_native_call(op: Op, native: NativeCalls) -> None:
+def test_vmap_is_one_native_call_where_it_can_be(op: Op, native: NativeCalls) -> None:
     for axes in combinations(op):
         tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
         native.calls.clear()
         dispatch._chosen.clear()
         vmap(op.ours, axes)(*tensors)
-        assert len(native.calls) == 1, (axes, [name for name, _ in native.calls])
+        expected = 3 if op.loops and any(axis is not None for axis in axes[1:]) else op.calls
+        assert len(native.calls) == expected, (axes, [name for name, _ in native.calls])
         check(op, lambda function, axes=axes: vmap(function, axes), tensors)
 
 
@@ -160,7 +240,7 @@ def test_nested_vmap(op: Op, native: NativeCalls) -> None:
     x = torch.stack([both[0], 2 * both[0]], 1)  # 3 x 2 samples
     shared = [None] * (len(op.shapes) - 1)
     check(op, lambda f: vmap(vmap(f, (0, *shared)), (1, *shared), out_dims=-1), [x, *op.tensors()[1:]])
-    assert len(native.calls) == 1
+    assert len(native.calls) == op.calls
     if shared:
         check(op, lambda f: vmap(vmap(f, (0, *shared)), (None, *[0 for _ in shared])), [inner[0], *outer[1:]])
         check(op, lambda f: vmap(vmap(f, (None, *[0 for _ in shared])), (0, *shared)), [outer[0], *inner[1:]])
@@ -182,8 +262,22 @@ def test_gradients_of_each_sample(op: Op, native: NativeCalls) -> None:
         dispatch._chosen.clear()
         gradients(op.ours)(*tensors)
         names = [name for name, _ in native.calls]
-        assert len(names) == len(set(names)), names
+        assert max(Counter(names).values()) == (3 if op.loops else 1), names
         check(op, gradients, tensors)
+
+
+@each_op
+def test_gradients_of_each_sample_by_x_alone(op: Op, native: NativeCalls) -> None:
+    """Samples are images to every op, where no parameter wants a gradient and no statistic is of a batch."""
+    axes = (0, *[None] * (len(op.shapes) - 1))
+
+    def gradients(function: Function) -> Function:
+        return vmap(grad(lambda *t: function(*t).sin().sum()), axes)
+
+    tensors = mapped(op.tensors(), op.tensors(samples=3), axes)
+    gradients(op.ours)(*tensors)
+    assert max(Counter(name for name, _ in native.calls).values()) == 1
+    check(op, gradients, tensors)
 
 
 @each_op
@@ -200,7 +294,7 @@ def test_gradient_of_all_samples(op: Op, native: NativeCalls) -> None:
 
         check(op, gradient, tensors)
     names = [name for name, _ in native.calls]
-    assert len(names) <= 3 * len(combinations(op))
+    assert len(names) <= (6 if op.loops else 3) * op.calls * len(combinations(op))
 
 
 @each_op
@@ -336,7 +430,7 @@ def test_gradcheck(op: Op) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", registration.OPS)
 def test_every_op_has_a_batching_rule(name: str, native: NativeCalls) -> None:
-    """All tensors of torch.ops' entry mapped: one native call, and the results of a loop."""
+    """All tensors of torch.ops' entry mapped: one native call where samples fit into one, and the results of a loop."""
     op, args = registration.op_arguments(name)
     places = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
 
@@ -351,13 +445,96 @@ def test_every_op_has_a_batching_rule(name: str, native: NativeCalls) -> None:
     each = [function(*[t.clone() for t in sample]) for sample in samples]
     native.calls.clear()
     got = vmap(function)(*[torch.stack(pair) for pair in zip(*samples, strict=True)])
-    assert len(native.calls) == 1
+    composite, looped = name == "conv2d_bn_act", name.startswith("squeeze_excite")
+    assert len(native.calls) == (2 if composite or looped else 1)
     for t, *expected in zip(got, *each, strict=True):
         expected = torch.stack(expected)
         if t.is_floating_point():
             assert_close(t, expected, expected.double(), expected.double().abs().amax().expand_as(t), 128)
         else:
             assert torch.equal(t, expected)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+@pytest.mark.parametrize("name", registration.OPS)
+def test_no_sample(name: str, axis: int) -> None:
+    """An empty batch results in empty batches of what a sample results in."""
+    op, args = registration.op_arguments(name)
+    places = [i for i, t in enumerate(args) if isinstance(t, Tensor)]
+    tensors = [args[i].detach() for i in places]
+
+    def function(*tensors: Tensor) -> Any:
+        replaced = dict(zip(places, tensors, strict=True))
+        return [t for t in tree_leaves(op(*[replaced.get(i, arg) for i, arg in enumerate(args)])) if t is not None]
+
+    got = vmap(function, axis)(*[torch.stack([t, t], axis).narrow(axis, 0, 0).clone() for t in tensors])
+    for t, sample in zip(got, function(*[t.clone() for t in tensors]), strict=True):
+        assert (t.shape, t.dtype) == ((0, *sample.shape), sample.dtype)
+
+
+@each_op
+def test_derivatives_of_no_sample(op: Op) -> None:
+    """Mapped arguments get as many gradients, shared ones a gradient of zeros."""
+    x, *rest = [t[:0] for t in op.tensors(samples=1)]
+    shared = op.tensors()[1:]
+    axes = (0, *[None] * len(shared))
+    scalar, places = everywhere(op.ours, len(axes))
+    for t, g in zip([x, *rest], vmap(grad(scalar, places))(x, *rest), strict=True):
+        assert g.shape == t.shape
+    scalar, places = everywhere(vmap(op.ours, axes), len(axes))
+    for t, g in zip([x, *shared], grad(scalar, places)(x, *shared), strict=True):
+        assert torch.equal(g, torch.zeros_like(t))
+    y, tangent = jvp(vmap(op.ours), (x, *rest), (x, *rest))
+    assert y.shape == tangent.shape == (0, *op.ours(*op.tensors()).shape)
+
+
+def test_a_sample_of_nan_stays_alone() -> None:
+    """Layers of each sample's own."""
+    tensors = next(op for op in OPS if op.id == "squeeze_excite").tensors(samples=3)
+    expected = vmap(CF.squeeze_excite)(*tensors)
+    tensors[1][1] = float("nan")
+    got = vmap(CF.squeeze_excite)(*tensors)
+    assert got[1].isnan().all()
+    assert_same_bits(got[::2], expected[::2])
+
+
+def test_windows_without_a_tap_have_no_tangent() -> None:
+    """Nor a gradient: the one window begins in the padding and steps over the input."""
+
+    def pool(x: Tensor) -> Tensor:
+        return CF.max_pool2d(x, 2, 1, 1, 2)
+
+    x = torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    y, tangent = jvp(pool, (x,), (x,))
+    assert torch.equal(y, torch.full_like(x, float("-inf")))
+    assert torch.equal(tangent, torch.zeros_like(x))
+    assert torch.equal(at_dual_level(pool)(x), torch.zeros_like(x))
+    assert torch.equal(vmap(grad(lambda x: pool(x).exp().sum()))(x[None])[0], torch.zeros_like(x))
+    # the gradient's own gradient and tangent, in both modes
+    _, pullback = torch.func.vjp(pool, x)
+    assert torch.equal(torch.func.vjp(lambda dy: pullback(dy)[0], y)[1](x)[0], torch.zeros_like(x))
+    assert torch.equal(jvp(lambda dy: pullback(dy)[0], (x,), (x,))[1], torch.zeros_like(x))
+
+    def norm_and_pool(x: Tensor) -> Tensor:
+        return CF.bn_act_max_pool2d(x, None, None, None, None, True, 0.1, 1e-5, 2, 1, 1, 2)
+
+    assert torch.equal(jvp(norm_and_pool, (x,), (x,))[1], torch.zeros_like(x))
+
+
+def test_unpooled_values_that_meet() -> None:
+    """The last stays, with its tangent; each gets the place's gradient."""
+    x, where = registration.tensor(3, *X), torch.zeros(3, *X, dtype=torch.int64)
+
+    def unpool(x: Tensor, where: Tensor) -> Tensor:
+        return CF.max_unpool2d(x, where, 2)
+
+    expected = torch.stack([unpool(*sample) for sample in zip(x, where, strict=True)])
+    y, tangent = jvp(lambda x: vmap(unpool)(x, where), (x,), (3 * x,))
+    assert torch.equal(y, expected)
+    assert torch.equal(tangent, 3 * y)
+    assert torch.equal(y[..., 0, 0], x[..., -1, -1])
+    gradient = vmap(grad(lambda *t: unpool(*t).square().sum()))(x, where)
+    assert torch.equal(gradient, 2 * x[..., -1:, -1:].expand_as(x))
 
 
 def test_loss_of_an_ensemble_is_one_call_for_each_layer(native: NativeCalls) -> None:
@@ -420,6 +597,29 @@ def test_compiled_without_graph_breaks(op: Op, transform: str) -> None:
     got = tree_leaves(torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors))
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert_close(a, b, b.double(), b.abs().amax().double().expand_as(b), tensors[0].numel(), f"result {i}")
+
+
+def test_compiled_composite() -> None:
+    """Traced by a mode alone, it is still taken apart where there are tangents, and nowhere else."""
+    x, weight, *_, residual = next(op for op in OPS if op.id == "conv2d_bn_act").tensors()
+    mean, var = torch.zeros(6), torch.ones(6)
+    graphs: list[list[str]] = []
+
+    def function(x: Tensor) -> Tensor:
+        geometry = (2, 1, 1, 0, 1, 1, 2, 0)
+        args = (None, residual, mean, var, None, None, *geometry, 1e-5, "silu", "cpu")
+        return torch.ops.cnnops.conv2d_bn_act(x, weight, *args)
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if "cnnops" in str(node.target)])
+        return graph
+
+    for transformed in (function, at_dual_level(function), lambda x: jvp(function, (x,), (x,))[1]):
+        torch._dynamo.reset()
+        compiled = torch.compile(transformed, fullgraph=True, backend=aot_autograd(fw_compiler=note))
+        assert_same_bits(compiled(x), transformed(x))
+    assert graphs[0] == ["cnnops.conv2d_bn_act.default"]
+    assert not [name for graph in graphs[1:] for name in graph if "bn_act" in name]
 
 
 def test_autocast_inside_a_transform() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.aten import activation_gradient
 from ..geometry import ACTIVATIONS_FROM_INPUT, NormProblem, is_channels_last
-from .batching import Dims, along, fold, unfold
+from .batching import Dims, Rule, along, fold, unfold
 from .registry import Function, differentiate, empty, register, tangents_of
 
 
@@ -45,10 +45,10 @@ class BatchNormAct(Function):
     def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, tresidual: Any, *__: Any) -> Any:
         x, weight, bias, residual, y, mean, rstd = ctx.saved_tensors
         training, eps, activation, _ = ctx.args
-        (tz,) = tangents_of(_affine, (x, weight, bias), (tx, tweight, tbias), mean, rstd, training, eps)
+        (tz,) = tangents_of(affine, (x, weight, bias), (tx, tweight, tbias), mean, rstd, training, eps)
         if tresidual is not None:
             tz = tresidual if tz is None else tz + tresidual
-        (z,) = _affine(x, weight, bias, mean, rstd, training, eps)
+        (z,) = affine(x, weight, bias, mean, rstd, training, eps)
         ty = tz * _slope(z if residual is None else z + residual, y, activation)
         return ty.to(x.dtype), None, None
 
@@ -67,13 +67,13 @@ class BatchNormActBackward(Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         results = differentiate(
-            lambda *tensors: _gradients(*tensors, *ctx.args), ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream
+            lambda *tensors: norm_gradients(*tensors, *ctx.args), ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream
         )
         return (None, *results, *[None] * 10)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
-        grads = tangents_of(_gradients, ctx.saved_tensors, tangents[:8], *ctx.args)
+        grads = tangents_of(norm_gradients, ctx.saved_tensors, tangents[:8], *ctx.args)
         return tuple(t if need else None for t, need in zip(grads, ctx.needs, strict=True))
 
 
@@ -91,7 +91,7 @@ def _per_channel(t: Tensor, x: Tensor) -> Tensor:
     return t.to(_accumulation(x.dtype)).reshape(1, -1, *[1] * (x.dim() - 2))
 
 
-def _affine(
+def affine(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, training: bool, eps: float
 ) -> tuple[Tensor]:
     z, _ = _normalized(x, mean, rstd, training, eps)
@@ -107,7 +107,7 @@ def _slope(z: Tensor, y: Tensor | None, activation: str) -> Tensor:
     return y * (1 - y) if activation == "sigmoid" else activation_gradient(y, activation)
 
 
-def _gradients(
+def norm_gradients(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -205,27 +205,47 @@ def _written(*args: Any) -> list[Tensor]:
     return [t for t in running if t is not None] if training else []
 
 
-def _batched(op: Any, size: int, dims: Dims, *args: Any) -> Any:
-    """Samples become channels; images where they share every number that a channel has."""
-    training = args[6]
-    if not training and all(dims[i] is None for i in (1, 2, 4, 5)):
-        return along((0, None, None, 0, None, None), (0, None, None))(op, size, dims, *args)
-    running = [fold(t, dim, 0, size) for t, dim in zip(args[4:6], dims[4:6], strict=True)]
-    found = along((1, 0, 0, 1), (1, 0, 0))(op, size, dims, *args[:4], *running, *args[6:])
-    if training:
-        for t, dim, updated in zip(args[4:6], dims[4:6], running, strict=True):
-            if t is not None:
-                t.movedim(dim, 0).copy_(unfold(updated, 0, size)[0])
-    return found
+def along_norm(tensors: str, results: str) -> Rule:
+    """The rule of a batch norm: samples become channels; images where they share every number that a channel has.
+
+    tensors: a letter for each, "x" for images, "c" for a number for each channel; the last two are the running
+    statistics, training follows them. results: likewise, "-" for one that is left alone.
+    """
+    last = slice(len(tensors) - 2, len(tensors))
+
+    def rule(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+        training = args[last.stop]
+        axes = _axes_of_norm(tensors, dims, training)
+        # Folded here, so that what the call writes to them can go back to the samples.
+        running = [fold(t, dim, axes["c"], size) for t, dim in zip(args[last], dims[last], strict=True)]
+        folded = along([axes[kind] for kind in tensors[:-2]], tuple(axes[kind] for kind in results))
+        found = folded(op, size, dims, *args[: last.start], *running, *args[last.stop :])
+        if training:
+            for t, dim, updated in zip(args[last], dims[last], running, strict=True):
+                if t is not None:
+                    t.movedim(dim, 0).copy_(unfold(updated, 0, size)[0])
+        return found
+
+    return rule
 
 
-def _batched_backward(op: Any, size: int, dims: Dims, *args: Any) -> Any:
-    training, _, _, _, need_dweight, need_dbias = args[8:14]
-    if training or need_dweight or need_dbias or any(dims[i] is not None for i in (2, 3, 6, 7)):
-        rule = along((1, 1, 0, 0, 1, 1, 0, 0), (1, 0, 0, 1))
-    else:
-        rule = along((0, 0, None, None, 0, 0, None, None), (0, None, None, 0))
-    return rule(op, size, dims, *args)
+def along_norm_backward(tensors: str, results: str) -> Rule:
+    """As `along_norm`, of its gradient; training follows the tensors."""
+
+    def rule(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+        first = len(args) - 1 - len(results)
+        sums = any(need for need, kind in zip(args[first:-1], results, strict=True) if kind == "c")
+        axes = _axes_of_norm(tensors, dims, args[len(tensors)] or sums)
+        folded = along([axes[kind] for kind in tensors], tuple(axes[kind] for kind in results))
+        return folded(op, size, dims, *args)
+
+    return rule
+
+
+def _axes_of_norm(tensors: str, dims: Dims, apart: bool) -> dict[str, int | None]:
+    """Where the samples go. apart: whether something is summed over the images of each."""
+    shared = all(dim is None for dim, kind in zip(dims, tensors, strict=False) if kind == "c")
+    return {"x": 0, "c": None, "-": None} if shared and not apart else {"x": 1, "c": 0, "-": None}
 
 
 batch_norm_act = register(
@@ -238,7 +258,7 @@ batch_norm_act = register(
     fake=_fake,
     function=BatchNormAct,
     written=_written,
-    batched=_batched,
+    batched=along_norm("xccxcc", "xcc"),
 )
 batch_norm_act_backward = register(
     "batch_norm_act_backward",
@@ -250,5 +270,5 @@ batch_norm_act_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=BatchNormActBackward,
-    batched=_batched_backward,
+    batched=along_norm_backward("xxccxxcc", "xccx"),
 )

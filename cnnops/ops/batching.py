@@ -59,6 +59,20 @@ def along(axes: Sequence[int | None], results: tuple[int | None, ...] | int) -> 
     return rule
 
 
+def for_no_sample(op: Any, dims: Dims, *args: Any) -> tuple[Any, Any]:
+    """What a call on no sample results in, by the call on one of zeros: it checks the arguments and knows the shapes."""
+    found = op(*[t if dim is None else _zeros(t, dim) for t, dim in zip(args, dims, strict=True)])
+    if isinstance(found, Tensor):
+        return found[None][:0], 0
+    return tuple(t if t is None else t[None][:0] for t in found), tuple(t if t is None else 0 for t in found)
+
+
+def _zeros(t: Tensor, dim: int) -> Tensor:
+    """A sample of zeros that t's gradient and tangent reach: the sum of no sample. Window offsets are channels_last."""
+    zeros = t.sum(dim, dtype=t.dtype)
+    return zeros if t.is_floating_point() else zeros.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def for_each_sample(op: Any, size: int, dims: Dims, *args: Any) -> tuple[Any, Any]:
     """One call for each sample: for an op whose arguments have no axis that would take the samples."""
     samples = [

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.aten import activation_gradient
 from ..geometry import NormPool2dProblem, NormProblem, Pool2dProblem, is_channels_last
-from .batch_norm import batch_norm_act_backward
-from .pool2d import MAX_POOL, max_pool2d_backward
-from .registry import Function, differentiate, empty, register
+from .batch_norm import affine, along_norm, along_norm_backward, batch_norm_act_backward, norm_gradients
+from .batching import Dims
+from .pool2d import MAX_POOL, at_maxima, max_pool2d_backward
+from .registry import Function, differentiate, empty, register, tangents_of
 
 
 class BnActMaxPool2d(Function):
@@ -43,6 +45,16 @@ class BnActMaxPool2d(Function):
         grads = gradients(dy, *saved, *ctx.args, *needs, ctx.backend)
         return (None, *grads, *[None] * 17)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, *__: Any) -> Any:
+        offsets, x, weight, bias, mean, rstd = ctx.saved_tensors
+        training, eps, activation, *window = ctx.args
+        statistics = mean, rstd, training, eps
+        (tz,) = tangents_of(affine, (x, weight, bias), (tx, tweight, tbias), *statistics)
+        (z,) = affine(x, weight, bias, *statistics)
+        through = (tz * activation_gradient(z, activation)).to(x.dtype)
+        return at_maxima(through, offsets, *x.shape[2:], *window, ctx.backend), None, None, None
+
 
 class BnActMaxPool2dBackward(Function):
     """The same gradient is that of a pool, then that of batch norm, which both have derivatives of their own."""
@@ -50,7 +62,8 @@ class BnActMaxPool2dBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, dy, offsets, x, weight, bias, mean, rstd, *rest = inputs
-        *ctx.args, _, _, _, ctx.backend = rest
+        *ctx.args, need_dx, need_dweight, need_dbias, ctx.backend = rest
+        ctx.needs = need_dx, need_dweight, need_dbias
         ctx.save_for_backward(dy, x, weight, bias, offsets, mean, rstd)
         ctx.set_materialize_grads(False)
 
@@ -65,6 +78,16 @@ class BnActMaxPool2dBackward(Function):
         need_dy, _, *needs = ctx.needs_input_grad[1:6]
         ddy, *results = differentiate(formula, tensors, (need_dy, *needs), upstream)
         return (None, ddy, None, *results, *[None] * 17)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor | None, __: Any, tx: Any, tweight: Any, tbias: Any, *___: Any) -> Any:
+        dy, x, weight, bias, offsets, mean, rstd = ctx.saved_tensors
+        training, eps, activation, *window = ctx.args
+        pool = offsets, *x.shape[2:], is_channels_last(x), *window, ctx.backend
+        primals = max_pool2d_backward(dy, *pool), x, weight, bias, None, None, mean, rstd
+        tangents = None if tdy is None else max_pool2d_backward(tdy, *pool), tx, tweight, tbias, *[None] * 4
+        found = tangents_of(norm_gradients, primals, tangents, training, eps, activation)
+        return tuple(t if need else None for t, need in zip(found, ctx.needs, strict=False))
 
 
 def _separately(
@@ -172,6 +195,11 @@ def _written(*args: Any) -> list[Tensor]:
     return [t for t in running if t is not None] if training else []
 
 
+def _batched(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+    need_offsets = args[-2]
+    return along_norm("xcccc", "xccx" if need_offsets else "xcc-")(op, size, dims, *args)
+
+
 bn_act_max_pool2d = register(
     "bn_act_max_pool2d",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, "
@@ -183,6 +211,7 @@ bn_act_max_pool2d = register(
     fake=_fake,
     function=BnActMaxPool2d,
     written=_written,
+    batched=_batched,
 )
 bn_act_max_pool2d_backward = register(
     "bn_act_max_pool2d_backward",
@@ -194,4 +223,5 @@ bn_act_max_pool2d_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=BnActMaxPool2dBackward,
+    batched=along_norm_backward("xxxcccc", "xcc"),
 )

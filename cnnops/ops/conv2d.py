@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import Conv2dProblem, is_channels_last
-from .batching import Dims, fold, unfold
+from .batching import Dims, Rule, fold, unfold
 from .registry import Function, empty, register
 
 GEOMETRY = "int stride_h, int stride_w, int pad_h, int pad_w, int dilation_h, int dilation_w, int groups, int pad_mode"
@@ -30,18 +30,20 @@ class Conv2d(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, *__: Any) -> Any:
-        return tangent(*ctx.saved_tensors, tx, tweight, tbias, *ctx.args)
+        return tangent(conv2d, describe, *ctx.saved_tensors, tx, tweight, tbias, *ctx.args)
 
 
-def tangent(x: Tensor, weight: Tensor, tx: Any, tweight: Any, tbias: Any, *args: Any) -> Tensor | None:
-    """The tangent of conv2d, which is bilinear, given its operands' where they have any."""
+def tangent(
+    conv: Any, problem_of: Any, x: Tensor, weight: Tensor, tx: Any, tweight: Any, tbias: Any, *args: Any
+) -> Tensor | None:
+    """The tangent of `conv`, which is bilinear, given its operands' where they have any."""
     terms = []
     if tx is not None:
-        terms.append(conv2d(tx, weight, tbias, *args))
+        terms.append(conv(tx, weight, tbias, *args))
     if tweight is not None:
-        terms.append(conv2d(x, tweight, None if terms else tbias, *args))
+        terms.append(conv(x, tweight, None if terms else tbias, *args))
     if tbias is not None and not terms:
-        problem = describe(x, weight, None, *args)
+        problem = problem_of(x, weight, None, *args)
         terms.append(tbias[None, :, None, None].repeat(problem.N, 1, problem.P, problem.Q))
     return sum(terms[1:], terms[0]) if terms else None
 
@@ -76,19 +78,26 @@ class Conv2dBackward(Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
-        dy, x, weight = ctx.saved_tensors
-        *geometry, need_dx, need_dweight, need_dbias, backend = ctx.args
-        if tdy is not None:
-            tdx, tdweight, tdbias = conv2d_backward(tdy, x, weight, *ctx.args)
-        else:
-            tdx = torch.zeros_like(x) if need_dx else None
-            tdweight = torch.zeros_like(weight) if need_dweight else None
-            tdbias = weight.new_zeros(weight.shape[0]) if need_dbias else None
-        if need_dx and tweight is not None:
-            tdx = tdx + conv2d_backward(dy, x, tweight, *geometry, True, False, False, backend)[0]
-        if need_dweight and tx is not None:
-            tdweight = tdweight + conv2d_backward(dy, tx, weight, *geometry, False, True, False, backend)[1]
-        return tdx, tdweight, tdbias
+        _, _, weight = ctx.saved_tensors
+        return gradients_tangent(conv2d_backward, weight.shape[0], *ctx.saved_tensors, tdy, tx, tweight, *ctx.args)
+
+
+def gradients_tangent(
+    gradients: Any, K: int, dy: Tensor, x: Tensor, weight: Tensor, tdy: Any, tx: Any, tweight: Any, *args: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The tangents of what `gradients` of a convolution computes, given its operands' where they have any."""
+    *geometry, need_dx, need_dweight, need_dbias, backend = args
+    if tdy is not None:
+        tdx, tdweight, tdbias = gradients(tdy, x, weight, *args)
+    else:
+        tdx = torch.zeros_like(x) if need_dx else None
+        tdweight = torch.zeros_like(weight) if need_dweight else None
+        tdbias = weight.new_zeros(K) if need_dbias else None
+    if need_dx and tweight is not None:
+        tdx = tdx + gradients(dy, x, tweight, *geometry, True, False, False, backend)[0]
+    if need_dweight and tx is not None:
+        tdweight = tdweight + gradients(dy, tx, weight, *geometry, False, True, False, backend)[1]
+    return tdx, tdweight, tdbias
 
 
 def describe(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Conv2dProblem:
@@ -150,10 +159,18 @@ class Folded(NamedTuple):
         way = cls.along_images if not weight_mapped else cls.along_groups if x_mapped else cls.along_filters
         return way(size, groups)
 
+    @classmethod
+    def backward(cls, size: int, groups: int, dims: Dims, need_dx: bool, need_parameters: bool) -> Folded:
+        if dims[2] is None and not need_parameters:
+            return cls.along_images(size, groups)
+        if dims[1] is None and not need_dx:
+            return cls.along_filters(size, groups)
+        return cls.along_groups(size, groups)
+
 
 def _batched(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
     if dims[2] is not None and dims[1] is None and bias is not None:
-        return _batched_bias(op, size, dims, x, weight, bias, *args)
+        return batched_bias(op, _batched, size, dims, x, weight, bias, *args)
     *geometry, groups, pad_mode, backend = args
     way = Folded.forward(size, groups, dims[0] is not None, dims[1] is not None)
     y = op(
@@ -165,23 +182,20 @@ def _batched(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Te
     return unfold(y, way.y, size, way.inner_groups)
 
 
-def _batched_bias(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Any:
+def batched_bias(
+    op: Any, rule: Rule, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor, *args: Any
+) -> Any:
     """A bias for each sample and one weight for all: the convolution knows no such bias, so it is added."""
     if dims[0] is None:
         y = op(x, weight, None, *args)
     else:
-        y = _batched(op, size, (dims[0], None, None), x, weight, None, *args)[0]  # along axis 0, as images
+        y = rule(op, size, (dims[0], None, None), x, weight, None, *args)[0]  # along axis 0, as images
     return y + (bias if dims[2] == 0 else bias.mT)[:, None, :, None, None], 0
 
 
 def _batched_backward(op: Any, size: int, dims: Dims, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
     *geometry, groups, pad_mode, need_dx, need_dweight, need_dbias, backend = args
-    if dims[2] is None and not (need_dweight or need_dbias):
-        way = Folded.along_images(size, groups)
-    elif dims[1] is None and not need_dx:
-        way = Folded.along_filters(size, groups)
-    else:
-        way = Folded.along_groups(size, groups)
+    way = Folded.backward(size, groups, dims, need_dx, need_dweight or need_dbias)
     dx, dweight, dbias = op(
         fold(dy, dims[0], way.y, size, way.inner_groups),
         fold(x, dims[1], way.x, size),

@@ -17,7 +17,7 @@ from ..geometry import (
     is_channels_last,
 )
 from .batching import Dims, along, fold, unfold
-from .conv2d import GEOMETRY, Folded, _flops, conv2d_backward, output_shape, tangent
+from .conv2d import GEOMETRY, Folded, _flops, conv2d, conv2d_backward, describe, output_shape, tangent
 from .registry import Function, empty, register
 
 
@@ -56,7 +56,7 @@ class Conv2dAct(Function):
     def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, tresidual: Any, *__: Any) -> Any:
         x, weight, saved = ctx.saved_tensors
         geometry, activation, backend = ctx.args
-        tz = tangent(x, weight, tx, tweight, tbias, *geometry, backend)
+        tz = tangent(conv2d, describe, x, weight, tx, tweight, tbias, *geometry, backend)
         if tresidual is not None:
             tz = tresidual if tz is None else tz + tresidual
         ty = tz if activation == "none" else activation_backward(tz, saved, activation, backend)

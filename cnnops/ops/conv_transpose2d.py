@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvTranspose2dProblem, is_channels_last
+from .batching import Dims, fold, unfold
+from .conv2d import Folded, batched_bias, gradients_tangent, tangent
 from .registry import Function, empty, register
 
 _GEOMETRY = (
@@ -32,6 +34,10 @@ class ConvTranspose2d(Function):
         *geometry, backend = ctx.args  # the forward's backend, wherever backward runs
         grads = conv_transpose2d_backward(dy, *ctx.saved_tensors, *geometry, *ctx.needs_input_grad[1:4], backend)
         return (None, *grads, *[None] * 10)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Any, tweight: Any, tbias: Any, *__: Any) -> Any:
+        return tangent(conv_transpose2d, _describe, *ctx.saved_tensors, tx, tweight, tbias, *ctx.args)
 
 
 class ConvTranspose2dBackward(Function):
@@ -61,6 +67,12 @@ class ConvTranspose2dBackward(Function):
         if need_weight and ddx is not None:
             dweight = conv_transpose2d_backward(dy, ddx, weight, *geometry, False, True, False, backend)[1]
         return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 13)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
+        dy, _, _ = ctx.saved_tensors
+        tangents = tdy, tx, tweight
+        return gradients_tangent(conv_transpose2d_backward, dy.shape[1], *ctx.saved_tensors, *tangents, *ctx.args)
 
 
 def _describe(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> ConvTranspose2dProblem:
@@ -93,6 +105,42 @@ def _fake_backward(problem: ConvTranspose2dProblem, dy: Tensor, x: Tensor, weigh
     )
 
 
+def _filters(way: Folded) -> int | None:
+    """Where the samples go in weight: its filters lie along axis 1, in each group by themselves."""
+    return 1 if way.x is None else way.weight
+
+
+def _batched(op: Any, size: int, dims: Dims, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Any:
+    if dims[2] is not None and dims[1] is None and bias is not None:
+        return batched_bias(op, _batched, size, dims, x, weight, bias, *args)
+    *geometry, groups, backend = args
+    way = Folded.forward(size, groups, dims[0] is not None, dims[1] is not None)
+    y = op(
+        fold(x, dims[0], way.x, size),
+        fold(weight, dims[1], _filters(way), size),
+        fold(bias, dims[2], way.weight, size, way.inner_groups),
+        *geometry, way.groups, backend,
+    )  # fmt: skip
+    return unfold(y, way.y, size, way.inner_groups)
+
+
+def _batched_backward(op: Any, size: int, dims: Dims, dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> Any:
+    *geometry, groups, need_dx, need_dweight, need_dbias, backend = args
+    way = Folded.backward(size, groups, dims, need_dx, need_dweight or need_dbias)
+    dx, dweight, dbias = op(
+        fold(dy, dims[0], way.y, size, way.inner_groups),
+        fold(x, dims[1], way.x, size),
+        fold(weight, dims[2], _filters(way), size),
+        *geometry, way.groups, need_dx, need_dweight, need_dbias, backend,
+    )  # fmt: skip
+    grads = (
+        unfold(dx, way.x, size),
+        unfold(dweight, _filters(way), size),
+        unfold(dbias, way.weight, size, way.inner_groups),
+    )
+    return tuple(t for t, _ in grads), tuple(dim for _, dim in grads)
+
+
 conv_transpose2d = register(
     "conv_transpose2d",
     f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, str backend) -> Tensor",
@@ -102,6 +150,7 @@ conv_transpose2d = register(
     fake=_fake,
     function=ConvTranspose2d,
     autocast=3,
+    batched=_batched,
 )
 conv_transpose2d_backward = register(
     "conv_transpose2d_backward",
@@ -112,6 +161,7 @@ conv_transpose2d_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=ConvTranspose2dBackward,
+    batched=_batched_backward,
 )
 
 

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..geometry import Pool2dProblem, is_channels_last
 from ..torch_private import autocast_keys, exclude_keys
+from .batching import along
 from .registry import Function, empty, library, register
 
 
 class MaxUnpool2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, x, indices, _, _, backend = inputs
+        _, x, indices, *ctx.size, backend = inputs
         ctx.args = (is_channels_last(x), backend)
         ctx.save_for_backward(indices)
 
@@ -23,13 +24,17 @@ class MaxUnpool2d(Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         return None, max_unpool2d_backward(dy, *ctx.saved_tensors, *ctx.args), None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
+        return max_unpool2d(tx, *ctx.saved_tensors, *ctx.size, ctx.args[-1])
+
 
 class MaxUnpool2dBackward(Function):
     """Gathers: values that met in one position each get its whole gradient, as in torch, so they add up there."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, dy, indices, _, _ = inputs
+        _, dy, indices, *ctx.args = inputs
         ctx.shape = dy.shape
         ctx.save_for_backward(indices)
 
@@ -39,6 +44,10 @@ class MaxUnpool2dBackward(Function):
         N, C, P, Q = ctx.shape
         ddy = ddx.new_zeros((N, C, P * Q)).scatter_add(2, indices.flatten(2), ddx.flatten(2))
         return None, ddy.view(ctx.shape), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
+        return max_unpool2d_backward(tdy, *ctx.saved_tensors, *ctx.args)
 
 
 def _describe(x: Tensor, indices: Tensor, P: int, Q: int, *_: Any) -> Pool2dProblem:
@@ -73,6 +82,7 @@ max_unpool2d = register(
     describe=_describe,
     fake=_fake,
     function=MaxUnpool2d,
+    batched=along((0, 0), 0),
 )
 max_unpool2d_backward = register(
     "max_unpool2d_backward",
@@ -82,6 +92,7 @@ max_unpool2d_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=MaxUnpool2dBackward,
+    batched=along((0, 0), 0),
 )
 
 

@@ -40,7 +40,7 @@ class MaxPool2d(Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
         H, W, _, *window = ctx.args
-        return _gather(tx, max_pool2d_indices(*ctx.saved_tensors, H, W, *window)), None
+        return at_maxima(tx, *ctx.saved_tensors, H, W, *window), None
 
 
 class MaxPool2dBackward(Function):
@@ -55,13 +55,19 @@ class MaxPool2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        ddy = _gather(ddx, max_pool2d_indices(*ctx.saved_tensors, *ctx.args))
-        return (None, torch.zeros_like(ddy) if _tapless(*ctx.args[:-1]) else ddy, *[None] * 13)
+        return (None, at_maxima(ddx, *ctx.saved_tensors, *ctx.args), *[None] * 13)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
         H, W, *rest = ctx.args
         return max_pool2d_backward(tdy, *ctx.saved_tensors, H, W, ctx.channels_last, *rest)
+
+
+def at_maxima(x: Tensor, offsets: Tensor, H: int, W: int, *window_and_backend: Any) -> Tensor:
+    """The elements of x where the maxima were; zeros for windows that have none."""
+    *window, _ = window_and_backend
+    found = _gather(x, max_pool2d_indices(offsets, H, W, *window_and_backend))
+    return torch.zeros_like(found) if _tapless(H, W, *window) else found
 
 
 def _tapless(H: int, W: int, *window: int) -> bool:
@@ -92,20 +98,29 @@ class AdaptiveMaxPool2d(Function):
         dx = None if dy is None else adaptive_max_pool2d_backward(dy, *ctx.saved_tensors, *ctx.args)
         return None, dx, None, None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tx: Tensor, *__: Any) -> Any:
+        H, W, _, backend = ctx.args
+        return _gather(tx, adaptive_max_pool2d_indices(*ctx.saved_tensors, H, W, backend)), None
+
 
 class AdaptiveMaxPool2dBackward(Function):
     """Scatters dy to the maxima; so its gradient gathers from there."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, _, offsets, H, W, _, backend = inputs
-        ctx.args = (H, W, backend)
+        _, _, offsets, *ctx.args = inputs
         ctx.save_for_backward(offsets)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> Any:
-        indices = adaptive_max_pool2d_indices(*ctx.saved_tensors, *ctx.args)
+        H, W, _, backend = ctx.args
+        indices = adaptive_max_pool2d_indices(*ctx.saved_tensors, H, W, backend)
         return None, _gather(ddx, indices), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, tdy: Tensor, *__: Any) -> Any:
+        return adaptive_max_pool2d_backward(tdy, *ctx.saved_tensors, *ctx.args)
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
@@ -307,6 +322,7 @@ adaptive_max_pool2d = register(
     describe=_describe_adaptive_max,
     fake=_fake_adaptive_max,
     function=AdaptiveMaxPool2d,
+    batched=along((0,), (0, 0)),
 )
 adaptive_max_pool2d_backward = register(
     "adaptive_max_pool2d_backward",
@@ -316,6 +332,7 @@ adaptive_max_pool2d_backward = register(
     describe=_describe_adaptive_max_backward,
     fake=_fake_gradient,
     function=AdaptiveMaxPool2dBackward,
+    batched=along((0, 0), 0),
 )
 adaptive_max_pool2d_indices = register(
     "adaptive_max_pool2d_indices",
@@ -324,6 +341,7 @@ adaptive_max_pool2d_indices = register(
     kernel="adaptive_max_pool2d_indices",
     describe=_describe_adaptive_max_indices,
     fake=_fake_indices,
+    batched=along((0,), 0),
 )
 avg_pool2d = register(
     "avg_pool2d",

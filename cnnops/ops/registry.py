@@ -31,7 +31,7 @@ from ..torch_private import (
     inside_a_transform,
     transforming,
 )
-from .batching import Dims, Rule, for_each_sample
+from .batching import Dims, Rule, for_each_sample, for_no_sample
 
 library = torch.library.Library("cnnops", "DEF")
 
@@ -82,6 +82,10 @@ def _at_dual_level(function: type[Function]) -> type[Function]:
 
 def _primal(t: Tensor | None) -> Tensor | None:
     return t if t is None or not t.is_floating_point() else forward_ad.unpack_dual(t, level=0).primal
+
+
+def _has_tangent(t: Tensor | None) -> bool:
+    return t is not None and t.is_floating_point() and forward_ad.unpack_dual(t, level=0).tangent is not None
 
 
 def tangents_of(
@@ -181,13 +185,14 @@ def register(
 
     def autograd(*args: Any) -> Any:
         operands = args[:tensors]
-        if composite is not None and decomposes(operands):
+        # A compiled function enters its dual levels unseen, but is traced by a mode.
+        traced = dispatch_modes()
+        if composite is not None and (decomposes(operands) or (traced and any(map(_has_tangent, operands)))):
             return composite(*args)
         if transforming():
             return differentiate_layer(*args)
         run = run_kernel if _eager(operands) else run_below
-        # A compiled function enters its dual levels unseen, but is traced by a mode.
-        if function is not None and (forward_ad._current_level >= 0 or dispatch_modes()):
+        if function is not None and (forward_ad._current_level >= 0 or traced):
             return enter_dual(run, *args)
         if function is not None and _needs_gradient(operands):
             return enter(run, *args)
@@ -230,6 +235,8 @@ def register(
             shared = [t for t, dim in zip(args, dims, strict=True) if dim is None and isinstance(t, Tensor)]
             if any(t is each for t in written(*args) for each in shared):
                 raise RuntimeError(f"{name}: vmap cannot write to a tensor that all samples share, but got one")
+        if info.batch_size == 0:
+            return for_no_sample(op, dims, *args)
         return batched(op, info.batch_size, dims, *args)
 
     for device in ("CPU", "CUDA"):

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import aten
 from ..geometry import SqueezeExciteProblem
-from .registry import Function, differentiate, empty, register
+from .batching import Dims, along, for_each_sample
+from .registry import Function, differentiate, empty, register, tangents_of
 
 
 class SqueezeExcite(Function):
@@ -34,29 +35,57 @@ class SqueezeExcite(Function):
         grads = squeeze_excite_backward(dy, *ctx.saved_tensors, activation, gate, *needs, backend)
         return (None, *grads, None, None, None)
 
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        activation, gate, _ = ctx.args
+
+        def formula(x: Any, weight1: Any, bias1: Any, weight2: Any, bias2: Any) -> tuple[Tensor]:
+            return aten.squeeze_excite_forward(x, weight1, bias1, weight2, bias2, activation, gate)[:1]
+
+        return (*tangents_of(formula, ctx.saved_tensors[:5], tangents[:5]), None, None, None)
+
 
 class SqueezeExciteBackward(Function):
     """The second derivative is rare, so it is torch's own differentiation of the formula for the first."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _, dy, x, weight1, bias1, weight2, bias2, _, _, _, *ctx.args = inputs
+        _, dy, x, weight1, bias1, weight2, bias2, _, _, _, *ctx.args, _ = inputs
         ctx.save_for_backward(dy, x, weight1, bias1, weight2, bias2)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        activation, gate = ctx.args[:2]
-
-        def formula(*tensors: Any) -> tuple[Tensor | None, ...]:
-            forward: tuple[Any, ...] = (*tensors[1:], activation, gate)
-            _, *small = aten.squeeze_excite_forward(*forward)
-            given = [t is not None for t in tensors[1:]]
-            arguments: tuple[Any, ...] = (*tensors, *small, activation, gate, *given)
-            return aten.squeeze_excite_backward(*arguments)
-
-        results = differentiate(formula, ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream)
+        results = differentiate(
+            lambda *tensors: _gradients(*tensors, *ctx.args), ctx.saved_tensors, ctx.needs_input_grad[1:7], upstream
+        )
         return (None, *results, *[None] * 11)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
+        def formula(*tensors: Any) -> list[Tensor]:
+            return [t for t in _gradients(*tensors, *ctx.args) if t is not None]
+
+        found = iter(tangents_of(formula, ctx.saved_tensors, tangents[:6]))
+        return tuple(next(found) if need else None for need in ctx.args[2:])
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    gate: str,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    """The wanted gradients by torch's own differentiable ops."""
+    layers = weight1, bias1, weight2, bias2
+    _, *small = aten.squeeze_excite_forward(x, *layers, activation, gate)
+    arguments: tuple[Any, ...] = (dy, x, *layers, *small, activation, gate, *needs)
+    return aten.squeeze_excite_backward(*arguments)
 
 
 def _describe(*args: Any) -> SqueezeExciteProblem:
@@ -102,6 +131,24 @@ def _fake_backward(problem: SqueezeExciteProblem, dy: Tensor, x: Tensor, weight1
     )
 
 
+_IMAGES = along((0, None, None, None, None), (0, 0, 0, 0))
+_IMAGES_BACKWARD = along((0, 0, None, None, None, None, 0, 0, 0), (0, None, None, None, None))
+
+
+def _batched(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+    """Samples become images. Layers of their own are no axis of one layer: a block diagonal of them would multiply the
+    other samples by zeros, which costs the square, and lets a NaN through."""
+    rule = _IMAGES if all(dim is None for dim in dims[1:5]) else for_each_sample
+    return rule(op, size, dims, *args)
+
+
+def _batched_backward(op: Any, size: int, dims: Dims, *args: Any) -> Any:
+    """As `_batched`; a layer's gradient is summed over the images of each sample."""
+    layers_needed = any(args[12:16])
+    rule = _IMAGES_BACKWARD if all(dim is None for dim in dims[2:6]) and not layers_needed else for_each_sample
+    return rule(op, size, dims, *args)
+
+
 squeeze_excite = register(
     "squeeze_excite",
     "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, str gate, str backend)"
@@ -112,6 +159,7 @@ squeeze_excite = register(
     fake=_fake,
     function=SqueezeExcite,
     autocast=5,
+    batched=_batched,
 )
 squeeze_excite_backward = register(
     "squeeze_excite_backward",
@@ -123,6 +171,7 @@ squeeze_excite_backward = register(
     describe=_describe_backward,
     fake=_fake_backward,
     function=SqueezeExciteBackward,
+    batched=_batched_backward,
 )
 
 
