@@ -21,7 +21,7 @@ from cases import (
     Unpool2dCase,
     pairwise,
 )
-from tolerance import assert_close, assert_same_layout
+from tolerance import assert_close, assert_exact, assert_same_layout, assert_same_non_finite
 from torch import Tensor
 
 from cnnops import dispatch
@@ -320,6 +320,31 @@ def check_multilinear(
         assert_same_layout(got[0], same_dtype[0], "y")
     for what, a, b, c, d, e in zip(names, got, same_dtype, reference, magnitude, lengths, strict=True):
         assert_close(a, b, c, d.abs(), e, what)
+
+
+def check_multilinear_twice(ours: Function, theirs: Function, names: Sequence[str], inputs: Tensors) -> None:
+    """`check_multilinear` of the double backward, in random directions."""
+    dy, random = gradient_for(theirs, inputs), generator("directions")
+    directions = [None if t is None else like(t, random) for t in inputs]
+    names = ["ddy", *result_names(names, inputs)[1:]]
+    check_multilinear(ours, theirs, names, inputs, dy, directions, compute=evaluate_twice)
+
+
+def check_exact(ours: Function, theirs: Function, names: Sequence[str], inputs: Tensors, dy: Tensor) -> None:
+    """Compare where no sum rounds on the way: each result is float64 torch's, rounded once."""
+    got = evaluate(ours, inputs, dy)
+    reference = evaluate(theirs, *mapped(lambda t: t, (inputs, dy)))
+    for what, a, b in zip(result_names(names, inputs), got, reference, strict=True):
+        assert_exact(a.cpu(), b.to(a.dtype).double(), what)
+
+
+def check_non_finite(
+    ours: Function, theirs: Function, inputs: Tensors, dy: Tensor, names: Sequence[str] = ("y", "dx")
+) -> None:
+    """Compare where the first of the results, which are named, have NaN, inf and -inf."""
+    got, reference = evaluate(ours, inputs, dy), evaluate(theirs, *mapped(lambda t: t, (inputs, dy)))
+    for what, a, b in zip(names, got, reference, strict=False):
+        assert_same_non_finite(a.cpu(), b, what)
 
 
 def torch_conv2d(case: Conv2dCase) -> Function:

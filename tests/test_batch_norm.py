@@ -188,6 +188,40 @@ def fused(case: NormCase, activation: str, state: State) -> helpers.Function:
     )
 
 
+def check_batch_norm_act(case: NormCase, inputs: helpers.Tensors, state: State, activation: str) -> None:
+    z = composed(case, "none", copies(state, torch.float64))(*helpers.mapped(lambda t: t, inputs))
+    dy = away_from_kinks(helpers.gradient_for(composed(case, activation, copies(state)), inputs), z, activation)
+    check(
+        case,
+        inputs,
+        state,
+        lambda s: fused(case, activation, s),
+        lambda s: composed(case, activation, s),
+        dy,
+        activation,
+    )
+
+
+def check_twice(case: NormCase, inputs: helpers.Tensors, state: State, activation: str = "none") -> None:
+    """Against float64 torch, whose own second derivative in this dtype sets the scale."""
+    dy = helpers.gradient_for(composed(case, activation, copies(state)), inputs)
+    random = helpers.generator("directions")
+    directions = [None if t is None else helpers.like(t, random) for t in inputs]
+
+    def twice(function: Any, tensors: Any) -> list[torch.Tensor]:
+        inputs, dy, directions = tensors
+        return helpers.evaluate_twice(function(case, activation, copies(state, dy.dtype)), inputs, dy, directions)
+
+    tensors = [inputs, dy, directions]
+    got, same_dtype = twice(fused, tensors), twice(composed, tensors)
+    reference = twice(composed, helpers.mapped(lambda t: t, tensors))
+    magnitude = magnitudes(case, inputs, state, dy)
+    most = max(magnitude["y"].max().item(), magnitude["dx"].max().item()) ** 2
+    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
+    for name, a, b, c in zip(names, got, same_dtype, reference, strict=True):
+        assert_close(a, b, c, c.abs() + most, case.count, name)
+
+
 @on("batch_norm_act_forward")
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -196,18 +230,7 @@ def fused(case: NormCase, activation: str, state: State) -> helpers.Function:
 def test_batch_norm_act(backend: Backend, case: NormCase, dtype: torch.dtype, activation: str, residual: bool) -> None:
     for layout in LAYOUTS:
         inputs, state = inputs_of(case, dtype, layout, backend.device, residual)
-        exact_state = copies(state, torch.float64)
-        z = composed(case, "none", exact_state)(*helpers.mapped(lambda t: t, inputs))
-        dy = away_from_kinks(helpers.gradient_for(composed(case, activation, copies(state)), inputs), z, activation)
-        check(
-            case,
-            inputs,
-            state,
-            lambda s: fused(case, activation, s),
-            lambda s: composed(case, activation, s),
-            dy,
-            activation,
-        )
+        check_batch_norm_act(case, inputs, state, activation)
 
 
 @on("batch_norm_act_forward")
@@ -261,29 +284,8 @@ def test_gradcheck(backend: Backend, case: NormCase, activation: str, residual: 
 
 @on("batch_norm_act_forward")
 def test_double_backward_is_float64s(backend: Backend) -> None:
-    """Against float64 torch, whose own second derivative in float32 sets the scale."""
     for case in KINDS:
-        inputs, state = inputs_of(case, torch.float32, "channels_last", backend.device)
-        dy = helpers.gradient_for(batch_norm(F, case, copies(state)), inputs)
-        random = helpers.generator("directions")
-        directions = [None if t is None else helpers.like(t, random) for t in inputs]
-
-        def twice(library: Any, tensors: Any, case: NormCase = case, state: State = state) -> list[torch.Tensor]:
-            inputs, dy, directions = tensors
-            wide = copies(state, dy.dtype)
-            return helpers.evaluate_twice(batch_norm(library, case, wide), inputs, dy, directions)
-
-        tensors = [inputs, dy, directions]
-        got, same_dtype, reference = (
-            twice(CF, tensors),
-            twice(F, tensors),
-            twice(F, helpers.mapped(lambda t: t, tensors)),
-        )
-        magnitude = magnitudes(case, inputs, state, dy)
-        most = max(magnitude["y"].max().item(), magnitude["dx"].max().item()) ** 2
-        names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
-        for name, a, b, c in zip(names, got, same_dtype, reference, strict=True):
-            assert_close(a, b, c, c.abs() + most, case.count, name)
+        check_twice(case, *inputs_of(case, torch.float32, "channels_last", backend.device))
 
 
 @pytest.mark.quick

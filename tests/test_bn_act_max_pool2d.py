@@ -123,6 +123,24 @@ def check_separate(
         assert_same_bits(got.flatten(), expected.flatten(), "dx")
 
 
+def check_twice(
+    case: Pool2dCase, inputs: list[torch.Tensor], state: State, training: bool, activation: str = "relu"
+) -> None:
+    """The double backward, in float64, where no rounding comes near a kink or makes a tie."""
+    dy = helpers.gradient_for(composed(case, copies(state), training), inputs)
+    random = helpers.generator("directions")
+    directions = [helpers.like(t, random) for t in inputs]
+    got, reference = (
+        helpers.evaluate_twice(f(case, copies(state), training, activation), inputs, dy, directions)
+        for f in (fused, composed)
+    )
+    norm = NormCase("", *case.x_shape[:2], case.x_shape[2:], training)
+    found = magnitudes(norm, [*inputs, None], state, torch.ones_like(inputs[0]))
+    most = max(found["y"].max().item(), found["dx"].max().item()) ** 2
+    for name, a, b in zip(("ddy", "dx", "dweight", "dbias"), got, reference, strict=True):
+        assert_close(a, b, b, b.abs() + most, norm.count, name)
+
+
 @over("bn_act_max_pool2d_forward", CORNERS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_the_numbers_of_the_separate_ops(

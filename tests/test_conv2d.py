@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find, networks, of_suite, pairwise
 from helpers import Backend, emulated, on, over, torch_conv2d
-from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
+from tolerance import assert_same_bits
 
 import cnnops.functional as CF
 
@@ -32,6 +32,10 @@ def check(case: Conv2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = N
     dy = helpers.gradient_for(torch_conv2d(case), inputs) if dy is None else dy
     names = helpers.result_names(NAMES, inputs)
     helpers.check_multilinear(our_conv2d(case), torch_conv2d(case), names, inputs, dy)
+
+
+def check_twice(case: Conv2dCase, inputs: helpers.Tensors) -> None:
+    helpers.check_multilinear_twice(our_conv2d(case), torch_conv2d(case), NAMES, inputs)
 
 
 @over("conv2d_forward", CORNERS)
@@ -89,10 +93,7 @@ def test_integers_are_exact(backend: Backend, case: Conv2dCase, dtype: torch.dty
     )
     inputs = (x, weight, make((case.K,), dtype, backend.device, random) if case.bias else None)
     dy = make(case.output_shape, dtype, backend.device, random)
-    got = helpers.evaluate(our_conv2d(case), inputs, dy)
-    reference = helpers.evaluate(torch_conv2d(case), *helpers.mapped(lambda t: t, (inputs, dy)))
-    for what, a, b in zip(helpers.result_names(NAMES, inputs), got, reference, strict=True):
-        assert_exact(a.cpu(), b, what)
+    helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
 
 
 @over("conv2d_forward", KINDS, LAYOUTS)
@@ -102,10 +103,7 @@ def test_non_finite_inputs_land_where_torch_puts_them(
     x, weight, bias = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, -1, 2, 1] = torch.inf, torch.nan, -torch.inf
     dy = helpers.gradient_for(torch_conv2d(case), (x, weight, bias))
-    got = helpers.evaluate(our_conv2d(case), (x, weight, bias), dy)
-    reference = helpers.evaluate(torch_conv2d(case), *helpers.mapped(lambda t: t, ((x, weight, bias), dy)))
-    for what, a, b in zip(("y", "dx"), got, reference, strict=False):
-        assert_same_non_finite(a.cpu(), b, what)
+    helpers.check_non_finite(our_conv2d(case), torch_conv2d(case), (x, weight, bias), dy)
 
 
 @over("conv2d_forward", KINDS, LAYOUTS, [torch.float32])
@@ -212,11 +210,4 @@ def test_gradcheck(backend: Backend, case: Conv2dCase) -> None:
 
 @over("conv2d_backward", SMALL[::3], ["channels_last"], [torch.float32])
 def test_double_backward(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
-    inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
-    dy = helpers.gradient_for(torch_conv2d(case), inputs)
-    random = helpers.generator("directions of " + case.id)
-    directions = [None if t is None else helpers.like(t, random) for t in inputs]
-    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
-    helpers.check_multilinear(
-        our_conv2d(case), torch_conv2d(case), names, inputs, dy, directions, compute=helpers.evaluate_twice
-    )
+    check_twice(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))

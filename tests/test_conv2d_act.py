@@ -57,11 +57,32 @@ def check(case: Conv2dCase, inputs: helpers.Tensors, activation: str) -> None:
     dz = 1.1 * dy.cpu().double().abs() * (1 + magnitude_of_z)
     magnitude = helpers.evaluate(plain, helpers.mapped(torch.abs, inputs), dz)
     length = helpers.evaluate(plain, *helpers.mapped(torch.ones_like, (inputs, dy)))
-    length = [length[0], *[n * length_of_z.max() for n in length[1:]]]
+    longest = length_of_z.max() if length_of_z.numel() else 1
+    length = [length[0], *[n * longest for n in length[1:]]]
     assert_same_layout(got[0], same_dtype[0], "y")
     names = helpers.result_names(NAMES, inputs)
     for name, a, b, c, d, e in zip(names, got, same_dtype, reference, magnitude, length, strict=True):
         assert_close(a, b, c, d, e, name, intermediate=None if name == "y" else a.dtype)
+
+
+def check_twice(case: Conv2dCase, inputs: helpers.Tensors, activation: str) -> None:
+    """The double backward, in float64, where no rounding comes near a kink."""
+    dy, random = helpers.gradient_for(composed(case, activation), inputs), helpers.generator("directions")
+    tensors = [inputs, dy, [None if t is None else helpers.like(t, random) for t in inputs]]
+    got = helpers.evaluate_twice(fused(case, activation), *tensors)
+    reference = helpers.evaluate_twice(composed(case, activation), *tensors)
+    # With dz = dy activation'(z) and t, what the directions change z by: ddy = t activation'(z), and the other results
+    # are the gradients of z for t dy activation''(z), and those in the directions for dz. No derivative is above 1.1.
+    plain = composed(case, "none")
+    absolute, dy, directions = helpers.mapped(torch.abs, tensors)
+    z = 1 + plain(*absolute)
+    ddy, *found = helpers.evaluate_twice(plain, absolute, 1.1 * dy * z, directions)
+    through_z = helpers.evaluate(plain, absolute, 1.1 * dy * z * ddy)[1:]
+    magnitude = [1.1 * ddy * z, *(a + b for a, b in zip(found, through_z, strict=True))]
+    length = sum(t.numel() for t in inputs if t is not None)
+    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
+    for name, a, b, c in zip(names, got, reference, magnitude, strict=True):
+        assert_close(a, b, b, c, length, name)
 
 
 @over("conv2d_act_forward", KINDS)
@@ -127,3 +148,12 @@ def test_gradcheck(backend: Backend, activation: str, residual: bool) -> None:
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@on("conv2d_act_forward", "activation_backward", dtype=torch.float64)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_double_backward(backend: Backend, activation: str, residual: bool) -> None:
+    """To the last places of float64: gradgradcheck sees far fewer."""
+    for case in KINDS:
+        check_twice(case, inputs_of(case, torch.float64, "channels_last", backend.device, residual), activation)

@@ -70,7 +70,7 @@ def composed(case: Conv2dCase, statistics: Any, activation: str = "relu") -> Any
     """torch's own."""
 
     def function(x: Any, weight: Any, bias: Any, residual: Any, bn_weight: Any, bn_bias: Any) -> torch.Tensor:
-        z = F.conv2d(x, weight, bias, **case.arguments())
+        z = helpers.torch_conv2d(case)(x, weight, bias)
         z = F.batch_norm(z, *statistics, bn_weight, bn_bias, eps=EPS)
         return ACTIVATIONS[activation](z if residual is None else z + residual)
 
@@ -90,6 +90,16 @@ def check(case: Conv2dCase, inputs: Tensors, statistics: Statistics, activation:
     length = case.R * case.S * (case.C // case.groups) + len(inputs)
     assert_same_layout(got, same_dtype, "y")
     assert_close(got, same_dtype, reference, magnitude, length, "y")
+
+
+def check_gradients(case: Conv2dCase, inputs: Tensors, statistics: Statistics, activation: str) -> None:
+    """A frozen batch norm: eval mode, and gradients towards everything but the statistics, are the two ops'."""
+    dy = helpers.gradient_for(composed(case, statistics), inputs)
+    got = helpers.evaluate(fused(case, statistics, activation), inputs, dy)
+    expected = helpers.evaluate(two_ops(case, statistics, activation), inputs, dy)
+    names = ("x", "weight", "bias", "residual", "bn_weight", "bn_bias")
+    for name, a, b in zip(helpers.result_names(names, inputs), got, expected, strict=True):
+        assert_same_bits(a, b, name)
 
 
 @over(FUNCTION, CORNERS)
@@ -188,15 +198,8 @@ def test_unbatched(backend: Backend) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_the_two_ops(backend: Backend, layout: str, activation: str, dtype: torch.dtype) -> None:
-    """A frozen batch norm: eval mode, and gradients towards everything but the statistics."""
     for case in KINDS:
-        inputs, statistics = inputs_of(case, dtype, layout, backend.device)
-        dy = helpers.gradient_for(composed(case, statistics), inputs)
-        got = helpers.evaluate(fused(case, statistics, activation), inputs, dy)
-        expected = helpers.evaluate(two_ops(case, statistics, activation), inputs, dy)
-        names = ("y", "dx", "dweight", "dbias", "dresidual", "dbn_weight", "dbn_bias")
-        for name, a, b in zip([n for n in names if case.bias or n != "dbias"], got, expected, strict=True):
-            assert_same_bits(a, b, name)
+        check_gradients(case, *inputs_of(case, dtype, layout, backend.device), activation)
 
 
 @on(FUNCTION, "conv2d_backward", "batch_norm_act_backward")

@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from cases import CONV_TRANSPOSE2D, LAYOUTS, VIEWS, ConvTranspose2dCase, find, of_suite, pairwise
 from helpers import Backend, on, over
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from test_determinism import same_for_any_thread_count
-from test_properties import USUAL, dtypes, layouts, pairs
-from tolerance import assert_exact, assert_same_bits, assert_same_non_finite
+from tolerance import assert_same_bits
 from torch import nn
 
 import cnnops
@@ -42,6 +39,10 @@ def torchs(case: ConvTranspose2dCase) -> helpers.Function:
 def check(case: ConvTranspose2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None) -> None:
     dy = helpers.gradient_for(torchs(case), inputs) if dy is None else dy
     helpers.check_multilinear(ours(case), torchs(case), helpers.result_names(NAMES, inputs), inputs, dy)
+
+
+def check_twice(case: ConvTranspose2dCase, inputs: helpers.Tensors) -> None:
+    helpers.check_multilinear_twice(ours(case), torchs(case), NAMES, inputs)
 
 
 def test_the_cases_have_the_shapes_of_torch() -> None:
@@ -97,10 +98,7 @@ def test_integers_are_exact(backend: Backend, case: ConvTranspose2dCase, dtype: 
     )
     inputs = (x, weight, make((case.K,), dtype, backend.device, random) if case.bias else None)
     dy = make(case.output_shape, dtype, backend.device, random)
-    got = helpers.evaluate(ours(case), inputs, dy)
-    reference = helpers.evaluate(torchs(case), *helpers.mapped(lambda t: t, (inputs, dy)))
-    for what, a, b in zip(helpers.result_names(NAMES, inputs), got, reference, strict=True):
-        assert_exact(a.cpu(), b, what)
+    helpers.check_exact(ours(case), torchs(case), NAMES, inputs, dy)
 
 
 @over("conv_transpose2d_forward", KINDS, LAYOUTS)
@@ -111,10 +109,7 @@ def test_non_finite_inputs_land_where_torch_puts_them(
     x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, -1, 2, 1] = torch.inf, torch.nan, -torch.inf
     dy = helpers.gradient_for(torchs(case), (x, weight, bias))
     dy[0, 0, 0, 0], dy[-1, -1, -1, -1] = torch.nan, torch.inf
-    got = helpers.evaluate(ours(case), (x, weight, bias), dy)
-    reference = helpers.evaluate(torchs(case), *helpers.mapped(lambda t: t, ((x, weight, bias), dy)))
-    for what, a, b in zip(("y", "dx"), got, reference, strict=False):
-        assert_same_non_finite(a.cpu(), b, what)
+    helpers.check_non_finite(ours(case), torchs(case), (x, weight, bias), dy)
 
 
 @on("conv_transpose2d_forward")
@@ -186,37 +181,6 @@ def test_an_output_without_pixels(backend: Backend) -> None:
         assert not gradient.any()
 
 
-@st.composite
-def drawn(draw: Any) -> ConvTranspose2dCase:
-    groups = draw(st.sampled_from((1, 1, 1, 2, 3, 8)))
-    C, K = (groups * draw(st.sampled_from((1, 1, 2, 3, 7, 16, 17) if groups < 8 else (1, 2))) for _ in range(2))
-    stride, dilation = draw(pairs(1, 4)), draw(pairs(1, 3))
-    more = tuple(draw(st.integers(0, max(sides) - 1)) for sides in zip(stride, dilation, strict=True))
-    case = ConvTranspose2dCase(
-        "drawn",
-        draw(st.sampled_from((0, 1, 1, 2, 3))),
-        C,
-        *draw(pairs(1, 7)),
-        K,
-        *draw(pairs(1, 5)),
-        stride,
-        draw(pairs(0, 5)),
-        (more[0], more[1]),
-        dilation,
-        groups,
-        draw(st.booleans()),
-    )
-    assume(min(case.output_shape[2:]) > 0 and case.flops < 2_000_000)
-    return case
-
-
-@USUAL
-@given(drawn(), dtypes, layouts)
-def test_any_shape(case: ConvTranspose2dCase, dtype: torch.dtype, layout: str) -> None:
-    with cnnops.use_backend("cpu"):
-        check(case, helpers.conv2d_inputs(case, dtype, layout if case.N else "nchw", "cpu"))
-
-
 SMALL = pairwise([case for case in NONEMPTY if case.flops <= 30_000], lambda case: case.features())
 
 
@@ -235,12 +199,7 @@ def test_gradcheck(backend: Backend, case: ConvTranspose2dCase) -> None:
 
 @over("conv_transpose2d_backward", SMALL[::2], ["channels_last"], [torch.float32])
 def test_double_backward(backend: Backend, case: ConvTranspose2dCase, dtype: torch.dtype, layout: str) -> None:
-    inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
-    dy = helpers.gradient_for(torchs(case), inputs)
-    random = helpers.generator("directions of " + case.id)
-    directions = [None if t is None else helpers.like(t, random) for t in inputs]
-    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
-    helpers.check_multilinear(ours(case), torchs(case), names, inputs, dy, directions, compute=helpers.evaluate_twice)
+    check_twice(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
 
 
 def test_it_is_the_gradient_of_a_convolution() -> None:

@@ -10,13 +10,9 @@ import test_conv2d
 import test_conv2d_act
 import torch
 from activations import ACTIVATIONS
-from cases import CONV2D, LAYOUTS, PADDED, VIEWS, Conv2dCase, find, pairwise, with_padding_mode
+from cases import CONV2D, LAYOUTS, PADDED, VIEWS, Conv2dCase, find, pairwise
 from helpers import Backend, over, torch_conv2d
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from test_conv2d import NAMES, our_conv2d
-from test_properties import USUAL, conv2d_cases, dtypes, layouts
-from tolerance import assert_exact, assert_same_non_finite
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnops
@@ -46,10 +42,7 @@ def test_views(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: s
 def test_integers_are_exact(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device, helpers.integers)
     dy = helpers.integers(case.output_shape, dtype, backend.device, helpers.generator(case.id))
-    got = helpers.evaluate(our_conv2d(case), inputs, dy)
-    reference = helpers.evaluate(torch_conv2d(case), *helpers.mapped(lambda t: t, (inputs, dy)))
-    for what, a, b in zip(helpers.result_names(NAMES, inputs), got, reference, strict=True):
-        assert_exact(a.cpu(), b, what)
+    helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
 
 
 @over("conv2d_forward", KINDS, LAYOUTS)
@@ -59,10 +52,7 @@ def test_non_finite_values_are_repeated(backend: Backend, case: Conv2dCase, dtyp
     x[0, 0, 0, 0], x[-1, -1, -1, -1], x[0, -1, 1, 0], x[-1, 0, -2, 2] = torch.inf, torch.nan, -torch.inf, torch.inf
     dy = helpers.gradient_for(torch_conv2d(case), (x, weight, bias))
     dy[0, 0, 0, 0], dy[-1, -1, -1, -1] = torch.nan, torch.inf
-    got = helpers.evaluate(our_conv2d(case), (x, weight, bias), dy)
-    reference = helpers.evaluate(torch_conv2d(case), *helpers.mapped(lambda t: t, ((x, weight, bias), dy)))
-    for what, a, b in zip(("y", "dx", "dweight"), got, reference, strict=False):
-        assert_same_non_finite(a.cpu(), b, what)
+    helpers.check_non_finite(our_conv2d(case), torch_conv2d(case), (x, weight, bias), dy, ("y", "dx", "dweight"))
 
 
 ACT = pairwise([case for case in NONEMPTY if case.flops <= 100_000], lambda case: case.features())
@@ -74,17 +64,6 @@ def test_fused(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: s
     assert activation in ACTIVATIONS
     inputs = test_conv2d_act.inputs_of(case, dtype, layout, backend.device, residual=True)
     test_conv2d_act.check(case, inputs, activation)
-
-
-@USUAL
-@given(conv2d_cases(), st.sampled_from(MODES), dtypes, layouts)
-def test_any_shape(case: Conv2dCase, mode: str, dtype: torch.dtype, layout: str) -> None:
-    padded = with_padding_mode(case, mode)
-    assume(padded is not None)
-    assert padded is not None
-    inputs = helpers.conv2d_inputs(padded, dtype, layout if padded.N else "nchw", "cpu")
-    with cnnops.use_backend("cpu"):
-        test_conv2d.check(padded, inputs)
 
 
 SMALL = pairwise([case for case in NONEMPTY if case.flops <= 30_000], lambda case: case.features())
@@ -104,14 +83,7 @@ def test_gradcheck(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layou
 
 @over("conv2d_backward", SMALL[::2], ["channels_last"], [torch.float32])
 def test_double_backward(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
-    inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
-    dy = helpers.gradient_for(torch_conv2d(case), inputs)
-    random = helpers.generator("directions of " + case.id)
-    directions = [None if t is None else helpers.like(t, random) for t in inputs]
-    names = ["ddy", *helpers.result_names(NAMES, inputs)[1:]]
-    helpers.check_multilinear(
-        our_conv2d(case), torch_conv2d(case), names, inputs, dy, directions, compute=helpers.evaluate_twice
-    )
+    test_conv2d.check_twice(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
 
 
 @pytest.mark.parametrize("mode", MODES)

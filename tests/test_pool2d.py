@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise
+from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise, window_positions
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_layout
 
@@ -64,6 +65,69 @@ def check_max(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None)
 
 def check(case: Pool2dCase, x: torch.Tensor, dy: torch.Tensor | None = None) -> None:
     (check_max if is_max(case) else check_average)(case, x, dy)
+
+
+def check_twice(case: Pool2dCase, x: torch.Tensor) -> None:
+    dy = helpers.gradient_for(pool(F, case), [x])
+    direction = helpers.like(x, helpers.generator("direction"))
+
+    def twice(function: helpers.Function, x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+        return helpers.evaluate_twice(function, [x], *rest)[:1]
+
+    if is_max(case):  # the windows' choices are x's own, whatever the direction's sign
+        got, same_dtype = (twice(pool(library, case), x, dy, [direction]) for library in (CF, F))
+        exact = helpers.mapped(lambda t: t, (x, dy, [direction]))
+        assert_exact(got[0].cpu(), twice(pool(F, case), *exact)[0], "ddy")
+        assert_same_layout(got[0], same_dtype[0], "ddy")
+    else:
+        helpers.check_multilinear(
+            pool(CF, case), pool(F, case), ["ddy"], x, dy, [direction], compute=twice, length=case.window
+        )
+
+
+def maximum_by_definition(case: Pool2dCase, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each window's maximum, the first one or the last NaN, and its position; -inf and -1 without a tap inside."""
+    sides = zip((case.H, case.W), case.kernel, case.stride or case.kernel, case.padding, case.dilation, strict=True)
+    rows, columns = (
+        torch.arange(window_positions(size, k, step, pad, spread, case.ceil_mode))[:, None] * step
+        + (torch.arange(k) * spread - pad)
+        for size, k, step, pad, spread in sides
+    )
+    best = x.new_full((*x.shape[:2], len(rows), len(columns)), -torch.inf)
+    position = torch.full(best.shape, -1)
+    for row, column in itertools.product(rows.T, columns.T):
+        inside = ((row >= 0) & (row < case.H))[:, None] & ((column >= 0) & (column < case.W))
+        tap = x[:, :, row.clamp(0, case.H - 1)][..., column.clamp(0, case.W - 1)]
+        better = inside & ((position < 0) | (tap > best) | tap.isnan())
+        best = torch.where(better, tap, best)
+        position = torch.where(better, row[:, None] * case.W + column, position)
+    return best, position
+
+
+def check_max_by_definition(case: Pool2dCase, x: torch.Tensor) -> None:
+    """Every pass, also where a window has no tap inside the input: torch writes out of bounds there. Such a window gives
+    -inf, an index that exists, and no gradient."""
+    expected, positions = maximum_by_definition(case, x.double())
+    y, indices = CF.max_pool2d(x, **case.arguments(), return_indices=True)
+    for each in (y, CF.max_pool2d(x, **case.arguments())):
+        assert_exact(each, expected, "y", signed_zeros=True)
+    somewhere = positions >= 0
+    assert torch.equal(indices[somewhere], positions[somewhere])
+    assert ((indices >= 0) & (indices < case.H * case.W)).all()
+    random = helpers.generator("dy")
+    dy, direction = helpers.like(y, random), helpers.like(x, random)
+    _, dx = helpers.evaluate(pool(CF, case), [x], dy)
+
+    def scattered(dy: torch.Tensor) -> torch.Tensor:
+        found = torch.zeros(*x.shape[:2], case.H * case.W, dtype=torch.float64)
+        return found.scatter_add_(2, positions.flatten(2).clamp_min(0), (dy * somewhere).flatten(2)).view(x.shape)
+
+    reference = scattered(dy.double())
+    lengths = scattered(torch.ones(y.shape, dtype=torch.float64))
+    assert_close(dx, reference.to(x.dtype), reference, scattered(dy.double().abs()), lengths, "dx")
+    ddy = helpers.evaluate_twice(pool(CF, case), [x], dy, [direction])[0]
+    chosen = direction.double().flatten(2).gather(2, positions.flatten(2).clamp_min(0)).view(y.shape) * somewhere
+    assert_exact(ddy, chosen, "ddy")
 
 
 @over("max_pool2d_forward", cases_of("max_pool2d"))
@@ -210,22 +274,7 @@ def test_gradcheck(backend: Backend, case: Pool2dCase) -> None:
 @on(*[op + "_forward" for op in OPS])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.id)
 def test_double_backward(backend: Backend, case: Pool2dCase) -> None:
-    x = input_of(case, torch.float32, "channels_last", backend.device)
-    dy = helpers.gradient_for(pool(F, case), [x])
-    direction = helpers.like(x, helpers.generator("direction"))
-
-    def twice(function: helpers.Function, x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
-        return helpers.evaluate_twice(function, [x], *rest)[:1]
-
-    if is_max(case):  # the windows' choices are x's own, whatever the direction's sign
-        got, same_dtype = (twice(pool(library, case), x, dy, [direction]) for library in (CF, F))
-        exact = helpers.mapped(lambda t: t, (x, dy, [direction]))
-        assert_exact(got[0].cpu(), twice(pool(F, case), *exact)[0], "ddy")
-        assert_same_layout(got[0], same_dtype[0], "ddy")
-    else:
-        helpers.check_multilinear(
-            pool(CF, case), pool(F, case), ["ddy"], x, dy, [direction], compute=twice, length=case.window
-        )
+    check_twice(case, input_of(case, torch.float32, "channels_last", backend.device))
 
 
 @on("max_pool2d_forward")

@@ -97,7 +97,7 @@ def _curvature(saved: Tensor, activation: str) -> Tensor:
         s = torch.sigmoid(saved)
         return s * (1 - s) * (2 + saved * (1 - 2 * s))
     if activation == "hardswish":
-        return torch.where((saved > -3) & (saved < 3), 1 / 3, 0.0).to(saved.dtype)
+        return ((saved > -3) & (saved < 3)).to(saved.dtype) / 3
     return torch.zeros_like(saved)
 
 
