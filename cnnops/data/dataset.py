@@ -43,7 +43,7 @@ class Dataset:
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
         digest = hashlib.sha256(repr((self.classes, [tuple(tensor.shape) for tensor in tensors])).encode())
         for tensor in tensors:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
     @classmethod

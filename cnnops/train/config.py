@@ -77,7 +77,9 @@ class TrainConfig:
         None, "share of each training target that is spread over all classes", "0; cifar: 0.1"
     )
     width: float = _option(1.0, "factor on every channel count of the network")
-    stem: str = _option("cifar", "start of the network: cifar keeps the resolution; imagenet, for a ResNet, quarters it")
+    stem: str = _option(
+        "cifar", "start of the network: cifar keeps the resolution; imagenet, for a ResNet, quarters it"
+    )
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch; 0 for one at each epoch's end")
     seed: int = _option(42, "decides weights, order, crops and the split")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where torch sees it")
