@@ -99,10 +99,13 @@ def train(options: argparse.Namespace) -> int:
         folder = _new_folder(options.out, f"{config.model}-{config.data}")
         trainer = _checked(Trainer, config, folder, ConsoleReporter())
     else:
-        others = [f"--{name.replace('_', '-')}" for name in given if name != "device"] + ["--out"] * bool(options.out)
+        changes = {name: given.pop(name) for name in ("device", "data_dir") if name in given}
+        others = [f"--{name.replace('_', '-')}" for name in given] + ["--out"] * bool(options.out)
         if others:
-            raise UsageError(f"--resume takes every option but --device from the checkpoint; leave out {others[0]}")
-        trainer = _checked(Trainer.resume, options.resume, ConsoleReporter(), given.get("device"))
+            raise UsageError(
+                f"--resume takes every option but --device and --data-dir from the checkpoint; leave out {others[0]}"
+            )
+        trainer = _checked(Trainer.resume, options.resume, ConsoleReporter(), **changes)
     trainer.fit()
     _print_result(trainer)
     return 0
@@ -271,7 +274,8 @@ def parser() -> argparse.ArgumentParser:
         "train",
         train,
         "train a network and keep the run in a folder",
-        "Ctrl-C ends it after the step that runs, with a checkpoint that --resume goes on from.",
+        "Ctrl-C ends it after the step that runs, with a checkpoint that --resume goes on from. Beside --resume, "
+        "--device and --data-dir may be given, where they have changed.",
     )
     _add_config_options(sub, TrainConfig)
     sub.add_argument("--out", type=Path, metavar="DIR", help="run folder, new or empty (default: runs/MODEL-DATA-TIME)")
@@ -342,6 +346,17 @@ def _guarded(command: Command, options: argparse.Namespace) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror or error}", USAGE_ERROR)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _failed("out of memory; a smaller batch, network, image or border needs less", USAGE_ERROR)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # torch's CPU allocator has no type of its own for it.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _failed(message: str, status: int) -> int:

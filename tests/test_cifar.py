@@ -300,6 +300,29 @@ def test_hostile_members(fake: Fake, hostile: tarfile.TarInfo, message: str, fir
     assert not Path("/tmp/evil").exists()
 
 
+@pytest.mark.parametrize("size", ["99999999999999999999", "1000000000000", "-1", "1e9", "x", ""])
+@pytest.mark.parametrize("name", ["cifar-10-batches-bin/test_batch.bin", "cifar-10-batches-bin/other"])
+def test_a_member_that_claims_another_size(fake: Fake, size: str, name: str) -> None:
+    """tarfile takes it from a PAX header, and would walk through a file that it believes to be so long."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
+        claiming = member(name)
+        claiming.pax_headers = {"size": size}
+        tar.addfile(claiming)
+    fake.pack(False, buffer.getvalue())
+    fake.assert_refused(r"cifar-10-binary.tar.gz( is not to be trusted: its member .* claims|: | has no member )")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"garbage" * 100, bytes(1 << 20), gzip.compress(b"another stream", mtime=0)],
+    ids=["bytes", "zeros", "gzip"],
+)
+def test_what_follows_an_archive_is_not_read(fake: Fake, rest: bytes) -> None:
+    fake.pack(False, fake.archive(False) + rest)
+    fake.assert_read()
+
+
 def test_member_twice(fake: Fake) -> None:
     fake.pack(False, tar_gz([*fake.members(False), *fake.members(False)[:1]]))
     fake.assert_refused("its member 'cifar-10-batches-bin/data_batch_1.bin' is there twice")
@@ -320,8 +343,8 @@ except DataError as error:
     print(error)
 """
     zeros = gzip.compress(bytes(1 << 20), 9) * 1024
-    for kind in (tarfile.REGTYPE, tarfile.XHDTYPE):
-        content = gzip.compress(member("test", kind, size=1 << 30).tobuf(tarfile.GNU_FORMAT)) + zeros
+    for kind, size in ((tarfile.REGTYPE, 1 << 25), (tarfile.XHDTYPE, 1 << 30)):
+        content = gzip.compress(member("test", kind, size=size).tobuf(tarfile.GNU_FORMAT)) + zeros
         path = fake.folder / "bomb.tar.gz"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
@@ -353,6 +376,12 @@ def hostile_pickles(path: Path) -> dict[str, tuple[bytes, str]]:
         "dotted name": (b"\x80\x04\x8c\x05numpy\x8c\x09dtype.mro\x93.", "numpy.dtype.mro"),
         "attribute": (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
         "another encoding": (b"c_codecs\nencode\n(Vx\nVutf-16\ntR.", "UnpicklingError: text in 'utf-16'"),
+        # A fresh unpickler's memo is an array: the first of these would fill the memory with 32 GiB of zeros.
+        "far place": (b"N" + pickle.LONG_BINPUT + struct.pack("<I", 0x7FFFFFFF) + b".", "it remembers 2147483647 thin"),
+        "far place in text": (b"Np999999999\n.", "it remembers 999999999 things in 13 bytes"),
+        # 2**60 times the same string, which is small until it is shown.
+        "billion laughs": (b"cnumpy\ndtype\n" + b"Vx\n" + b"2\x86" * 60 + pickle.TUPLE1 + b"R.", "an array of"),
+        "deep": (b"(" * 100_000 + b"N" + b"t" * 100_000 + b".", "TypeError|KeyError"),
         "object array": (pickle.dumps({**batch, "data": np.array([Evil(path)])}, 2), "u1|posix.system|O8"),
     }
 
@@ -413,16 +442,32 @@ def test_wrong_labels_and_sizes_in_the_binary_form(fake: Fake) -> None:
         fake.assert_refused(f"cifar-10-batches-bin/test_batch.bin is not a batch of CIFAR's: {message}")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends `content`, spoiled in the way that `mood` says."""
+REDIRECTS = {
+    "to a file": "file:///etc/passwd",
+    "to nonsense": "http://[::1",
+    "to no host": "http://" + "a" * 70 + ".invalid/",
+    "in a circle": "/cifar-10-binary.tar.gz",
+}
 
-    def __init__(self, content: bytes, mood: str, asked: list[str], *rest: Any) -> None:
-        self.content, self.mood, self.asked = content, mood, asked
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends `content`, spoiled in the way that `mood` says; hangs until `over`."""
+
+    def __init__(self, content: bytes, mood: str, asked: list[str], over: threading.Event, *rest: Any) -> None:
+        self.content, self.mood, self.asked, self.over = content, mood, asked, over
         super().__init__(*rest)
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         content = self.content
+        if self.mood in REDIRECTS:
+            self.send_response(302)
+            self.send_header("Location", REDIRECTS[self.mood])
+            self.end_headers()
+            return
+        if self.mood == "silent":
+            self.over.wait()
+            return
         if self.mood == "absent":
             self.send_error(404, "Not Found")
             return
@@ -434,14 +479,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             content = content + bytes(10_000_000)
         self.send_response(200)
         if self.mood != "no length":
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", {"odd length": "-7"}.get(self.mood, str(len(content))))
         self.end_headers()
         try:
             if self.mood in ("stops", "hangs"):
                 self.wfile.write(content[: len(content) // 2])
                 self.wfile.flush()
                 if self.mood == "hangs":
-                    threading.Event().wait(1.0)
+                    self.over.wait()
             else:
                 self.wfile.write(content)
         except OSError:  # the other side had enough
@@ -457,12 +502,15 @@ class Server:
     def __init__(self, content: bytes) -> None:
         self.asked: list[str] = []
         self.content = content
+        self.over = threading.Event()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
         self.mood("kind")
         threading.Thread(target=functools.partial(self.server.serve_forever, 0.01), daemon=True).start()
 
     def mood(self, mood: str) -> None:
-        self.server.RequestHandlerClass = functools.partial(Handler, self.content, mood, self.asked)  # type: ignore
+        self.server.RequestHandlerClass = functools.partial(  # type: ignore
+            Handler, self.content, mood, self.asked, self.over
+        )
 
 
 @pytest.fixture
@@ -470,11 +518,12 @@ def server(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server(fake.patch(False))
     monkeypatch.setattr(cifar, "SOURCE", f"http://127.0.0.1:{server.server.server_port}/")
     yield server
+    server.over.set()
     server.server.shutdown()
     server.server.server_close()
 
 
-@pytest.mark.parametrize("mood", ["kind", "no length"])
+@pytest.mark.parametrize("mood", ["kind", "no length", "odd length"])
 def test_download(fake: Fake, server: Server, mood: str, caplog: pytest.LogCaptureFixture) -> None:
     server.mood(mood)
     fake.assert_read()
@@ -492,15 +541,22 @@ def test_download(fake: Fake, server: Server, mood: str, caplog: pytest.LogCaptu
         ("page", r"what came from http.* has 26 bytes, expected \d+"),
         ("stops", r"what came from http.* has \d+ bytes, expected \d+|IncompleteRead"),
         ("hangs", "cannot download .*timed out"),
+        ("silent", "cannot download .*timed out"),
+        ("to a file", "cannot download .*[Rr]edirection to url 'file:///etc/passwd' is not allowed"),
+        ("to nonsense", "cannot download .*Invalid IPv6 URL"),
+        ("to no host", "cannot download "),
+        ("in a circle", "cannot download .*infinite loop"),
         ("endless", r"what came from http.* has \d+ bytes, expected \d+"),
     ],
 )
 def test_bad_servers_leave_nothing(
     fake: Fake, server: Server, mood: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(published, "_TIMEOUT_S", 0.3)
     server.mood(mood)
-    fake.assert_refused(f"({message}).*; get http.* by other means, put it into .*data, and run this again$")
+    with monkeypatch.context() as patch:
+        if mood in ("hangs", "silent"):  # else a slow machine would be taken for one of these
+            patch.setattr(published, "_TIMEOUT_S", 0.3)
+        fake.assert_refused(f"({message}).*; get http.* by other means, put it into .*data, and run this again$")
     assert not fake.folder.exists() or not list(fake.folder.iterdir())
     server.mood("kind")
     fake.assert_read()

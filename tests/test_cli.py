@@ -17,6 +17,7 @@ import pytest
 import cnnops
 from cnnops import cli, data, dispatch
 from cnnops.bench.verify import Mismatch
+from cnnops.models import list_models
 from cnnops.train import Reporter, Trainer
 
 TRAIN = ["train", "--model", "simple_cnn", "--data", "synthetic", "--width", "0.125", "--epochs", "2", "--lr", "0.02"]
@@ -55,6 +56,8 @@ def test_train_help_has_every_option_with_its_default(capsys: pytest.CaptureFixt
         assert option in text
     assert "(default: resnet18)" in text
     assert "(default: 0.0005)" in text
+    for name in (*list_models(), *data.DATASETS):
+        assert name in text
 
 
 def test_train_and_resume(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +117,9 @@ def test_interrupt_elsewhere(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["train", "--resume", "absent"], "checkpoint absent does not exist"),
         (["train", "--resume", "absent", "--lr", "1"], "leave out --lr"),
         (["train", "--resume", "absent", "--out", "x"], "leave out --out"),
+        (["train", "--resume", "absent", "--device", "cpu", "--data-dir", "x"], "checkpoint absent does not exist"),
+        (["train", "--data", "synthetic", "--pad", "1000000"], "out of memory"),
+        (["train", "--width", "1e12"], "out of memory"),
         (["demo", "--epochs", "0"], "epochs must be at least 1"),
         (["explain", "conv2d", "--input", "1,1,4,4", "--device", "cuda:99"], "CUDA"),
         (["explain", "conv2d", "--input", "1,1,4,4", "--weight", "1,1,2,2", "--padding", "some"], "'some'"),

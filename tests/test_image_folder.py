@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -174,6 +177,58 @@ def test_images_that_cannot_be_read_are_named(folder: Path, harm: Callable[[Path
     assert "\n" not in str(error.value)
 
 
+def test_what_is_no_file_is_not_waited_for(folder: Path) -> None:
+    """A folder is looked into whatever its name; a pipe or a device would be read without end."""
+    draw(folder / "train" / "red" / "folder.png" / "4.png")
+    assert len(image_folder(folder).train_labels) == 6
+    path = folder / "train" / "red" / "pipe.png"
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        put(path)
+        with pytest.raises(DataError, match=f"image {path} is no file; remove it"):
+            image_folder(folder)
+        path.unlink()
+
+
+def test_no_program_is_run_for_an_image(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands PostScript to Ghostscript, which is a program in a language of its own."""
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    path = folder / "train" / "red" / "1.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(DataError, match=f"image {path} cannot be read: cannot identify"):
+        image_folder(folder)
+    with contextlib.suppress(OSError), PIL.open(path) as image:
+        image.load()
+    assert (tmp_path / "ran").exists()  # by Pillow left to itself, so that the test shows something
+    (tmp_path / "ran").unlink()
+    with pytest.raises(DataError):
+        image_folder(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_modes_of_other_uses(folder: Path) -> None:
+    """CMYK of printers, a GIF that moves (its first picture), one bit, and grey with alpha."""
+    test = folder / "test" / "red"
+    (test / "x.png").unlink()
+    PIL.new("CMYK", (8, 8), (0, 255, 255, 0)).save(test / "a.tif")
+    PIL.new("RGB", (8, 8), RED).save(test / "b.gif", save_all=True, append_images=[PIL.new("RGB", (8, 8), BLUE)])
+    PIL.new("1", (8, 8), 1).save(test / "c.png")
+    PIL.new("LA", (8, 8), (70, 0)).save(test / "d.png")
+    found = image_folder(folder, image_size=4)
+    colours = found.test_images[found.test_labels == 1][:, :, 2, 2]
+    assert colours.tolist() == [[255, 0, 0], [255, 0, 0], [255, 255, 255], [70, 70, 70]]
+
+
+def test_any_name_makes_one_line(folder: Path) -> None:
+    (folder / "train" / "red" / "two\nlines.png").touch()
+    with pytest.raises(DataError) as error:
+        image_folder(folder)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("pixels", [11_000, 50_000])
 def test_an_image_too_large_to_be_honest_is_not_read(folder: Path, pixels: int) -> None:
     """Pillow itself only warns of the smaller one."""
@@ -213,3 +268,34 @@ def test_train_on_a_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     run = ["train", "--data", "folder", "--data-dir", str(folder), "--image-size", "16", *options]
     assert cli.main([*run, "--out", str(tmp_path / "run")]) == 0
     assert "images: 5 training and 2 test images, 3 x 16 x 16" in capsys.readouterr().out
+
+
+def test_a_resume_finds_a_folder_that_moved_and_notices_one_that_changed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    options = ["--model", "resnet18", "--width", "0.0625", "--epochs", "1", "--batch-size", "5", "--device", "cpu"]
+    train = ["train", "--data", "folder", "--data-dir", str(folder), "--image-size", "16", *options]
+    assert cli.main([*train, "--out", run]) == 0
+    moved = folder.rename(tmp_path / "moved")
+
+    def assert_fails(message: str, *arguments: str) -> None:
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", run, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+    assert_fails("cannot read the folder of images")
+    assert cli.main(["train", "--resume", run, "--data-dir", str(moved)]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data_dir"] == str(moved)
+    changed = "cannot go on from checkpoint"
+    draw(moved / "train" / "red" / "1.png", (254, 0, 0))
+    assert_fails(changed, "--data-dir", str(moved))
+    draw(moved / "train" / "red" / "1.png")
+    (moved / "train" / "red").rename(moved / "train" / "rot"), (moved / "test" / "red").rename(moved / "test" / "rot")
+    assert_fails(changed, "--data-dir", str(moved))
+    draw(moved / "train" / "yellow" / "1.png")
+    assert_fails(
+        "the data set moved has changed: its images or labels are not those of the run", "--data-dir", str(moved)
+    )

@@ -52,6 +52,10 @@ def test_data_dir_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             {"data": "folder", "data_dir": "x", "image_size": 64, "model": "simple_cnn"},
             "image_size must be 32 with model=simple_cnn, but got image_size=64",
         ),
+        (
+            {"data": "folder", "data_dir": "x", "image_size": 7, "model": "vgg_style"},
+            "image_size must be at least 8 with model=vgg_style, but got image_size=7",
+        ),
         ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1, but got label_smoothing=1.0"),
         ({"label_smoothing": float("nan")}, "label_smoothing must be .* label_smoothing=nan"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 
 class DataError(Exception):
     """A data set is missing or is not what it should be; the message is one line and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")))  # a file's name may have more
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,15 @@ class Dataset:
     @property
     def channels(self) -> int:
         return self.train_images.shape[1]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of classes, images and labels: a run that goes on can tell whether it sees the same ones."""
+        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        digest = hashlib.sha256(repr((self.classes, [tuple(tensor.shape) for tensor in tensors])).encode())
+        for tensor in tensors:
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def of(

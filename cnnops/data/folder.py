@@ -20,6 +20,9 @@ log = logging.getLogger("cnnops")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Names that end like this, in either case, are images; other files are skipped and reported."""
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What such a file may be, whatever its name says. Among Pillow's others is EPS, for which it runs another program."""
+
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """What the folder beside `train` may be called; the first that is there is taken."""
 
@@ -134,10 +137,12 @@ def _pixels(path: Path, size: int) -> npt.NDArray[np.uint8]:
     except ImportError:
         raise DataError("a folder of images needs the package pillow; run: pip install pillow") from None
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise DataError(f"image {path} is no file; remove it")
         with warnings.catch_warnings():
             # Pillow warns of an image too large to be honest, and reads on.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.mode[0] in "IF":
                     raise DataError(f"image {path} has more than 8 bits in a channel; convert or remove it")
                 upright = ImageOps.exif_transpose(image).convert("RGB")

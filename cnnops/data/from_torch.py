@@ -70,7 +70,7 @@ def _label(label: Any, where: str) -> int:
             return value
     except RuntimeError:  # a tensor of several values
         pass
-    raise DataError(f"{where} has the label {label!r}; expected a whole number from 0".replace("\n", " "))
+    raise DataError(f"{where} has the label {label!r}; expected a whole number from 0")
 
 
 def _uint8(image: Any, where: str) -> Tensor:

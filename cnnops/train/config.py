@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from cnnops.models.registry import STEMS
 def _option(default: Any, help: str, shown: str = "") -> Any:
     """shown: how --help puts a default that depends on the data set."""
     return field(default=default, metadata={"help": help, "shown": shown or str(default)})
+
+
+def _either(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,10 @@ class _Recipe:
 _CIFAR = _Recipe(epochs=20, flip=True, label_smoothing=0.1, data_dir="data")
 _RECIPES = {"cifar10": _CIFAR, "cifar100": _CIFAR, "folder": _Recipe(flip=True, image_size=32)}
 _READS = {"cifar10": ("data_dir",), "cifar100": ("data_dir",), "folder": ("data_dir", "image_size")}
+# A linear layer of the first counts on its size; the second halves the resolution three times.
+_SIZES = {"simple_cnn": (32, 32), "vgg_style": (8, math.inf)}
+# What a float32 weight can be multiplied by.
+_MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,16 @@ class TrainConfig:
     folder, and under other defaults.
     """
 
-    model: str = _option("resnet18", "name of the network: resnet18, resnet34, resnet50 or simple_cnn")
+    model: str = _option("resnet18", f"name of the network: {_either(list_models())}")
     data: str = _option(
-        "mnist-5k", "data set: mnist-5k (5,000 real digits), cifar10, cifar100, folder (images of yours) or synthetic"
+        "mnist-5k",
+        f"data set: {_either(DATASETS)}; mnist-5k has 5,000 real digits, folder takes images of yours",
     )
     data_dir: str | None = _option(
         None,
-        "folder of cifar10 and cifar100, which are downloaded if it has them not, or of images: DIR/CLASS/*, "
+        "where CIFAR is, and is downloaded to if it is not there; or a folder of images: DIR/CLASS/*, "
         "or DIR/train/CLASS/* and DIR/test/CLASS/*",
-        "data",
+        "cifar: data; folder: none",
     )
     image_size: int | None = _option(None, "height and width to which images of a folder are brought", "32")
     epochs: int = _option(None, "passes over the training set", "10; cifar: 20")
@@ -66,7 +77,9 @@ class TrainConfig:
         None, "share of each training target that is spread over all classes", "0; cifar: 0.1"
     )
     width: float = _option(1.0, "factor on every channel count of the network")
-    stem: str = _option("cifar", "start of the network: cifar (keeps the resolution) or imagenet")
+    stem: str = _option(
+        "cifar", "start of the network: cifar keeps the resolution; imagenet, for a ResNet, quarters it"
+    )
     checkpoint_every: int = _option(0, "steps between checkpoints within an epoch; 0 for one at each epoch's end")
     seed: int = _option(42, "decides weights, order, crops and the split")
     device: str = _option("auto", "cpu, cuda, cuda:N, or auto: cuda where torch sees it")
@@ -88,14 +101,15 @@ class TrainConfig:
             check(bool(self.data_dir), "data_dir", "a folder with a sub-folder for each class")
             object.__setattr__(self, "data_dir", str(Path(self.data_dir or "").expanduser().absolute()))
         check(self.image_size is None or self.image_size >= 1, "image_size", "at least 1")
-        fits = self.model != "simple_cnn" or self.image_size in (None, 32)
-        check(fits, "image_size", "32 with model=simple_cnn")
+        least, most = _SIZES.get(self.model, (1, math.inf))
+        fits = self.image_size is None or least <= self.image_size <= most
+        check(fits, "image_size", f"{'' if least == most else 'at least '}{least} with model={self.model}")
         check(self.stem in STEMS, "stem", f"one of {', '.join(STEMS)}")
         check(self.epochs >= 1, "epochs", "at least 1")
         check(self.batch_size >= 1, "batch_size", "at least 1")
-        check(0 < self.lr < math.inf, "lr", "positive and finite")
+        check(0 < self.lr <= _MOST, "lr", "positive and finite in float32")
         check(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        check(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0 and finite")
+        check(0 <= self.weight_decay <= _MOST, "weight_decay", "at least 0 and finite in float32")
         check(self.pad >= 0, "pad", "at least 0")
         check(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1")
         check(0 < self.width < math.inf, "width", "positive and finite")

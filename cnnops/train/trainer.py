@@ -123,16 +123,20 @@ class Trainer:
         self._random = random_state()
 
     @classmethod
-    def resume(cls, path: Path, reporter: Reporter | None = None, device: str | None = None) -> Trainer:
+    def resume(
+        cls, path: Path, reporter: Reporter | None = None, device: str | None = None, data_dir: str | None = None
+    ) -> Trainer:
         """Go on from a checkpoint, or from `last.pt` of a run folder, in that folder.
 
         On the same device every later number is the same, bit for bit, as without the stop. device: another one.
-        Raises CheckpointError if the checkpoint cannot be used.
+        data_dir: where the same images are now.
+        Raises CheckpointError if the checkpoint cannot be used or the images are others, DataError as `Trainer` does.
         """
         state = load_checkpoint(path)
+        changes = {name: value for name, value in (("device", device), ("data_dir", data_dir)) if value is not None}
         try:
-            options = state["config"] if device is None else {**state["config"], "device": device}
-            trainer = cls(TrainConfig(**options), path if path.is_dir() else path.parent, reporter)
+            config = TrainConfig(**{**state["config"], **changes})
+            trainer = cls(config, path if path.is_dir() else path.parent, reporter)
             trainer.load_state(state)
         except (
             ArithmeticError,
@@ -154,6 +158,7 @@ class Trainer:
         """All that a resume needs, in types that `torch.load(weights_only=True)` takes."""
         return {
             "config": asdict(self.config),
+            "data": self.dataset.fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -167,6 +172,10 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned. For another one, raises what torch does, or ValueError."""
+        if state["data"] != self.dataset.fingerprint:
+            raise ValueError(
+                f"the data set {self.dataset.name} has changed: its images or labels are not those of the run"
+            )
         epoch, step, records = state["epoch"], state["step"], len(state["history"])
         if not (0 <= epoch <= self.config.epochs and 0 <= step <= self.batches.steps and records == epoch):
             raise ValueError(f"no run of these options is in epoch {epoch}, step {step} with {records} records")

@@ -89,7 +89,7 @@ def save_samples(
     shown += [right[i * len(right) // room] for i in range(min(room, len(right)))]
     columns = 10
     rows = math.ceil(len(shown) / columns)
-    figure = _figure(columns * 1.0, rows * 1.25 + 0.5)
+    figure = _figure(columns * 1.3, rows * 1.7 + 0.5)
     heading = f"{len(wrong)} of {len(labels):,} test images wrong"
     if wrong:
         heading += f"; the first {min(len(wrong), count // 2)} in red: predicted, and what it is"
@@ -103,12 +103,23 @@ def save_samples(
             ax.imshow(image.transpose(1, 2, 0))
         else:
             ax.imshow(image[0], cmap="gray", vmin=0, vmax=255)
-        if predicted == label:
-            ax.set_title(classes[predicted], fontsize=9, color="#57606a", pad=3)
-        else:
-            text = f"{classes[predicted]}, is {classes[label]}"
-            ax.set_title(text, fontsize=9, color=WRONG, fontweight="bold", pad=3)
+        # Below each other, or long names would run into the next image's.
+        names = [classes[predicted]] if predicted == label else [classes[predicted], f"is {classes[label]}"]
+        ax.set_title(
+            "\n".join(map(_shown, names)),
+            fontsize=8,
+            color="#57606a" if predicted == label else WRONG,
+            fontweight="normal" if predicted == label else "bold",
+            pad=3,
+            parse_math=False,  # a class may be called anything
+        )
     _save(figure, path)
+
+
+def _shown(name: str) -> str:
+    """As much of a name as fits over an image, in characters that can be drawn."""
+    drawable = "".join(c if c.isprintable() else "?" for c in name)
+    return drawable if len(drawable) <= 17 else f"{drawable[:16]}…"
 
 
 def _figure(width: float, height: float) -> Figure:
