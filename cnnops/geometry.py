@@ -75,6 +75,11 @@ def is_channels_last(t: Tensor) -> bool:
     return not (N == 0 or image < least or least == channel)
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums over `dtype` are made in, and the statistics that come of them are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _text(sizes: Sequence[int]) -> str:
     return str(list(sizes))
 

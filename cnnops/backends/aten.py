@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import PADDING_MODES, is_channels_last
+from ..geometry import PADDING_MODES, accumulation_dtype, is_channels_last
 from . import YES, Support
 from .native import Problem
 
@@ -483,7 +483,7 @@ def squeeze_excite_forward(
     activation: str,
     gate: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     pooled = x.mean((2, 3), dtype=wide)
     hidden = F.linear(pooled, weight1.to(wide).flatten(1), None if bias1 is None else bias1.to(wide))
     gated = F.linear(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends.aten import activation_gradient
-from ..geometry import ACTIVATIONS_FROM_INPUT, NormProblem, is_channels_last
+from ..geometry import ACTIVATIONS_FROM_INPUT, NormProblem, accumulation_dtype, is_channels_last
 from .batching import Dims, Rule, along, fold, unfold
 from .registry import Function, differentiate, empty, register, tangents_of
 
@@ -79,7 +78,7 @@ class BatchNormActBackward(Function):
 
 def _normalized(x: Tensor, mean: Tensor, rstd: Tensor, training: bool, eps: float) -> tuple[Tensor, Tensor]:
     """(x - mean) * rstd and rstd, in the accumulation type; batch statistics as functions of x."""
-    x = x.to(_accumulation(x.dtype))
+    x = x.to(accumulation_dtype(x.dtype))
     if training:
         axes = [0, *range(2, x.dim())]
         mean = x.mean(axes)
@@ -88,7 +87,7 @@ def _normalized(x: Tensor, mean: Tensor, rstd: Tensor, training: bool, eps: floa
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
-    return t.to(_accumulation(x.dtype)).reshape(1, -1, *[1] * (x.dim() - 2))
+    return t.to(accumulation_dtype(x.dtype)).reshape(1, -1, *[1] * (x.dim() - 2))
 
 
 def affine(
@@ -163,9 +162,9 @@ def _describe_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tenso
             f"batch_norm_act_backward: expected dy like x, {list(x.shape)} {x.dtype}, but got {list(dy.shape)} {dy.dtype}"
         )
     for name, t in zip(("mean", "rstd"), args[2:4], strict=True):
-        if list(t.shape) != [x.shape[1]] or t.dtype != _accumulation(x.dtype):
+        if list(t.shape) != [x.shape[1]] or t.dtype != accumulation_dtype(x.dtype):
             raise RuntimeError(
-                f"batch_norm_act_backward: expected {name} of shape [{x.shape[1]}] and dtype {_accumulation(x.dtype)}, "
+                f"batch_norm_act_backward: expected {name} of shape [{x.shape[1]}] and dtype {accumulation_dtype(x.dtype)}, "
                 f"but got {list(t.shape)} {t.dtype}"
             )
     training, _, activation = args[4:7]
@@ -175,12 +174,8 @@ def _describe_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tenso
     return NormProblem(N, C, L, training, activation, x.dtype, param, x.device.type, is_channels_last(x))
 
 
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fake(problem: NormProblem, x: Tensor, *_: Any) -> Any:
-    statistics = _accumulation(x.dtype)
+    statistics = accumulation_dtype(x.dtype)
     return (
         empty(x, x.shape, problem.channels_last),
         empty(x, (problem.C,), False, statistics),

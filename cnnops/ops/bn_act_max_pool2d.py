@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends.aten import activation_gradient
-from ..geometry import NormPool2dProblem, NormProblem, Pool2dProblem, is_channels_last
+from ..geometry import NormPool2dProblem, NormProblem, Pool2dProblem, accumulation_dtype, is_channels_last
 from .batch_norm import affine, along_norm, along_norm_backward, batch_norm_act_backward, norm_gradients
 from .batching import Dims
-from .pool2d import MAX_POOL, at_maxima, max_pool2d_backward
+from .pool2d import MAX_POOL, at_maxima, max_pool2d_backward, offset_dtype
 from .registry import Function, differentiate, empty, register, tangents_of
 
 
@@ -115,13 +114,9 @@ def _describe(x: Tensor, weight: Tensor | None, bias: Tensor | None, *args: Any)
     running_mean, running_var, training, _, eps, activation, *window = args[:15]
     if x.dim() != 4:
         raise RuntimeError(f"bn_act_max_pool2d: expected input of 4 dimensions [N, C, H, W], but got {list(x.shape)}")
-    pool = Pool2dProblem.of("bn_act_max_pool2d", x, *_nine(window))
+    pool = Pool2dProblem.of("bn_act_max_pool2d", x, *window)
     norm = NormProblem.of(x, weight, bias, None, running_mean, running_var, training, eps, activation)
     return NormPool2dProblem(norm, pool)
-
-
-def _nine(window: Any) -> Any:
-    return tuple(window)
 
 
 def _describe_backward(
@@ -129,11 +124,10 @@ def _describe_backward(
 ) -> NormPool2dProblem:
     mean, rstd, training, _, activation, *window = args[:13]
     R, S = window[:2]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    offset_dtype = torch.uint8 if R * S <= 256 else torch.int32
+    wide = accumulation_dtype(x.dtype)
     for name, t, shape, dtype in (
         ("dy", dy, list(offsets.shape), x.dtype),
-        ("offsets", offsets, [*x.shape[:2], *offsets.shape[2:]], offset_dtype),
+        ("offsets", offsets, [*x.shape[:2], *offsets.shape[2:]], offset_dtype(R, S)),
         ("mean", mean, [x.shape[1]], wide),
         ("rstd", rstd, [x.shape[1]], wide),
     ):
@@ -172,9 +166,9 @@ def _describe_backward(
 
 def _fake(problem: NormPool2dProblem, x: Tensor, *args: Any) -> Any:
     norm, pool = problem.norm, problem.pool
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     shape = (pool.N, pool.C, pool.P, pool.Q)
-    tap = torch.uint8 if pool.R * pool.S <= 256 else torch.int32
+    tap = offset_dtype(pool.R, pool.S)
     offsets = empty(x, shape, True, tap) if args[-2] else empty(x, (0,), False, tap)
     statistics = (empty(x, (pool.C,), False, wide) for _ in range(2))
     return (empty(x, shape, norm.channels_last), *statistics, offsets)

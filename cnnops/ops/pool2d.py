@@ -211,12 +211,13 @@ def _of_gradient(name: str, dy: Tensor, H: int, W: int, channels_last: bool, win
     return Pool2dProblem(N, C, H, W, R, S, P, Q, *_six(geometry), dy.dtype, dy.device.type, channels_last)
 
 
-def _offset_dtype(R: int, S: int) -> torch.dtype:
+def offset_dtype(R: int, S: int) -> torch.dtype:
+    """What a maximum's tap in an R x S window is kept in."""
     return torch.uint8 if R * S <= 256 else torch.int32
 
 
 def _describe_max_backward(dy: Tensor, offsets: Tensor, H: int, W: int, channels_last: bool, *args: Any) -> Any:
-    dtype = _offset_dtype(args[0], args[1])
+    dtype = offset_dtype(args[0], args[1])
     if offsets.dtype != dtype:
         raise RuntimeError(f"max_pool2d_backward: expected offsets of dtype {dtype}, but got {offsets.dtype}")
     if dy.shape != offsets.shape:
@@ -267,7 +268,7 @@ def _fake(problem: Pool2dProblem, x: Tensor, *_: Any) -> Tensor:
 def _fake_max(problem: Pool2dProblem, x: Tensor, *args: Any) -> Any:
     offsets = None
     if args[-2]:
-        dtype = _offset_dtype(problem.R, problem.S)
+        dtype = offset_dtype(problem.R, problem.S)
         offsets = empty(x, (problem.N, problem.C, problem.P, problem.Q), True, dtype)
     return _fake(problem, x), offsets
 

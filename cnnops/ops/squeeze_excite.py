@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..backends import aten
-from ..geometry import SqueezeExciteProblem
+from ..geometry import SqueezeExciteProblem, accumulation_dtype
 from .batching import Dims, along, for_each_sample
 from .registry import Function, differentiate, empty, register, tangents_of
 
@@ -96,7 +96,7 @@ def _describe_backward(dy: Tensor, *args: Any) -> SqueezeExciteProblem:
     *tensors, pooled, hidden, scale = args[:8]
     problem = SqueezeExciteProblem.of(*tensors, *args[8:10])
     x = tensors[0]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     N, C, M = problem.N, problem.C, problem.M
     for name, t, shape, dtype in (
         ("dy", dy, list(x.shape), x.dtype),
@@ -113,7 +113,7 @@ def _describe_backward(dy: Tensor, *args: Any) -> SqueezeExciteProblem:
 
 
 def _fake(problem: SqueezeExciteProblem, x: Tensor, *_: Any) -> Any:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     N, C, M = problem.N, problem.C, problem.M
     small = (empty(x, shape, False, wide) for shape in ((N, C), (N, M), (N, C)))
     return (empty(x, x.shape, problem.channels_last), *small)
