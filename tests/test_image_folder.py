@@ -12,13 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import PIL.Image as PIL
 import pytest
 import torch
 
 from cnnops import cli
 from cnnops.data import DataError, image_folder
-
-PIL = pytest.importorskip("PIL.Image")
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
