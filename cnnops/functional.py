@@ -124,8 +124,8 @@ def _padding(
         if pad_mode:
             sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
             padded = F.pad(input, sides, padding_mode)
-            if is_channels_last(input):  # which torch's circular padding forgets
-                padded = padded.contiguous(memory_format=channels_last)
+            if is_channels_last(input) and not is_channels_last(padded):  # which torch's circular padding forgets
+                padded = padded.clone(memory_format=channels_last)
             return padded, (0, 0), 0
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (pad_h, pad_w), 0 if (pad_h, pad_w) == (0, 0) else pad_mode

@@ -309,7 +309,8 @@ def max_unpool2d(draw: Draw) -> None:
     *_, P, Q = case.output_shape
     random = helpers.generator(f"indices of {case.id}")
     indices = torch.randint(P * Q, case.x_shape, generator=random)
-    if kind == "pool":
+    fits = all(size + 2 * pad >= k for size, pad, k in zip((P, Q), case.padding, case.kernel, strict=True))
+    if kind == "pool" and fits:
         taken = torch.rand(case.N, case.C, P, Q, generator=random)
         pooled = F.max_pool2d(taken, case.kernel, case.stride, case.padding, return_indices=True)[1]
         indices[:, :, : pooled.shape[2], : pooled.shape[3]] = pooled[:, :, : case.H, : case.W]
