@@ -347,10 +347,9 @@ def bn_act_max_pool2d(draw: Draw) -> None:
     test_bn_act_max_pool2d.check_separate(case, inputs, state, training, activation)
     if not has_taps(case):
         return
-    exact = draw.dtype == torch.float64
-    if exact or activation in ("none", "relu"):  # the others turn values apart into ties
+    if activation in ("none", "relu"):  # the others turn values apart into ties
         test_bn_act_max_pool2d.check(case, inputs, state, training, activation)
-    if draw.twice and exact and case.N:
+    if draw.twice and draw.dtype == torch.float64 and case.N:
         test_bn_act_max_pool2d.check_twice(case, inputs, state, training, activation)
 
 
