@@ -128,8 +128,10 @@ def _padding(
         if pad_mode:
             sides = (pad_w, total_w - pad_w, pad_h, total_h - pad_h)
             padded = F.pad(input, sides, padding_mode)
-            if is_channels_last(input):  # which torch's circular padding forgets
-                padded = padded.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # a layout that vmap can ask for
+            if is_channels_last(input) and not is_channels_last(padded):  # which torch's circular padding forgets
+                # By permutations, which vmap can map; a clone, because what has one channel is contiguous either way.
+                rows = padded.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+                padded = rows.permute(0, 3, 1, 2)
             return padded, (0, 0), 0
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
     return input, (pad_h, pad_w), 0 if (pad_h, pad_w) == (0, 0) else pad_mode

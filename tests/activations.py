@@ -34,3 +34,9 @@ def away_from_kinks(dy: Tensor, z: Tensor, activation: str) -> Tensor:
     for kink in KINKS.get(activation, ()):
         near |= (z - kink).abs() < 16 * eps * max(abs(kink), 1.0)
     return dy.masked_fill(near.to(dy.device), 0.0)
+
+
+def of_activated(magnitude: Tensor, y: Tensor) -> Tensor:
+    """The magnitude behind y = activation(z) from that behind z. A sum's terms are no less than the sum, but sigmoid(0)
+    is 1/2: it rounds as a number of its own size, in the float64 reference too."""
+    return torch.maximum(magnitude, y.abs())

@@ -360,7 +360,7 @@ def torch_conv2d(case: Conv2dCase) -> Function:
     def function(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padded = F.pad(x, sides, case.padding_mode)
         if is_channels_last(x):  # which torch's circular padding forgets
-            padded = padded.contiguous(memory_format=torch.channels_last)
+            padded = padded.clone(memory_format=torch.channels_last)  # contiguous() leaves a single channel as it is
         return F.conv2d(padded, weight, bias, case.stride, 0, case.dilation, case.groups)
 
     return function

@@ -7,7 +7,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
-from activations import ACTIVATIONS, away_from_kinks
+from activations import ACTIVATIONS, away_from_kinks, of_activated
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find
 from helpers import DTYPES, Backend, on, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
@@ -56,6 +56,7 @@ def check(case: Conv2dCase, inputs: helpers.Tensors, activation: str) -> None:
     length_of_z = plain(*helpers.mapped(torch.ones_like, inputs))
     dz = 1.1 * dy.cpu().double().abs() * (1 + magnitude_of_z)
     magnitude = helpers.evaluate(plain, helpers.mapped(torch.abs, inputs), dz)
+    magnitude[0] = of_activated(magnitude[0], reference[0])
     length = helpers.evaluate(plain, *helpers.mapped(torch.ones_like, (inputs, dy)))
     longest = length_of_z.max() if length_of_z.numel() else 1
     length = [length[0], *[n * longest for n in length[1:]]]

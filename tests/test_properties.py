@@ -309,7 +309,8 @@ def max_unpool2d(draw: Draw) -> None:
     *_, P, Q = case.output_shape
     random = helpers.generator(f"indices of {case.id}")
     indices = torch.randint(P * Q, case.x_shape, generator=random)
-    if kind == "pool":
+    fits = all(size + 2 * pad >= k for size, pad, k in zip((P, Q), case.padding, case.kernel, strict=True))
+    if kind == "pool" and fits:
         taken = torch.rand(case.N, case.C, P, Q, generator=random)
         pooled = F.max_pool2d(taken, case.kernel, case.stride, case.padding, return_indices=True)[1]
         indices[:, :, : pooled.shape[2], : pooled.shape[3]] = pooled[:, :, : case.H, : case.W]
@@ -346,10 +347,9 @@ def bn_act_max_pool2d(draw: Draw) -> None:
     test_bn_act_max_pool2d.check_separate(case, inputs, state, training, activation)
     if not has_taps(case):
         return
-    exact = draw.dtype == torch.float64
-    if exact or activation in ("none", "relu"):  # the others turn values apart into ties
+    if activation in ("none", "relu"):  # the others turn values apart into ties
         test_bn_act_max_pool2d.check(case, inputs, state, training, activation)
-    if draw.twice and exact and case.N:
+    if draw.twice and draw.dtype == torch.float64 and case.N:
         test_bn_act_max_pool2d.check_twice(case, inputs, state, training, activation)
 
 
