@@ -59,27 +59,35 @@ class Conv2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None) -> Any:
-        dy, x, weight = ctx.saved_tensors
-        *geometry, _, _, _, backend = ctx.args
-        need_dy, need_x, need_weight = ctx.needs_input_grad[1:4]
-        terms, dx, dweight = [], None, None
-        if need_dy:
-            if ddx is not None:
-                terms.append(conv2d(ddx, weight, None, *geometry, backend))
-            if ddweight is not None:
-                terms.append(conv2d(x, ddweight, None, *geometry, backend))
-            if ddbias is not None:
-                terms.append(ddbias[None, :, None, None].expand_as(dy))
-        if need_x and ddweight is not None:
-            dx = conv2d_backward(dy, x, ddweight, *geometry, True, False, False, backend)[0]
-        if need_weight and ddx is not None:
-            dweight = conv2d_backward(dy, ddx, weight, *geometry, False, True, False, backend)[1]
-        return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 12)
+        grads = gradients_backward(conv2d, conv2d_backward, ctx, ddx, ddweight, ddbias)
+        return (None, *grads, *[None] * 12)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
         _, _, weight = ctx.saved_tensors
         return gradients_tangent(conv2d_backward, weight.shape[0], *ctx.saved_tensors, tdy, tx, tweight, *ctx.args)
+
+
+def gradients_backward(
+    conv: Any, gradients: Any, ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients by dy, x and weight of what `gradients` of the convolution `conv` computes, given those by its results."""
+    dy, x, weight = ctx.saved_tensors
+    *geometry, _, _, _, backend = ctx.args
+    need_dy, need_x, need_weight = ctx.needs_input_grad[1:4]
+    terms, dx, dweight = [], None, None
+    if need_dy:
+        if ddx is not None:
+            terms.append(conv(ddx, weight, None, *geometry, backend))
+        if ddweight is not None:
+            terms.append(conv(x, ddweight, None, *geometry, backend))
+        if ddbias is not None:
+            terms.append(ddbias[None, :, None, None].expand_as(dy))
+    if need_x and ddweight is not None:
+        dx = gradients(dy, x, ddweight, *geometry, True, False, False, backend)[0]
+    if need_weight and ddx is not None:
+        dweight = gradients(dy, ddx, weight, *geometry, False, True, False, backend)[1]
+    return sum(terms[1:], terms[0]) if terms else None, dx, dweight
 
 
 def gradients_tangent(

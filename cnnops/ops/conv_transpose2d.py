@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..geometry import ConvTranspose2dProblem, is_channels_last
 from .batching import Dims, fold, unfold
-from .conv2d import Folded, batched_bias, gradients_tangent, tangent
+from .conv2d import Folded, batched_bias, gradients_backward, gradients_tangent, tangent
 from .registry import Function, empty, register
 
 _GEOMETRY = (
@@ -51,22 +51,8 @@ class ConvTranspose2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None) -> Any:
-        dy, x, weight = ctx.saved_tensors
-        *geometry, _, _, _, backend = ctx.args
-        need_dy, need_x, need_weight = ctx.needs_input_grad[1:4]
-        terms, dx, dweight = [], None, None
-        if need_dy:
-            if ddx is not None:
-                terms.append(conv_transpose2d(ddx, weight, None, *geometry, backend))
-            if ddweight is not None:
-                terms.append(conv_transpose2d(x, ddweight, None, *geometry, backend))
-            if ddbias is not None:
-                terms.append(ddbias[None, :, None, None].expand_as(dy))
-        if need_x and ddweight is not None:
-            dx = conv_transpose2d_backward(dy, x, ddweight, *geometry, True, False, False, backend)[0]
-        if need_weight and ddx is not None:
-            dweight = conv_transpose2d_backward(dy, ddx, weight, *geometry, False, True, False, backend)[1]
-        return (None, sum(terms[1:], terms[0]) if terms else None, dx, dweight, *[None] * 13)
+        grads = gradients_backward(conv_transpose2d, conv_transpose2d_backward, ctx, ddx, ddweight, ddbias)
+        return (None, *grads, *[None] * 13)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *__: Any) -> Any:
