@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import SymFloat, SymInt, Tensor
 
 from .dispatch import scope
-from .geometry import is_channels_last, pad_mode_of
+from .geometry import PADDING_MODES, is_channels_last, pad_mode_of
 from .ops.batch_norm import batch_norm_act as _batch_norm_act
 from .ops.bn_act_max_pool2d import bn_act_max_pool2d as _bn_act_max_pool2d
 from .ops.conv2d import conv2d as _conv2d
@@ -113,8 +113,7 @@ def _padding(
     all of the padding."""
     pad_mode = pad_mode_of(function, padding_mode)
     if not isinstance(padding, str):
-        pads = _pair(function, "padding", padding)
-        return input, pads, 0 if pads == (0, 0) else pad_mode
+        return _unless_single(input, _pair(function, "padding", padding), pad_mode)
     if padding == "valid":
         return input, (0, 0), 0
     if padding != "same":
@@ -134,7 +133,17 @@ def _padding(
                 padded = rows.permute(0, 3, 1, 2)
             return padded, (0, 0), 0
         input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
-    return input, (pad_h, pad_w), 0 if (pad_h, pad_w) == (0, 0) else pad_mode
+    return _unless_single(input, (pad_h, pad_w), pad_mode)
+
+
+def _unless_single(input: Tensor, pads: tuple[int, int], pad_mode: int) -> tuple[Tensor, tuple[int, int], int]:
+    """The input, padding and mode; but images of a single value are padded here. torch pads first and lays out what it
+    padded, where our rule, which is that for single values, would see another layout."""
+    if pads == (0, 0):
+        return input, pads, 0
+    if pad_mode and PADDING_MODES[pad_mode] == "replicate" and min(pads) >= 0 and input.shape[1:] == (1, 1, 1):
+        return F.pad(input, (pads[1], pads[1], pads[0], pads[0]), "replicate"), (0, 0), 0
+    return input, pads, pad_mode
 
 
 def _check_dims(function: str, name: str, t: Tensor) -> None:

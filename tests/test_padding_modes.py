@@ -9,10 +9,12 @@ import pytest
 import test_conv2d
 import test_conv2d_act
 import torch
+import torch.nn.functional as F
 from activations import ACTIVATIONS
 from cases import CONV2D, LAYOUTS, PADDED, VIEWS, Conv2dCase, find, pairwise
 from helpers import Backend, over, torch_conv2d
 from test_conv2d import NAMES, our_conv2d
+from tolerance import assert_exact
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnops
@@ -162,3 +164,14 @@ def test_any_number_of_threads_gives_the_same_bits(id: str, mode: str) -> None:
             )
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("layout", (*LAYOUTS, *VIEWS))
+def test_single_values_are_laid_out_as_torch_pads_them(layout: str) -> None:
+    x = helpers.laid_out(torch.randn(2, 1, 1, 1), layout)
+    weight = torch.randn(3, 1, 1, 1)
+    with cnnops.use_backend("cpu"):
+        y = CF.conv2d(x, weight, padding=(1, 2), padding_mode="replicate")
+    expected = F.conv2d(F.pad(x, (2, 2, 1, 1), "replicate"), weight)
+    assert y.stride() == expected.stride()
+    assert_exact(y, expected.double(), "y")
