@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset
 
@@ -43,7 +44,7 @@ def as_array(image: torch.Tensor) -> np.ndarray:
 
 
 def as_pil(image: torch.Tensor) -> Any:
-    return pytest.importorskip("PIL.Image").fromarray(as_array(image))
+    return Image.fromarray(as_array(image))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_forms_of_an_item(form: Any, label: Any) -> None:
 
 def test_grey_images_have_one_channel() -> None:
     grey = IMAGES[:, 0]
-    for form in (lambda t: t, lambda t: t.numpy(), lambda t: pytest.importorskip("PIL.Image").fromarray(t.numpy())):
+    for form in (lambda t: t, lambda t: t.numpy(), lambda t: Image.fromarray(t.numpy())):
         items = Items(*[(form(image), 0) for image in grey])
         assert torch.equal(from_torch(items, items).train_images, grey[:, None])
 
