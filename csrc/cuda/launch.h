@@ -1,13 +1,15 @@
 // What kernel sources see of the machine: real CUDA, or with CNNOPS_SIMT the emulator that stands in for it.
 //
-// Kernels are launched by CNNOPS_LAUNCH alone, and have their shared memory by CNNOPS_SHARED (a variable; T is a single
-// name) and CNNOPS_DYNAMIC_SHARED (what the launch asked for).
+// Kernels are launched by CNNOPS_LAUNCH, or CNNOPS_LAUNCH_CLUSTERS with `cluster` blocks to a cluster, alone, and have
+// their shared memory by CNNOPS_SHARED (a variable; T is a single name) and CNNOPS_DYNAMIC_SHARED (what the launch
+// asked for).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../kernels.h"
@@ -21,11 +23,12 @@
   static const char name##_site{}; \
   T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
 #define CNNOPS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::cnnops::simt::dynamic_shared())
-#define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                             \
-  do {                                                                                                            \
-    static_cast<void>(stream);                                                                                    \
-    ::cnnops::simt::launch(::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-                           [=] { kernel(__VA_ARGS__); });                                                         \
+#define CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, cluster, shared_bytes, stream, ...)        \
+  do {                                                                                         \
+    static_cast<void>(stream);                                                                 \
+    ::cnnops::simt::launch(                                                                    \
+        ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
+        [=] { kernel(__VA_ARGS__); }, (cluster));                                              \
   } while (false)
 
 #else
@@ -37,13 +40,14 @@
 #define CNNOPS_DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(1024) unsigned char cnnops_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(cnnops_dynamic_shared)
-#define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                            \
-  do {                                                                                           \
-    kernel<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    ::cnnops::cuda::check(cudaGetLastError(), ::cnnops::cuda::Launched<kernel>::entry.name);     \
-  } while (false)
+#define CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, cluster, shared_bytes, stream, ...)                               \
+  ::cnnops::cuda::launch(::cnnops::cuda::Launched<kernel>::entry, kernel, (grid), (block), (cluster), (shared_bytes), \
+                         static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
 #endif
+
+#define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
 
 namespace cnnops::cuda {
 
@@ -87,6 +91,28 @@ inline int multiprocessors() { return simt::kMultiprocessors; }
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
+
+// A block may use more than 48 KB of shared memory only if its kernel was told so.
+template <class... Parameters, class... Arguments>
+void launch(const KernelEntry& entry, void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
+            size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+  constexpr size_t kAlwaysAllowed = 48 << 10;
+  if (shared_bytes > kAlwaysAllowed)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          entry.name);
+  cudaLaunchAttribute clusters{};
+  clusters.id = cudaLaunchAttributeClusterDimension;
+  clusters.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &clusters;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), entry.name);
+}
+
 inline int multiprocessors() {
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -1,9 +1,15 @@
-// All inline PTX. Each wrapper has a device body and one for the emulator.
+// All inline PTX that every architecture has; ptx_sm90.cuh has Hopper's. Each wrapper has a device body and one for the
+// emulator.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "number.cuh"
+
+#if defined(CNNOPS_SIMT)
+#include "../simt/async.h"
+#endif
 
 namespace cnnops::cuda {
 
@@ -71,6 +77,30 @@ void mma_m16n8k16(const simt::Lanes& operands) {
       (*static_cast<const Mma*>(operands[lane])->d)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+// Round to nearest, ties away from zero, to ten bits of fraction (cvt.rna).
+inline uint32_t to_tf32(float v) {
+  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+
+// As above for mma.m16n8k8: one number a register, of which the device reads the upper 19 bits.
+inline void mma_m16n8k8_tf32(const simt::Lanes& operands) {
+  const auto number = [](uint32_t word) { return std::bit_cast<float>(word & 0xffffe000u); };
+  float a[16][8], b[8][8], d[16][8] = {};
+  for (int lane = 0; lane < 32; ++lane) {
+    const Mma& in = *static_cast<const Mma*>(operands[lane]);
+    for (int i = 0; i < 4; ++i) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = number(in.a[i]);
+    b[lane % 4][lane / 4] = number(in.b0);
+    b[lane % 4 + 4][lane / 4] = number(in.b1);
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 8; ++k)
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      (*static_cast<const Mma*>(operands[lane])->d)[i] += d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
 }  // namespace emulated
 
 template <bool kTransposed>
@@ -84,6 +114,18 @@ template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulated::Mma mine{&d, a, b0, b1};
   simt::collective("mma", ~0u, &mine, emulated::mma_m16n8k16<T>, simt::Where::current());
+}
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulated::Mma mine{&d, a, b0, b1};
+  simt::collective("mma", ~0u, &mine, emulated::mma_m16n8k8_tf32, simt::Where::current());
+}
+inline uint32_t to_tf32(float v) { return emulated::to_tf32(v); }
+
+inline void barrier_sync(int id, int threads, simt::Where where = simt::Where::current()) {
+  simt::named_barrier_sync(id, threads, where);
+}
+inline void barrier_arrive(int id, int threads, simt::Where where = simt::Where::current()) {
+  simt::named_barrier_arrive(id, threads, where);
 }
 
 #else
@@ -151,6 +193,28 @@ __device__ __forceinline__ void mma_m16n8k16<BFloat16>(float (&d)[4], const uint
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d[16][8] += a[16][8] * b[8][8] in TF32: each word holds a number rounded by to_tf32.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ uint32_t to_tf32(float v) {
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
+  return out;
+}
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) opens when `threads` threads of the block have come to it, by either.
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 #endif

@@ -286,8 +286,8 @@ void reset_counters() {
   device.counters = {};
 }
 
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-            const std::function<void()>& thread) {
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
+            unsigned) {
   const std::lock_guard lock(device.mutex);
   device.kernel = kernel;
   check_configuration(grid, block, dynamic_shared_bytes);

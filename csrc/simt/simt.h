@@ -19,6 +19,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 struct dim3 {
@@ -51,8 +52,8 @@ void reset_counters();
 // Runs `thread` once for each thread of the grid. Throws std::runtime_error, naming kernel, block and threads, for a
 // launch that a device would refuse, a deadlock, a misused intrinsic, or a write beyond shared memory; the next launch
 // finds everything as new.
-void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-            const std::function<void()>& thread);
+void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
+            unsigned cluster = 1);
 
 const dim3& thread_index();
 const dim3& block_index();
