@@ -312,7 +312,7 @@ void convolve(const Conv2dProblem& problem, const Tensor& x, const Tensor& weigh
   const Tensor dense_x = nhwc(x, compute, stream), dense_weight = nhwc(weight, compute, stream);
   const OptionalTensor dense_residual = nhwc(residual, compute, stream);
   epilogue.residual = pointer(dense_residual);
-  const Workspace workspace(kernels().conv2d_forward_workspace(problem), x);
+  const Workspace workspace(kernels().conv2d_forward_workspace(problem, epilogue), x);
   kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y, workspace.data(), stream);
 }
 

@@ -20,6 +20,9 @@ struct Epilogue {
   const void* residual = nullptr;  // like y, or null
   Activation activation = Activation::kNone;
   const void* scale = nullptr;  // [K] or null; bias and scale are then in the accumulation type. See fold_batch_norm.
+  // [K] in the accumulation type, or null: of each filter's rounded results over N, P and Q, the mean and the sum of
+  // squared deviations from it. Without an activation.
+  void *mean = nullptr, *m2 = nullptr;
 };
 
 struct BatchNormForward {
@@ -57,7 +60,7 @@ struct SqueezeExciteBackward {
 
 struct Kernels {
   // Scratch bytes that the calls below want in `workspace` (256-byte aligned).
-  int64_t (*conv2d_forward_workspace)(const Conv2dProblem&);
+  int64_t (*conv2d_forward_workspace)(const Conv2dProblem&, const Epilogue&);
   int64_t (*conv2d_backward_workspace)(const Conv2dProblem&, bool need_dx, bool need_dweight, bool need_dbias);
   void (*conv2d_forward)(const Conv2dProblem&, const Epilogue&, const void* x, const void* weight, void* y,
                          void* workspace, Stream);

@@ -35,6 +35,7 @@ struct Conv2dProblem {
   int N, C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   PadMode pad_mode;
+  bool tf32 = false;  // whether products of kFloat may be those of TF32, as torch's switch says on CUDA
 };
 
 // Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]. Adaptive pools use H, W, P, Q alone.

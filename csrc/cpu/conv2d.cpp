@@ -602,7 +602,7 @@ void backward_bias(const Conv2dProblem& p, const T* dy, T* dbias, void* workspac
 
 }  // namespace
 
-int64_t conv2d_forward_workspace(const Conv2dProblem& p) {
+int64_t conv2d_forward_workspace(const Conv2dProblem& p, const Epilogue&) {
   if (is_depthwise(p)) return depthwise_forward_workspace(p);
   return for_conv_dtype(p.dtype, [&](auto t) {
     Arena arena;

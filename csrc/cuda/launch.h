@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "device.h"
 
 #if defined(CNNOPS_SIMT)
 
@@ -86,7 +87,7 @@ struct Launched {
 };
 
 #if defined(CNNOPS_SIMT)
-inline int multiprocessors() { return simt::kMultiprocessors; }
+inline Device device() { return {90, simt::kMultiprocessors, 227 << 10}; }
 #else
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
@@ -113,11 +114,18 @@ void launch(const KernelEntry& entry, void (*kernel)(Parameters...), dim3 grid, 
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), entry.name);
 }
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+// The current device.
+inline Device device() {
+  int id = 0, major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
+  check(cudaGetDevice(&id), "cudaGetDevice");
+  const auto read = [id](int& value, cudaDeviceAttr attribute) {
+    check(cudaDeviceGetAttribute(&value, attribute, id), "cudaDeviceGetAttribute");
+  };
+  read(major, cudaDevAttrComputeCapabilityMajor);
+  read(minor, cudaDevAttrComputeCapabilityMinor);
+  read(multiprocessors, cudaDevAttrMultiProcessorCount);
+  read(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return {10 * major + minor, multiprocessors, shared_bytes};
 }
 #endif
 

@@ -5,12 +5,14 @@
 
 namespace cnnops::cuda {
 
-int64_t conv2d_forward_workspace(const Conv2dProblem&);
+int64_t conv2d_forward_workspace(const Conv2dProblem&, const Epilogue&);
 int64_t conv2d_backward_workspace(const Conv2dProblem&, bool need_dx, bool need_dweight, bool need_dbias);
 void conv2d_forward(const Conv2dProblem&, const Epilogue&, const void* x, const void* weight, void* y, void* workspace,
                     Stream);
 void conv2d_backward(const Conv2dProblem&, const void* dy, const void* x, const void* weight, void* dx, void* dweight,
                      void* dbias, void* workspace, Stream);
+void conv_transpose2d_forward(const Conv2dProblem&, const void* x, const void* weight, const void* bias, void* y,
+                              void* workspace, Stream);
 void copy(const CopyProblem&, const void* src, void* dst, Stream);
 
 }  // namespace cnnops::cuda

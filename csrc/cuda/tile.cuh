@@ -14,7 +14,7 @@
 // where it is not. The inner axis is k or the other one, and the tile keeps memory's order: [64][k] or [k][64].
 #pragma once
 
-#include "ptx.cuh"
+#include "epilogue.cuh"
 
 namespace cnnops::cuda {
 
@@ -22,8 +22,6 @@ constexpr int kBlock = 64;     // rows and columns of D that one thread block ow
 constexpr int kThreads = 128;  // of one thread block
 constexpr int kStages = 3;     // of the ring: two steps in flight while one is multiplied
 
-template <class T>
-constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
 template <class T>
 constexpr int kBlockK = 4 * kVector<T>;
 

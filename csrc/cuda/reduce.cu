@@ -1,0 +1,58 @@
+// Sums and moments whose parts were computed apart, put together in a fixed order.
+//
+//   add_slabs        out[i] = sum over slabs of slabs[slab][i]
+//   finish_moments   Chan's formula over the tiles' moments of each filter
+//
+// Ownership  One thread owns one output, so that every schedule gives the same bits.
+// Traffic    The parts once, and the outputs.
+
+#include "conv2d_kernels.h"
+#include "dtype.h"
+#include "epilogue.cuh"
+
+namespace cnnops::cuda {
+namespace {
+
+constexpr int kAddThreads = 256;
+
+// out[i] = the sum over slabs of slabs[..][i], in order.
+template <class T>
+__global__ void __launch_bounds__(kAddThreads)
+    add_slabs_kernel(const float* slabs, int64_t count, int64_t size, T* out) {
+  const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+  for (int64_t slab = 0; slab < count; ++slab) sum += slabs[slab * size + i];
+  from_float(sum, out[i]);
+}
+
+__global__ void __launch_bounds__(kAddThreads)
+    finish_moments_kernel(int64_t tiles, int64_t K, const float* partial, float* mean, float* m2) {
+  const int64_t k = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
+  if (k >= K) return;
+  Moments all;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* const part = partial + tile * 3 * K + k;
+    all.merge({part[0], part[K], part[2 * K]});
+  }
+  mean[k] = all.mean;
+  m2[k] = all.m2;
+}
+
+}  // namespace
+
+void add_slabs(DType dtype, int64_t count, int64_t size, const float* slabs, void* out, Stream stream) {
+  for_dtype(dtype, [&]<class T>(T) {
+    CNNOPS_LAUNCH(add_slabs_kernel<T>, blocks(ceil_div(size, kAddThreads)), kAddThreads, 0, stream, slabs, count, size,
+                  static_cast<T*>(out));
+  });
+}
+
+void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream) {
+  auto* const mean = static_cast<float*>(epilogue.mean);
+  auto* const m2 = static_cast<float*>(epilogue.m2);
+  CNNOPS_LAUNCH(finish_moments_kernel, blocks(ceil_div(K, kAddThreads)), kAddThreads, 0, stream, tiles, K, partial,
+                mean, m2);
+}
+
+}  // namespace cnnops::cuda
