@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ MULTIPROCESSORS = {
 }
 """By compute capability."""
 
+SYSTEM_SHARED_BYTES = 1024
+"""What the system takes for itself beside each block's own."""
+
 DEVICES = {"sm_80": ("8.0", "8.6", "8.9"), "sm_90a": ("9.0",)}
 """Which of them an image is the best choice for."""
 
@@ -50,7 +53,7 @@ def blocks_per_multiprocessor(device: str, threads: int, registers: int, shared_
     warps = -(-threads // 32)
     for_warp = -(-registers * 32 // 256) * 256
     by_registers = registers_of_partition // for_warp * partitions // warps
-    by_shared = of.shared_bytes // (-(-(shared_bytes + 1024) // 128) * 128)  # the system takes 1 KB for each block
+    by_shared = of.shared_bytes // (-(-(shared_bytes + SYSTEM_SHARED_BYTES) // 128) * 128)
     return min(of.blocks, of.threads // 32 // warps, by_registers, by_shared)
 
 
@@ -72,11 +75,21 @@ def find_cuobjdump() -> Path | None:
 
 
 def cuobjdump(library: Path, *flags: str) -> str:
-    """What cuobjdump lists of a library. Raises FileNotFoundError where there is no cuobjdump."""
+    """What cuobjdump lists of a library. Raises FileNotFoundError where there is no cuobjdump, and RuntimeError where
+    it fails: an older one does not know the library's images."""
     program = find_cuobjdump()
     if program is None:
         raise FileNotFoundError("cuobjdump is not found: it comes with the CUDA toolkit and with Triton")
-    return subprocess.run([program, *flags, library], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([program, *flags, library], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program} does not read {library.name}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def compiler(library: Path) -> str:
+    """The compiler that made a CUDA library, as build_info has it: "nvcc 13.0.88"."""
+    found = re.search(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)", library.read_bytes())
+    return f"nvcc {found[1].decode()}" if found else "an unknown compiler"
 
 
 @functools.cache
@@ -123,11 +136,14 @@ class Usage:
 
 
 def usage(library: Path) -> dict[tuple[str, str], Usage]:
-    """By (image, kernel). Raises FileNotFoundError where there is no cuobjdump."""
+    """By (image, kernel). Raises as `cuobjdump` does."""
     found = {}
     for key, text in by_kernel(cuobjdump(library, "-res-usage")).items():
         numbers = {name: int(count) for name, count in re.findall(r"\b([A-Z]+):(\d+)", text)}
-        found[key] = Usage(numbers["REG"], numbers["SHARED"], numbers["STACK"], numbers["LOCAL"])
+        shared = numbers["SHARED"]
+        if shared and int(re.sub(r"\D", "", key[0])) >= 90:
+            shared -= SYSTEM_SHARED_BYTES  # which is listed from sm_90 on
+        found[key] = Usage(numbers["REG"], shared, numbers["STACK"], numbers["LOCAL"])
     return found
 
 
@@ -145,12 +161,9 @@ class Row:
     blocks: dict[str, int]
     occupancy: dict[str, float]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def table(library: Path) -> list[Row]:
-    """What a CUDA library's kernels take. Raises FileNotFoundError where there is no cuobjdump."""
+    """What a CUDA library's kernels take. Raises as `cuobjdump` does."""
     launches = json.loads(LAUNCHES.read_text())
     rows = []
     for (image, kernel), used in sorted(usage(library).items(), key=lambda item: item[0][::-1]):
