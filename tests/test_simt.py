@@ -37,7 +37,7 @@ FAULTS = {
     "missing_threadfence": "without a __threadfence before it",
     "missing_full_wait": "no thread of the block has waited for|still reads",
     "wrong_parity": "no thread of the block has waited for|still reads|deadlock",
-    "missing_expect": "no thread of the block has waited for",
+    "missing_expect": "no thread of the block has waited for|still reads",
     "missing_product_wait": "the wgmma at .* still reads the shared memory",
     "missing_product_fence": "no wgmma_fence since the warpgroup's last wait",
     "missing_commit": "the wgmma at .* still reads the shared memory",
