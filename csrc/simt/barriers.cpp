@@ -145,7 +145,11 @@ void arrive(const char* name, Mbarrier& barrier, Where where) {
     fail_at(name, where, "more arrivals than the barrier's count of " + std::to_string(barrier.count));
   release(&barrier.syncs[barrier.phase % 2]);
   --barrier.pending;
+  Thread* const waiter = barrier.waiting.first();
   complete_if_due(barrier);
+  // Whoever waited may run before the caller's next instruction, such as one that should have come first.
+  const bool at_once = device.order == Order::kForward || coin();
+  if (waiter && waiter->state == State::kReady && at_once) yield_to(*waiter);
 }
 
 void mark_foreign(Mbarrier& barrier) {
@@ -302,6 +306,7 @@ void reset_asynchronous(Block& block) {
   }
   block.mbarriers.clear();
   block.landings.clear();
+  block.any_chunk = false;
   block.chunks.assign((block.memory.dynamic_bytes() + 15) / 16, {});
 }
 
@@ -324,6 +329,7 @@ void ordinary_shared_write(const void* address, size_t bytes) {
   if (!block.memory.dynamic_holds(address, bytes)) return;
   const Hidden hidden(me.fiber);
   const size_t begin = block.memory.offset(address) - kWindowBase;
+  block.any_chunk = true;
   for (size_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk) {
     Chunk& written = block.chunks[chunk];
     if (written.writer == me.index + 1 && !written.fenced) continue;

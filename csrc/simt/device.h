@@ -65,6 +65,7 @@ class WaitList {
  public:
   void add(Thread& thread);
   void wake_all();
+  Thread* first() const { return first_; }
 
  private:
   Thread* first_ = nullptr;
@@ -197,6 +198,7 @@ struct Block {
   std::deque<Mbarrier> mbarriers;
   std::vector<Landing> landings;
   std::vector<Chunk> chunks;
+  bool any_chunk = false;  // has been written
 };
 
 // The threads that can run, as one bit each.
@@ -259,8 +261,9 @@ bool coin();  // heads, in random schedules; else always tails
 // over or stuck.
 void suspend();
 void wake(Thread& thread);
-// Lets others run first.
+// Lets others run first; this one, which must be able to.
 void yield();
+void yield_to(Thread& thread);
 
 size_t max_shared();  // bytes a block, on this architecture
 

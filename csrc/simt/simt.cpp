@@ -112,10 +112,14 @@ CNNOPS_SIMT_RUNTIME void yield() {
   device.ready.erase(me.slot);
   Thread* const next = next_thread();
   device.ready.insert(me.slot);
-  if (!next) return;
+  if (next) yield_to(*next);
+}
+
+CNNOPS_SIMT_RUNTIME void yield_to(Thread& thread) {
+  Thread& me = *device.current;
   ++device.counters.switches;
-  device.current = next;
-  switch_fiber(me.fiber, next->fiber);
+  device.current = &thread;
+  switch_fiber(me.fiber, thread.fiber);
 }
 
 namespace {

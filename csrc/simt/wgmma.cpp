@@ -58,8 +58,7 @@ void for_each_chunk(const Operand2D& operand, const Visit& visit) {
   };
   if (!operand.is_mn_major) {
     for (int row = 0; row < operand.rows; ++row)
-      for (int k = 0; k < kDepth; k += 8)
-        visit(place(static_cast<size_t>(row / 8) * operand.stride, row, k), row, k);
+      for (int k = 0; k < kDepth; k += 8) visit(place(static_cast<size_t>(row / 8) * operand.stride, row, k), row, k);
     return;
   }
   for (int k = 0; k < kDepth; ++k)
@@ -82,7 +81,7 @@ void check_visible(const Product& product, const Block& block, size_t place) {
 template <class Store>
 void read_operand(const Product& product, const Block& block, const Operand2D& operand, const Store& store) {
   for_each_chunk(operand, [&](size_t place, int row, int k) {
-    check_visible(product, block, place);
+    if (block.any_chunk) check_visible(product, block, place);
     uint16_t bits[8];
     std::memcpy(bits, block.memory.at(place), sizeof bits);
     for (int i = 0; i < 8; ++i) {
@@ -179,6 +178,7 @@ void check_operands(const Product& product) {
                 "an operand is the destination of the copy issued at " + text(each.where) +
                     ", which no thread of the block has waited for");
   });
+  if (!block.any_chunk) return;
   const auto check = [&](size_t place, int, int) { check_visible(product, block, place); };
   if (!product.from_registers) for_each_chunk(decode(in.a_descriptor, in.a_is_mn_major, kRows), check);
   for_each_chunk(decode(in.b_descriptor, in.b_is_mn_major, in.n), check);
