@@ -116,6 +116,11 @@ def test_cuda_library_loads_with_every_symbol_bound() -> None:
     assert cuda_build_info()["backend"] == "cuda"
 
 
+@cuda_built
+def test_cuda_library_knows_its_sources() -> None:
+    assert cuda_build_info()["sources"] == setup_script()["cuda_sources_hash"]()
+
+
 @cache
 def cuobjdump(*flags: str) -> str:
     if resources.find_cuobjdump() is None:
