@@ -252,8 +252,6 @@ void wake(Thread& thread);
 // Lets others run first.
 void yield();
 
-size_t max_shared();  // bytes a block, on this architecture
-
 // Text for reports. report.cpp.
 std::string text(const dim3& d);
 std::string text(const Where& where);
