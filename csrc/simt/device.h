@@ -265,8 +265,6 @@ void wake(Thread& thread);
 void yield();
 void yield_to(Thread& thread);
 
-size_t max_shared();  // bytes a block, on this architecture
-
 // Text for reports. report.cpp.
 std::string text(const dim3& d);
 std::string text(const Where& where);
