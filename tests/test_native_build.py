@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,9 @@ def cuobjdump(*flags: str) -> str:
 
 
 @cache
-def machine_code() -> dict[tuple[str, str], list[sass.Instruction]]:
-    """The instructions of each kernel, by (image, kernel)."""
-    return {key: sass.instructions(text) for key, text in resources.by_kernel(cuobjdump("-sass")).items()}
+def machine_code() -> dict[tuple[str, str], str]:
+    """What is listed of each kernel, by (image, kernel)."""
+    return resources.by_kernel(cuobjdump("-sass"))
 
 
 def emulated_kernels() -> set[str]:
@@ -170,7 +171,7 @@ def test_no_kernel_spills() -> None:
     used = resources.usage(CUDA)
     assert {key: each for key, each in used.items() if each.stack_bytes or each.local_bytes} == {}
     assert max(each.registers for each in used.values()) > 32, "the convolutions keep their sums in registers"
-    local = {key: sass.opcodes(code, "LDL", "STL") for key, code in machine_code().items()}
+    local = {key: re.findall(r"\b(?:LDL|STL)\b.*;", text) for key, text in machine_code().items()}
     assert {key: found for key, found in local.items() if found} == {}
 
 
@@ -191,15 +192,16 @@ def not_fed_by_tma(code: list[sass.Instruction]) -> list[str]:
     return faults
 
 
-def kernels_like(pattern: str) -> dict[tuple[str, str], list[sass.Instruction]]:
-    return {key: code for key, code in machine_code().items() if re.match(pattern, key[1])}
+def code_of(pattern: str) -> Iterator[tuple[tuple[str, str], list[sass.Instruction]]]:
+    """((image, kernel), instructions) of the kernels whose names begin so."""
+    return ((key, sass.instructions(text)) for key, text in machine_code().items() if re.match(pattern, key[1]))
 
 
 @cuda_built
 def test_hopper_kernels_multiply_what_tma_brings() -> None:
-    found = {key: code for key, code in kernels_like("conv2d_").items() if is_hopper(key[1])}
+    found = {key: code for key, code in code_of("conv2d_") if is_hopper(key[1])}
     assert {key: faults for key, code in found.items() if (faults := not_fed_by_tma(code))} == {}
-    names = {re.match(r"conv2d_(forward|backward_input|backward_weight)", kernel)[1] for _, kernel in found}
+    names = {re.search("|".join(PASSES), kernel)[0] for _, kernel in found}
     assert names == set(PASSES)
 
 
@@ -207,7 +209,7 @@ def test_hopper_kernels_multiply_what_tma_brings() -> None:
 def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -> None:
     """In a 16-bit format or in TF32; float32 is exact, on CUDA cores."""
     found = defaultdict(set)
-    for (image, kernel), code in kernels_like(r"conv2d_(forward|backward_input|backward_weight)\w*_kernel\b").items():
+    for (image, kernel), code in code_of(r"conv2d_(packed_|stem_)?(forward|backward_input|backward_weight)_kernel<"):
         if is_hopper(kernel):
             continue
         number = re.search(r"_kernel<(\w+)", kernel)[1]
@@ -216,7 +218,7 @@ def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -
         assert sass.opcodes(code, "HMMA") == [] or products, (image, kernel)
         for loop in sass.innermost(code, "HMMA"):
             assert sass.opcodes(loop, "LDGSTS") and sass.opcodes(loop, "LDSM", "LDS"), (image, kernel)
-        found[image, number].add(re.match(r"conv2d_(forward|backward_input|backward_weight)", kernel)[1])
+        found[image, number].add(re.search("|".join(PASSES), kernel)[0])
     assert found == {(image, number): set(PASSES) for image in ("sm_80", "sm_90a") for number in PRODUCTS}
 
 

@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,27 @@ class Reach:
         return simt.library.function(name + "_tf32" * self.tf32)
 
 
+def _portable(case: Reach) -> tuple[Reach, Reach]:
+    """In every dtype, and once more in TF32."""
+    return case, replace(case, dtypes=(torch.float32,), tf32=True)
+
+
+def _hopper(case: Reach) -> Reach:
+    return replace(case, dtypes=HALVES, architecture=90)
+
+
 REACH = (
-    Reach((1, 16, 6, 6), (24, 16, 3, 3)),
-    Reach((1, 16, 6, 6), (24, 16, 3, 3), dtypes=(torch.float32,), tf32=True),
+    *_portable(Reach((1, 32, 6, 6), (24, 32, 3, 3))),  # small tiles, of sums long enough for slabs
+    *_portable(Reach((1, 16, 6, 6), (24, 16, 1, 1))),
+    *_portable(Reach((1, 16, 20, 20), (24, 16, 1, 1), pad=0)),  # tall tiles
+    *_portable(Reach((1, 72, 20, 20), (72, 72, 1, 1), pad=0)),  # large ones
+    *_portable(Reach((1, 16, 6, 6), (16, 4, 3, 3), groups=4)),  # several groups to a block
+    _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
+    _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
+    _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),
+    _hopper(Reach((1, 256, 12, 12), (256, 256, 1, 1), pad=0)),
 )
+"""Together, every kernel of a convolution."""
 
 
 def convolve(case: Reach, dtype: torch.dtype) -> None:
