@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from tolerance import assert_exact
 
-from cnnops.backends import simt
+from cnnops.backends import cuda, simt
+from cnnops.backends.native import Library
 from cnnops.bench.kernels import REACH, Reach
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -35,22 +36,21 @@ def emulator() -> Iterator[ModuleType]:
     module.set_device()
 
 
-def check(emulator: ModuleType, case: Reach, dtype: torch.dtype) -> None:
+def check(library: Library, device: str, case: Reach, dtype: torch.dtype) -> None:
     """All results of a convolution of small integers, of which every sum is exact."""
-    emulator.set_device(case.architecture)
     random = helpers.generator(str(case))
     x, weight, bias = (
-        helpers.integers(shape, dtype, "cpu", random, most=1) for shape in (case.x, case.weight, case.weight[:1])
+        helpers.integers(shape, dtype, device, random, most=1) for shape in (case.x, case.weight, case.weight[:1])
     )
-    y = case.function("conv2d_forward")(x, weight, bias, *case.geometry)
-    dy = helpers.integers(y.shape, dtype, "cpu", random, most=1)
-    got = (y, *case.function("conv2d_backward")(dy, x, weight, *case.geometry, True, True, True))
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = case.function("conv2d_forward", library)(x, weight, bias, *case.geometry)
+    dy = helpers.integers(y.shape, dtype, device, random, most=1)
+    got = (y, *case.function("conv2d_backward", library)(dy, x, weight, *case.geometry, True, True, True))
+    leaves = [t.cpu().double().requires_grad_() for t in (x, weight, bias)]
     expected = F.conv2d(*leaves, case.stride, case.pad, case.dilation, case.groups)
-    gradients = torch.autograd.grad(expected, leaves, dy.double())
+    gradients = torch.autograd.grad(expected, leaves, dy.cpu().double())
     names = ("y", "dx", "dweight", "dbias")
     for name, ours, theirs in zip(names, got, (expected.detach(), *gradients), strict=True):
-        assert_exact(ours, theirs.to(dtype).double(), name)
+        assert_exact(ours.cpu(), theirs.to(dtype).double(), name)
 
 
 @pytest.mark.parametrize(("order", "seed"), SCHEDULES)
@@ -59,7 +59,19 @@ def test_simt_is_right_where_all_synchronise(
     emulator: ModuleType, case: Reach, dtype: torch.dtype, order: str, seed: int
 ) -> None:
     emulator.set_schedule(order, seed)
-    check(emulator, case, dtype)
+    emulator.set_device(case.architecture)
+    check(simt.library, "cpu", case, dtype)
+
+
+@pytest.mark.parametrize(("case", "dtype"), CASES if "cuda" in helpers.BACKENDS else [])
+def test_cuda_is_right_with_the_kernels_of_each_architecture(case: Reach, dtype: torch.dtype) -> None:
+    assert cuda.usable().ok, cuda.usable().reason
+    use_architecture = cuda.library.function("use_architecture")
+    use_architecture(case.architecture)
+    try:
+        check(cuda.library, "cuda", case, dtype)
+    finally:
+        use_architecture(0)
 
 
 def used_by_convolutions(name: str) -> bool:
@@ -68,8 +80,9 @@ def used_by_convolutions(name: str) -> bool:
 
 
 def goes_wrong(emulator: ModuleType, case: Reach, dtype: torch.dtype) -> bool:
+    emulator.set_device(case.architecture)
     try:
-        check(emulator, case, dtype)
+        check(simt.library, "cpu", case, dtype)
     except (AssertionError, RuntimeError):
         return True
     return False

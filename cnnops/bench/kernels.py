@@ -20,6 +20,7 @@ import torch
 
 from cnnops import resources
 from cnnops.backends import cuda, simt
+from cnnops.backends.native import Library
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -45,8 +46,9 @@ class Reach:
         """As the native ops take it."""
         return (*[self.stride] * 2, *[self.pad] * 2, *[self.dilation] * 2, self.groups, 0)
 
-    def function(self, name: str) -> Callable[..., Any]:
-        return simt.library.function(name + "_tf32" * self.tf32)
+    def function(self, name: str, library: Library = simt.library) -> Callable[..., Any]:
+        """A convolution of `library` in the precision of this case."""
+        return library.function(name + "_tf32" * self.tf32)
 
 
 def _portable(case: Reach) -> tuple[Reach, Reach]:
