@@ -28,10 +28,10 @@ def our_conv2d(case: Conv2dCase) -> helpers.Function:
     return lambda x, weight, bias: CF.conv2d(x, weight, bias, **case.arguments())
 
 
-def check(case: Conv2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None) -> None:
+def check(case: Conv2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None, in_tf32: bool = False) -> None:
     dy = helpers.gradient_for(torch_conv2d(case), inputs) if dy is None else dy
     names = helpers.result_names(NAMES, inputs)
-    helpers.check_multilinear(our_conv2d(case), torch_conv2d(case), names, inputs, dy)
+    helpers.check_multilinear(our_conv2d(case), torch_conv2d(case), names, inputs, dy, in_tf32=in_tf32)
 
 
 def check_twice(case: Conv2dCase, inputs: helpers.Tensors) -> None:
@@ -41,6 +41,12 @@ def check_twice(case: Conv2dCase, inputs: helpers.Tensors) -> None:
 @over("conv2d_forward", CORNERS)
 def test_forward_and_gradients(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+
+
+@over("conv2d_forward", CORNERS, dtypes=[torch.float32], backends=helpers.WITH_TF32)
+def test_in_tf32(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
+    with helpers.tf32():
+        check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device), in_tf32=True)
 
 
 @over("conv2d_forward", [case.with_batch(1) for case in networks(CONV2D)], ["channels_last"], [torch.float32])
