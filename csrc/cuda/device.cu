@@ -12,7 +12,7 @@ namespace cnnops::cuda {
 namespace {
 
 #if defined(CNNOPS_SIMT)
-Device current() { return {90, simt::kMultiprocessors, 227 << 10}; }
+Device current() { return {simt::architecture(), simt::multiprocessors(), static_cast<int>(simt::max_shared())}; }
 #else
 Device query(int id) {
   const auto read = [id](cudaDeviceAttr attribute) {
