@@ -100,6 +100,9 @@ def test_integers_are_exact(backend: Backend, case: Conv2dCase, dtype: torch.dty
     inputs = (x, weight, make((case.K,), dtype, backend.device, random) if case.bias else None)
     dy = make(case.output_shape, dtype, backend.device, random)
     helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
+        with helpers.tf32():
+            helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
 
 
 @over("conv2d_forward", KINDS, LAYOUTS)
