@@ -15,6 +15,11 @@
 #include "ptx.cuh"
 
 namespace cnnops::cuda {
+
+#if !defined(CNNOPS_SM90)
+const Conv2dFamily kWgmmaConv2d{}, kHaloConv2d{};
+#endif
+
 namespace {
 
 const Conv2dFamily& family_of(const Conv2dPlan& plan) {
