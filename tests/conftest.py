@@ -43,9 +43,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[helpers.Backend]:
     """The backend that the test runs on, strictly: no call of ours can fall through to ATen."""
-    row = helpers.row(request.param)
+    row, variant = helpers.row(request.param), helpers.variant(request.param)
     usable = row.usable()
     if not usable.ok:
         pytest.fail(f"backend {row.NAME} is expected on this machine, but is not usable: {usable.reason}")
-    with cnnops.use_backend(row.NAME):
+    with cnnops.use_backend(row.NAME), variant:
         yield helpers.Backend(row.NAME, helpers.device_of(row))

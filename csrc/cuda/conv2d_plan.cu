@@ -1,26 +1,118 @@
+// The choice of a kernel: the first row of a pass's list that the problem and the device allow.
+
+#include <algorithm>
 #include <string>
 
-#include "conv2d_plan.h"
+#include "conv2d.cuh"
 
 namespace cnnops::cuda {
+namespace {
 
-Conv2dPlan plan_forward(const Conv2dProblem&, const Device&) {
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+struct Row {
+  bool allowed;
+  Conv2dKernel kernel;
+  int block_m, block_n, stages;
+  const char* reason;
+};
+
+template <class... Rows>
+Conv2dPlan first_of(const Rows&... rows) {
+  for (const Row& row : {rows...})
+    if (row.allowed) return {row.kernel, row.block_m, row.block_n, row.stages, 1, 1, row.reason};
+  throw std::runtime_error("conv2d: no kernel takes the problem");
 }
 
-Conv2dPlan plan_backward_input(const Conv2dProblem&, const Device&) {
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+template <class Tile>
+Row portable(bool allowed, const char* reason) {
+  return {allowed, Conv2dKernel::kPortable, Tile::kM, Tile::kN, Tile::kStages, reason};
 }
 
-Conv2dPlan plan_backward_weight(const Conv2dProblem&, const Device&) {
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+// A pass as a product: rows and columns of a group's result, the terms of each sum, and what the tiles ask of them.
+struct Gemm {
+  int64_t m, n, k;
+  int groups;
+  bool aligned;  // whether 16 bytes never hold what belongs to different taps or groups
+
+  template <class Tile>
+  bool fits(const Conv2dProblem& p, const Device& device) const {
+    if (!aligned && Tile::kAligned) return false;
+    const bool exact = p.dtype == DType::kFloat && !p.tf32;
+    if (exact && Tile::kM * Tile::kN > 128 * 64) return false;
+    // Rings of floats and of 16-bit numbers have about the same bytes in all three orders of the operands.
+    const size_t bytes = std::max({shared_bytes<Half, Tile, true, true>(), shared_bytes<Tf32, Tile, true, false>(),
+                                   shared_bytes<Tf32, Tile, false, false>()});
+    return bytes <= static_cast<size_t>(device.shared_bytes);
+  }
+  template <class Tile>
+  bool fills(const Device& device) const {
+    return tiles(m, n, groups, Tile::kM, Tile::kN) >= device.multiprocessors;
+  }
+};
+
+int vector_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? 4 : 8; }
+
+Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm) {
+  return first_of(
+      portable<LargeTile>(gemm.fits<LargeTile>(p, device) && gemm.n > TallTile::kN && gemm.fills<LargeTile>(device),
+                          "128 x 128 tiles fill the device"),
+      portable<TallTile>(gemm.fits<TallTile>(p, device) && gemm.fills<TallTile>(device),
+                         "128 x 64 tiles fill the device"),
+      portable<SmallTile>(gemm.aligned, "few tiles"),
+      portable<SmallTile>(true, "channels that 16 bytes do not divide"));
+}
+
+// How many parts a sum of `terms` is cut into: enough for the device, each worth its slab's traffic.
+int64_t splits_of(int64_t terms, int64_t least_terms, int64_t tiles, int64_t wanted_blocks) {
+  const int64_t each = ceil_div(terms, std::min(ceil_div(wanted_blocks, tiles), ceil_div(terms, least_terms)));
+  return ceil_div(terms, each);
+}
+
+}  // namespace
+
+Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
+  const int64_t channels = p.C / p.groups;
+  const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, p.R * p.S * channels, p.groups,
+                  channels % vector_of(p) == 0};
+  Conv2dPlan plan = plan_pixels(p, device, gemm);
+  const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
+  if (2 * count <= device.multiprocessors) {
+    constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
+    plan.splits = splits_of(gemm.k, kLeastTerms, count, device.multiprocessors);
+    if (plan.splits > 1) plan.reason = "few tiles of long sums, cut into slabs";
+  }
+  return plan;
+}
+
+Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
+  const int64_t filters = p.K / p.groups, channels = p.C / p.groups;
+  const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels, p.R * p.S * filters,
+                  p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
+  return plan_pixels(p, device, gemm);
+}
+
+Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
+  const int64_t filters = p.K / p.groups, channels = p.C / p.groups, pixels = int64_t{p.N} * p.P * p.Q;
+  const Gemm gemm{filters, p.R * p.S * channels, pixels, p.groups,
+                  channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
+  const bool exact = p.dtype == DType::kFloat && !p.tf32;
+  const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
+  Conv2dPlan plan =
+      first_of(portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
+               portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
+               portable<TallTile>(exact && gemm.fits<TallTile>(p, device) && filters > 64, "many filters"),
+               portable<SmallTile>(gemm.aligned, "few filters, taps and channels"),
+               portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
+  constexpr int64_t kLeastPixels = 256, kBlocksPerMultiprocessor = 4;
+  plan.splits = splits_of(pixels, kLeastPixels, tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n),
+                          kBlocksPerMultiprocessor * device.multiprocessors);
+  return plan;
 }
 
 std::string describe(const Conv2dPlan& plan) {
-  constexpr const char* kNames[] = {"portable", "packed", "stem", "wgmma", "halo"};
-  return std::string(kNames[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
-         std::to_string(plan.block_n) + ", " + std::to_string(plan.stages) + " stages, cluster " +
-         std::to_string(plan.cluster) + ", splits " + std::to_string(plan.splits) + ": " + plan.reason;
+  const char* const names[] = {"portable", "packed", "stem", "wgmma", "halo"};
+  return std::string(names[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
+         std::to_string(plan.block_n) + " " + std::to_string(plan.stages) + " stages, clusters of " +
+         std::to_string(plan.cluster) + ", " + std::to_string(plan.splits) + " slabs: " + plan.reason;
 }
 
 }  // namespace cnnops::cuda
