@@ -88,7 +88,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const HaloConv& at, in
 template <class T, bool kBackward>
 __device__ __forceinline__ void multiply(float (&sum)[kGroupPixels / 2], const HaloConv& at, int slot_bytes,
                                          Slot<kSlots>& slot, const Shared& shared) {
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int warpgroup = warpgroup_index();
   Ring<kSlots>& ring = shared.fixed->ring;
   int previous = 0;
   for (int s = 0; s < at.S; ++s) {
