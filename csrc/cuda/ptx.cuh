@@ -15,8 +15,10 @@ namespace cnnops::cuda {
 
 #if defined(CNNOPS_SIMT)
 
-inline float to_float(Half v) { return static_cast<float>(std::bit_cast<_Float16>(v.bits)); }
+inline float to_float(Half v) { return simt::half_value(v.bits); }
 inline void from_float(float v, Half& out) { out.bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v)); }
+
+inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   simt::copy_async(shared, global, valid ? 16 : 0);

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "fiber.h"
-#include "simt.h"
+#include "device.h"
 
 namespace cnnops::simt {
 namespace {
@@ -60,10 +59,23 @@ CNNOPS_SIMT_RUNTIME void* SharedMemory::variable(const void* site, size_t bytes,
   const size_t end = begin + bytes + kVariableFence;
   variable_bytes_ += bytes;
   if (variable_bytes_ > kMaxStaticShared) fail("shared variables are limited to 48 KB a block");
+  if (variable_bytes_ + dynamic_bytes_ > max_shared())
+    fail("shared variables and dynamic shared memory are limited to " + std::to_string(max_shared() >> 10) +
+         " KB a block");
   if (end > kVariableArena || variable_count_ == kMaxVariables) fail("too many shared variables for the emulator");
   variables_end_ = variables_begin_ + end;
   variables_[variable_count_++] = {site, variables_begin_ + begin, bytes};
   return variables_begin_ + begin;
+}
+
+bool SharedMemory::dynamic_holds(const void* p, size_t bytes) const {
+  const auto* const begin = static_cast<const unsigned char*>(p);
+  return begin >= dynamic_ && begin + bytes <= dynamic_ + dynamic_bytes_;
+}
+
+bool SharedMemory::holds(const void* p, size_t bytes) const {
+  const auto* const begin = static_cast<const unsigned char*>(p);
+  return dynamic_holds(p, bytes) || (begin >= variables_begin_ && begin + bytes <= variables_end_);
 }
 
 std::string SharedMemory::broken_fence() const {
