@@ -44,6 +44,9 @@ constexpr int kGroupBytes = kGroupPixels * kChunk * 2;
 constexpr int kMostStages = 6;
 constexpr int kBarrierBytes = 1024;  // of static shared memory, its end rounded up
 
+// n / by rounded up, in the 32 bits that pixels, filters and columns fit (see the plan).
+__host__ __device__ constexpr int chunks(int n, int by = kChunk) { return (n - 1) / by + 1; }
+
 struct Ring {
   uint64_t full[kMostStages], empty[kMostStages];
 };
@@ -96,34 +99,51 @@ struct alignas(8) Pair {
   float low, high;
 };
 
-// Hands each pair of this thread's sums of a 64 x kN product to store(row, column, pair).
-template <int kN, class Store>
-__device__ void for_each_pair(const float (&sum)[kN / 2], const Store& store) {
+// Where 64 columns of the block's first filter go, and how many of them there are.
+struct Chunk {
+  float* to;
+  int columns;
+};
+
+// Stores the sums of a 64 x kN product whose chunks of columns are chunk_at(0), .. and whose rows are filters, `pitch`
+// floats apart, of which the result has `filters` more.
+template <int kN, class ChunkAt>
+__device__ void store(const float (&sum)[kN / 2], int filters, int64_t pitch, const ChunkAt& chunk_at) {
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup, lane = thread % 32;
   CNNOPS_UNROLL
-  for (int i = 0; i < kN / 2; i += 2)
-    store(thread / 32 * 16 + lane / 4 + i % 4 / 2 * 8, i / 4 * 8 + lane % 4 * 2, Pair{sum[i], sum[i + 1]});
+  for (int i = 0; i < kN / kChunk; ++i) {
+    const Chunk chunk = chunk_at(i);
+    CNNOPS_UNROLL
+    for (int j = 0; j < kChunk / 2; j += 2) {
+      const int row = thread / 32 * 16 + lane / 4 + j % 4 / 2 * 8, column = j / 4 * 8 + lane % 4 * 2;
+      const float* const pair = sum + i * kChunk / 2 + j;
+      if (row < filters && column < chunk.columns)
+        *reinterpret_cast<Pair*>(chunk.to + row * pitch + column) = {pair[0], pair[1]};
+    }
+  }
 }
 
+__device__ int least(int a, int b) { return a < b ? a : b; }
 __device__ int warpgroup() { return static_cast<int>(threadIdx.x) / kWarpgroup; }
 
 // A descriptor of the tile `bytes` further on. Addresses in shared memory stay below 2^18, so nothing is carried over.
 __device__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes >> 4); }
 
-// A block's tile of the result, channels going fastest, so that blocks in flight together share their pixels in L2.
+// A block's tile of the result, columns going fastest, so that blocks in flight together share their pixels in L2.
 struct Place {
-  int k, column;
-  int64_t slab;
+  int row, column, slab;
 };
 
-__device__ Place place_of(int64_t block, int64_t row_tiles, int64_t column_tiles) {
-  const Split column = split(block, column_tiles), row = split(column.quotient, row_tiles);
-  return {static_cast<int>(row.remainder), static_cast<int>(column.remainder), row.quotient};
+__device__ Place place_of(int block, int rows, int columns) {
+  return {block / columns % rows, block % columns, block / columns / rows};
 }
 
 constexpr int kHaloTaps = 3;                      // along each axis
 constexpr int kHaloColumns = kHaloTaps * kChunk;  // of a warpgroup's product
-constexpr int kHaloThreads = kHaloTaps * kWarpgroup + 32;
+constexpr int kHaloThreads = (kHaloTaps + 1) * kWarpgroup;
+// Of the 128 registers that each of so many threads is born with, the producer's warpgroup leaves to the others what it
+// does not need: 128 * 40 + 384 * 152 <= 65536.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 152;
 
 // What a stage holds.
 struct HaloTile {
@@ -138,11 +158,15 @@ struct HaloTile {
 
 // The pixels of dy cut into boxes of a stage each, columns going fastest.
 struct HaloBoxes {
-  int64_t columns, rows, images;
+  int columns, rows, images;
 
   __host__ __device__ HaloBoxes(const Conv2dProblem& p, const HaloTile& tile)
-      : columns(ceil_div(p.Q, kGroupPixels)), rows(ceil_div(p.P, tile.rows)), images(ceil_div(p.N, tile.images)) {}
-  __host__ __device__ int64_t count() const { return columns * rows * images; }
+      : columns(chunks(p.Q, kGroupPixels)), rows(chunks(p.P, tile.rows)), images(chunks(p.N, tile.images)) {}
+  __host__ __device__ int count() const { return columns * rows * images; }
+};
+
+struct Corner {
+  int n, p, q;
 };
 
 struct HaloMaps {
@@ -152,69 +176,71 @@ struct HaloMaps {
 template <class T>
 __global__ void __launch_bounds__(kHaloThreads, 1)
     conv2d_backward_weight_halo_kernel(const __grid_constant__ HaloMaps maps, Conv2dProblem p, HaloTile tile,
-                                       int stages, int64_t boxes_per_slab, float* slabs) {
+                                       int stages, int boxes_per_slab, float* slabs) {
   CNNOPS_DYNAMIC_SHARED(unsigned char, shared);
   CNNOPS_SHARED(Ring, ring);
   const int channels = p.C / p.groups;
-  const Place at = place_of(blockIdx.x, ceil_div(p.K, kChunk), ceil_div(channels, kChunk));
-  const int k = at.k * kChunk, c = at.column * kChunk;
+  const Place at = place_of(static_cast<int>(blockIdx.x), chunks(p.K), chunks(channels));
+  const int k = at.row * kChunk, c = at.column * kChunk;
   const HaloBoxes boxes(p, tile);
-  const int64_t first = at.slab * boxes_per_slab, left = boxes.count() - first;
-  const int steps = static_cast<int>(left < boxes_per_slab ? left : boxes_per_slab);
-  const auto corner = [&](int step, int& n, int& row, int& column) {
-    const Split columns = split(first + step, boxes.columns), rows = split(columns.quotient, boxes.rows);
-    n = static_cast<int>(rows.quotient) * tile.images;
-    row = static_cast<int>(rows.remainder) * tile.rows;
-    column = static_cast<int>(columns.remainder) * kGroupPixels;
+  const int first = at.slab * boxes_per_slab;
+  const int steps = least(boxes.count() - first, boxes_per_slab);
+  const auto corner_of = [&](int step) -> Corner {
+    const int box = first + step, row = box / boxes.columns;
+    return {row / boxes.rows * tile.images, row % boxes.rows * tile.rows, box % boxes.columns * kGroupPixels};
   };
   start(ring, stages, kHaloTaps * kWarpgroup / 32);
 
   if (warpgroup() == kHaloTaps) {
-    if (threadIdx.x % 32 > 0) return;
+    decrease_registers<kProducerRegisters>();
+    if (threadIdx.x % kWarpgroup > 0) return;
     const int group = k / (p.K / p.groups);
     Turn turn;
     for (int step = 0; step < steps; ++step, turn.next(stages)) {
-      int n, row, column;
-      corner(step, n, row, column);
+      const Corner at_box = corner_of(step);
       unsigned char* const dy = shared + turn.stage * tile.bytes();
       uint64_t* const full = &ring.full[turn.stage];
       mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
       mbarrier_expect(full, tile.bytes());
-      tma_load(dy, &maps.dy, full, {k, column, row, n});
+      tma_load(dy, &maps.dy, full, {k, at_box.q, at_box.p, at_box.n});
       CNNOPS_UNROLL
       for (int s = 0; s < kHaloTaps; ++s)
-        tma_load(
-            dy + (tile.dy_groups() + s * tile.x_groups()) * kGroupBytes, &maps.x[s], full,
-            {group * channels + c, column * p.stride_w - p.pad_w + s * p.dilation_w, row * p.stride_h - p.pad_h, n});
+        tma_load(dy + (tile.dy_groups() + s * tile.x_groups()) * kGroupBytes, &maps.x[s], full,
+                 {group * channels + c, at_box.q * p.stride_w - p.pad_w + s * p.dilation_w,
+                  at_box.p * p.stride_h - p.pad_h, at_box.n});
     }
     return;
   }
 
+  increase_registers<kConsumerRegisters>();
   const int r = warpgroup();
-  const int images_apart = tile.pairs_rows ? 1 : 2, rows_apart = tile.pairs_rows ? 2 : 1;
+  const int rows_apart = tile.pairs_rows ? 2 : 1, images_apart = tile.pairs_rows ? 1 : 2;
   const uint64_t dy = matrix_descriptor(shared, (tile.pairs_rows ? 1 : tile.rows) * kGroupBytes);
   const uint64_t x =
       matrix_descriptor(shared + (tile.dy_groups() + r * p.dilation_h) * kGroupBytes,
                         (tile.pairs_rows ? p.stride_h : tile.halo_rows) * kGroupBytes, tile.x_groups() * kGroupBytes);
   float sum[kHaloColumns / 2] = {};
   consume(ring, stages, steps, [&](int step, int stage) {
-    int n, row, column;
-    corner(step, n, row, column);
-    const int images = p.N - n < tile.images ? p.N - n : tile.images,
-              rows = p.P - row < tile.rows ? p.P - row : tile.rows;
-    for (int i = 0; i < images; i += images_apart)
-      for (int j = 0; j < rows; j += rows_apart)
-        wgmma<T, kHaloColumns, true, true>(
-            sum, advanced(dy, stage * tile.bytes() + (i * tile.rows + j) * kGroupBytes),
-            advanced(x, stage * tile.bytes() + (i * tile.halo_rows + j * p.stride_h) * kGroupBytes), true);
+    const Corner at_box = corner_of(step);
+    const int rows = least(p.P - at_box.p, tile.rows), images = least(p.N - at_box.n, tile.images);
+    const int products = chunks(images, images_apart) * (rows / rows_apart);
+    int image = 0, row = 0;
+    CNNOPS_NO_UNROLL
+    for (int product = 0; product < products; ++product) {
+      wgmma<T, kHaloColumns, true, true>(
+          sum, advanced(dy, stage * tile.bytes() + (image * tile.rows + row) * kGroupBytes),
+          advanced(x, stage * tile.bytes() + (image * tile.halo_rows + row * p.stride_h) * kGroupBytes), true);
+      row += rows_apart;
+      if (row < rows) continue;
+      row = 0;
+      image += images_apart;
+    }
   });
 
-  for_each_pair<kHaloColumns>(sum, [&](int row, int column, Pair pair) {
-    const int s = column / kChunk, channel = c + column % kChunk;
-    if (k + row >= p.K || channel >= channels) return;
-    const int64_t tap = ((at.slab * p.K + k + row) * kHaloTaps + r) * kHaloTaps + s;
-    *reinterpret_cast<Pair*>(slabs + tap * channels + channel) = pair;
-  });
+  const int64_t filter_size = int64_t{kHaloTaps * kHaloTaps} * channels;
+  float* const out = slabs + (int64_t{at.slab} * p.K + k) * filter_size + c;
+  store<kHaloColumns>(sum, p.K - k, filter_size,
+                      [&](int s) -> Chunk { return {out + int64_t{r * kHaloTaps + s} * channels, channels - c}; });
 }
 
 constexpr int kColumnPixels = 64;  // of a stage
@@ -237,53 +263,47 @@ struct ColumnsMaps {
   TensorMap dy, x;
 };
 
-// Chunks of 64 columns in a filter of one group: a tap's channels do not share one with the next tap's.
-__host__ __device__ inline int64_t chunks_of_tap(const Conv2dProblem& p) { return ceil_div(p.C / p.groups, kChunk); }
-__host__ __device__ inline int64_t column_chunks(const Conv2dProblem& p) { return p.R * p.S * chunks_of_tap(p); }
+// Chunks of 64 columns in a filter: a tap's channels do not share one with the next tap's.
+__host__ __device__ constexpr int column_chunks(const Conv2dProblem& p) { return p.R * p.S * chunks(p.C / p.groups); }
 
-// Where a chunk of columns is: its filter tap and its first channel of the group.
-struct Chunk {
+// What a chunk of columns is: its filter tap and its first channel of the group.
+struct TapChannels {
   int r, s, c;
 };
 
-__device__ Chunk chunk_at(const Conv2dProblem& p, int64_t chunk) {
-  const Split tap = split(chunk, chunks_of_tap(p)), row = split(tap.quotient, p.S);
-  return {static_cast<int>(row.quotient), static_cast<int>(row.remainder), static_cast<int>(tap.remainder) * kChunk};
+__device__ TapChannels tap_channels(const Conv2dProblem& p, int chunk) {
+  const int each = chunks(p.C / p.groups), tap = chunk / each;
+  return {tap / p.S, tap % p.S, chunk % each * kChunk};
 }
 
 template <class T, int kN>
 __global__ void __launch_bounds__(kColumnThreads, 1)
     conv2d_backward_weight_columns_kernel(const __grid_constant__ ColumnsMaps maps, Conv2dProblem p,
-                                          ColumnsTile<kN> tile, int stages, int64_t steps_per_slab, float* slabs) {
+                                          ColumnsTile<kN> tile, int stages, int steps_per_slab, float* slabs) {
   CNNOPS_DYNAMIC_SHARED(unsigned char, shared);
   CNNOPS_SHARED(Ring, ring);
   const int channels = p.C / p.groups, filters = p.K / p.groups;
-  const int64_t all_chunks = column_chunks(p), row_tiles = ceil_div(filters, tile.filter_chunks * kChunk);
-  const Place at = place_of(blockIdx.x, row_tiles * p.groups, ceil_div(all_chunks, tile.column_chunks()));
-  const Split row = split(at.k, row_tiles);
-  const int group = static_cast<int>(row.quotient);
-  const int k = static_cast<int>(row.remainder) * tile.filter_chunks * kChunk;  // of the group
-  const int64_t chunk = int64_t{at.column} * tile.column_chunks();
-  const int64_t first = at.slab * steps_per_slab;
-  const int64_t left = ceil_div(int64_t{p.N} * p.P * p.Q, kColumnPixels) - first;
-  const int steps = static_cast<int>(left < steps_per_slab ? left : steps_per_slab);
+  const int all_chunks = column_chunks(p), row_tiles = chunks(filters, tile.filter_chunks * kChunk);
+  const Place at =
+      place_of(static_cast<int>(blockIdx.x), row_tiles * p.groups, chunks(all_chunks, tile.column_chunks()));
+  const int group = at.row / row_tiles, k = at.row % row_tiles * tile.filter_chunks * kChunk;  // k of the group
+  const int chunk = at.column * tile.column_chunks();
+  const int first = at.slab * steps_per_slab;
+  const int steps = least(chunks(p.N * p.P * p.Q, kColumnPixels) - first, steps_per_slab);
   start(ring, stages, kColumnWarpgroups * kWarpgroup / 32);
 
   if (warpgroup() == kColumnWarpgroups) {
     if (threadIdx.x % 32 > 0) return;
     // Chunks beyond the result are not loaded: what their columns sum up is not stored.
-    const int dy_chunks = filters - k > kChunk ? tile.filter_chunks : 1;
-    const int x_chunks =
-        all_chunks - chunk < tile.column_chunks() ? static_cast<int>(all_chunks - chunk) : tile.column_chunks();
-    Chunk at_chunk[kMostColumnChunks];
+    const int dy_chunks = least(tile.filter_chunks, chunks(filters - k));
+    const int x_chunks = least(tile.column_chunks(), all_chunks - chunk);
+    TapChannels columns[kMostColumnChunks];
     CNNOPS_UNROLL
-    for (int i = 0; i < kMostColumnChunks; ++i) at_chunk[i] = chunk_at(p, chunk + i);
+    for (int i = 0; i < kMostColumnChunks; ++i) columns[i] = tap_channels(p, chunk + i);
     Turn turn;
     for (int step = 0; step < steps; ++step, turn.next(stages)) {
-      const int pixel = static_cast<int>(first + step) * kColumnPixels;
-      const Split column = split(pixel, p.Q), image = split(column.quotient, p.P);
-      const int w = static_cast<int>(column.remainder) * p.stride_w - p.pad_w;
-      const int h = static_cast<int>(image.remainder) * p.stride_h - p.pad_h;
+      const int pixel = (first + step) * kColumnPixels, row = pixel / p.Q;
+      const int w = pixel % p.Q * p.stride_w - p.pad_w, h = row % p.P * p.stride_h - p.pad_h, n = row / p.P;
       unsigned char* to = shared + turn.stage * tile.bytes();
       uint64_t* const full = &ring.full[turn.stage];
       mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
@@ -294,9 +314,9 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
       CNNOPS_UNROLL
       for (int i = 0; i < kMostColumnChunks; ++i)
         if (i < x_chunks)
-          tma_load_im2col(to + i * kColumnChunkBytes, &maps.x, full, group * channels + at_chunk[i].c, w, h,
-                          static_cast<int>(image.quotient), static_cast<uint16_t>(at_chunk[i].s * p.dilation_w),
-                          static_cast<uint16_t>(at_chunk[i].r * p.dilation_h));
+          tma_load_im2col(to + i * kColumnChunkBytes, &maps.x, full, group * channels + columns[i].c, w, h, n,
+                          static_cast<uint16_t>(columns[i].s * p.dilation_w),
+                          static_cast<uint16_t>(columns[i].r * p.dilation_h));
     }
     return;
   }
@@ -315,16 +335,13 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
     }
   });
 
-  float* const out = slabs + at.slab * p.K * p.R * p.S * channels;
-  for_each_pair<kN>(sum, [&](int row, int column, Pair pair) {
-    const int filter = k + my_row * kChunk + row;
-    const int64_t at_chunk = chunk + my_chunk + column / kChunk;
-    if (filter >= filters || at_chunk >= all_chunks) return;
-    const Chunk to = chunk_at(p, at_chunk);
-    const int channel = to.c + column % kChunk;
-    if (channel >= channels) return;
-    const int64_t tap = (int64_t{group * filters + filter} * p.R + to.r) * p.S + to.s;
-    *reinterpret_cast<Pair*>(out + tap * channels + channel) = pair;
+  const int64_t filter_size = int64_t{p.R} * p.S * channels;
+  const int my_k = k + my_row * kChunk;
+  float* const out = slabs + (int64_t{at.slab} * p.K + group * filters + my_k) * filter_size;
+  store<kN>(sum, filters - my_k, filter_size, [&](int i) -> Chunk {
+    const TapChannels at_chunk = tap_channels(p, chunk + my_chunk + i);
+    if (at_chunk.r >= p.R) return {out, 0};
+    return {out + int64_t{at_chunk.r * p.S + at_chunk.s} * channels + at_chunk.c, channels - at_chunk.c};
   });
 }
 
@@ -427,7 +444,7 @@ std::optional<Conv2dPlan> plan_halo(const Conv2dProblem& p, const Device& device
   const int64_t images = tile->pairs_rows ? p.N : ceil_div(p.N, 2) * 2;
   const bool wasteful = 4 * images * boxes.columns * kGroupPixels > 7 * int64_t{p.N} * p.Q;
   if (wasteful) return std::nullopt;
-  const int64_t tiles = ceil_div(p.K, kChunk) * ceil_div(p.C / p.groups, kChunk);
+  const int64_t tiles = int64_t{chunks(p.K)} * chunks(p.C / p.groups);
   return Conv2dPlan{Conv2dKernel::kWgmma,
                     kChunk,
                     kHaloTaps * kHaloColumns,
@@ -439,10 +456,10 @@ std::optional<Conv2dPlan> plan_halo(const Conv2dProblem& p, const Device& device
 
 bool is_halo(const Conv2dPlan& plan) { return plan.block_n == kHaloTaps * kHaloColumns; }
 
-int64_t columns_steps(const Conv2dProblem& p) { return ceil_div(int64_t{p.N} * p.P * p.Q, kColumnPixels); }
+int columns_steps(const Conv2dProblem& p) { return chunks(p.N * p.P * p.Q, kColumnPixels); }
 
 int64_t columns_tiles(const Conv2dProblem& p, int block_m, int block_n) {
-  return p.groups * ceil_div(p.K / p.groups, block_m) * ceil_div(column_chunks(p), block_n / kChunk);
+  return int64_t{p.groups} * chunks(p.K / p.groups, block_m) * chunks(column_chunks(p), block_n / kChunk);
 }
 
 Conv2dPlan plan_columns(const Conv2dProblem& p, const Device& device) {
@@ -467,8 +484,8 @@ void launch_halo(const Conv2dProblem& p, const Conv2dPlan& plan, const void* dy,
   const HaloTile tile = *halo_tile(p, device());
   HaloMaps maps{tensor_map(halo_dy(p, tile), dy), {}};
   for (int s = 0; s < kHaloTaps; ++s) maps.x[s] = tensor_map(halo_x(p, tile, s), x);
-  const int64_t tiles = ceil_div(p.K, kChunk) * ceil_div(p.C / p.groups, kChunk);
-  const int64_t boxes_per_slab = ceil_div(HaloBoxes(p, tile).count(), plan.splits);
+  const int64_t tiles = int64_t{chunks(p.K)} * chunks(p.C / p.groups);
+  const auto boxes_per_slab = static_cast<int>(ceil_div(HaloBoxes(p, tile).count(), plan.splits));
   CNNOPS_LAUNCH(conv2d_backward_weight_halo_kernel<T>, blocks(tiles * plan.splits), kHaloThreads,
                 plan.stages * tile.bytes(), stream, maps, p, tile, plan.stages, boxes_per_slab, slabs);
 }
@@ -479,7 +496,7 @@ void launch_columns(const Conv2dProblem& p, const Conv2dPlan& plan, const void* 
   const ColumnsTile<kN> tile{plan.block_m / kChunk};
   const ColumnsMaps maps{tensor_map(columns_dy(p), dy), tensor_map(columns_x(p), x)};
   const int64_t tiles = columns_tiles(p, plan.block_m, plan.block_n);
-  const int64_t steps_per_slab = ceil_div(columns_steps(p), plan.splits);
+  const auto steps_per_slab = static_cast<int>(ceil_div(columns_steps(p), plan.splits));
   CNNOPS_LAUNCH((conv2d_backward_weight_columns_kernel<T, kN>), blocks(tiles * plan.splits), kColumnThreads,
                 plan.stages * tile.bytes(), stream, maps, p, tile, plan.stages, steps_per_slab, slabs);
 }

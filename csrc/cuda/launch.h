@@ -20,6 +20,7 @@
 #include "../simt/simt.h"
 
 #define CNNOPS_UNROLL
+#define CNNOPS_NO_UNROLL
 #define CNNOPS_SHARED(T, name)     \
   static const char name##_site{}; \
   T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
@@ -37,6 +38,7 @@
 #include <cuda_runtime.h>
 
 #define CNNOPS_UNROLL _Pragma("unroll")
+#define CNNOPS_NO_UNROLL _Pragma("unroll 1")
 #define CNNOPS_SHARED(T, name) __shared__ T name
 #define CNNOPS_DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(1024) unsigned char cnnops_dynamic_shared[]; \
