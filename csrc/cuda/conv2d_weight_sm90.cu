@@ -75,8 +75,8 @@ __device__ void start(Ring& ring, int stages, int consumer_warps) {
   __syncthreads();
 }
 
-// Calls multiply(i, stage) for i in [0, steps), which commits one group of wgmma. A stage is given back when the
-// products of the next one have been issued, so that the tensor cores do not idle between stages.
+// Calls multiply(i, stage) for i in [0, steps), which commits at least one group of wgmma. A stage is given back when
+// the products of the next one have been issued, so that the tensor cores do not idle between stages.
 template <class Multiply>
 __device__ void consume(Ring& ring, int stages, int steps, const Multiply& multiply) {
   const bool signals = threadIdx.x % 32 == 0;
@@ -84,9 +84,7 @@ __device__ void consume(Ring& ring, int stages, int steps, const Multiply& multi
   int last = 0;
   for (int i = 0; i < steps; ++i, turn.next(stages)) {
     mbarrier_wait(&ring.full[turn.stage], turn.parity);
-    wgmma_fence();
     multiply(i, turn.stage);
-    wgmma_commit();
     wgmma_wait<1>();
     if (i > 0 && signals) mbarrier_arrive(&ring.empty[last]);
     last = turn.stage;
@@ -140,6 +138,7 @@ __device__ Place place_of(int block, int rows, int columns) {
 
 constexpr int kHaloTaps = 3;                      // along each axis
 constexpr int kHaloColumns = kHaloTaps * kChunk;  // of a warpgroup's product
+constexpr int kHaloProducts = 7;                  // of a whole box, at best
 constexpr int kHaloThreads = (kHaloTaps + 1) * kWarpgroup;
 // Of the 128 registers that each of so many threads is born with, the producer's warpgroup leaves to the others what it
 // does not need: 128 * 40 + 384 * 152 <= 65536.
@@ -225,15 +224,28 @@ __global__ void __launch_bounds__(kHaloThreads, 1)
     const int rows = least(p.P - at_box.p, tile.rows), images = least(p.N - at_box.n, tile.images);
     const int products = chunks(images, images_apart) * (rows / rows_apart);
     int image = 0, row = 0;
-    CNNOPS_NO_UNROLL
-    for (int product = 0; product < products; ++product) {
+    const auto multiply = [&] {
       wgmma<T, kHaloColumns, true, true>(
           sum, advanced(dy, stage * tile.bytes() + (image * tile.rows + row) * kGroupBytes),
           advanced(x, stage * tile.bytes() + (image * tile.halo_rows + row * p.stride_h) * kGroupBytes), true);
       row += rows_apart;
-      if (row < rows) continue;
+      if (row < rows) return;
       row = 0;
       image += images_apart;
+    };
+    // In a group of a length that the compiler knows, products follow each other without a word; else each is a group.
+    if (products == kHaloProducts) {
+      wgmma_fence();
+      CNNOPS_UNROLL
+      for (int product = 0; product < kHaloProducts; ++product) multiply();
+      wgmma_commit();
+    } else {
+      CNNOPS_NO_UNROLL
+      for (int product = 0; product < products; ++product) {
+        wgmma_fence();
+        multiply();
+        wgmma_commit();
+      }
     }
   });
 
@@ -328,11 +340,13 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
       matrix_descriptor(shared + (tile.filter_chunks + my_chunk) * kColumnChunkBytes, kGroupBytes, kColumnChunkBytes);
   float sum[kN / 2] = {};
   consume(ring, stages, steps, [&](int, int stage) {
+    wgmma_fence();
     CNNOPS_UNROLL
     for (int pixel = 0; pixel < kColumnPixels; pixel += 2 * kGroupPixels) {
       const int at_pixel = stage * tile.bytes() + pixel / kGroupPixels * kGroupBytes;
       wgmma<T, kN, true, true>(sum, advanced(dy, at_pixel), advanced(x, at_pixel), true);
     }
+    wgmma_commit();
   });
 
   const int64_t filter_size = int64_t{p.R} * p.S * channels;
