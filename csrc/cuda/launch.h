@@ -89,7 +89,7 @@ struct Launched {
 };
 
 #if defined(CNNOPS_SIMT)
-inline Device device() { return {90, simt::multiprocessors(), 227 << 10}; }
+inline Device device() { return {simt::architecture(), simt::multiprocessors(), 227 << 10}; }
 #else
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
