@@ -63,30 +63,47 @@ struct Turn {
   }
 };
 
-// By the whole block.
-__device__ void start(Ring& ring, int stages, int consumer_warps) {
+// By every thread, before and after whatever blocks of a cluster do to each other's shared memory.
+__device__ void meet(int cluster) {
+  if (cluster > 1)
+    cluster_sync();
+  else
+    __syncthreads();
+}
+
+// By every thread. `cluster` blocks fill each other's stages, and so wait for each other's consumers.
+__device__ void start(Ring& ring, int stages, int consumer_warps, int cluster) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
       mbarrier_init(&ring.full[stage], 1);
-      mbarrier_init(&ring.empty[stage], consumer_warps);
+      mbarrier_init(&ring.empty[stage], consumer_warps * cluster);
     }
     fence_mbarrier_init();
   }
-  __syncthreads();
+  meet(cluster);
+}
+
+// This warp has read a stage: tells each block that fills it.
+__device__ void release(uint64_t* empty, int cluster) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (lane >= cluster) return;
+  if (cluster > 1)
+    mbarrier_arrive_remote(empty, lane);
+  else
+    mbarrier_arrive(empty);
 }
 
 // Calls multiply(i, stage) for i in [0, steps), which commits at least one group of wgmma. A stage is given back when
 // the products of the next one have been issued, so that the tensor cores do not idle between stages.
 template <class Multiply>
-__device__ void consume(Ring& ring, int stages, int steps, const Multiply& multiply) {
-  const bool signals = threadIdx.x % 32 == 0;
+__device__ void consume(Ring& ring, int stages, int steps, int cluster, const Multiply& multiply) {
   Turn turn;
   int last = 0;
   for (int i = 0; i < steps; ++i, turn.next(stages)) {
     mbarrier_wait(&ring.full[turn.stage], turn.parity);
     multiply(i, turn.stage);
     wgmma_wait<1>();
-    if (i > 0 && signals) mbarrier_arrive(&ring.empty[last]);
+    if (i > 0) release(&ring.empty[last], cluster);
     last = turn.stage;
   }
   wgmma_wait<0>();
@@ -127,13 +144,15 @@ __device__ int warpgroup() { return static_cast<int>(threadIdx.x) / kWarpgroup; 
 // A descriptor of the tile `bytes` further on. Addresses in shared memory stay below 2^18, so nothing is carried over.
 __device__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes >> 4); }
 
-// A block's tile of the result, columns going fastest, so that blocks in flight together share their pixels in L2.
+// Which tile of the result a block owns, and which slab of it. Blocks in flight together are of the same slab, if they
+// can be, and so share their pixels in L2.
 struct Place {
-  int row, column, slab;
+  int inner, outer, slab;
 };
 
-__device__ Place place_of(int block, int rows, int columns) {
-  return {block / columns % rows, block % columns, block / columns / rows};
+__device__ Place place_of(int inner, int outer) {
+  const int block = static_cast<int>(blockIdx.x);
+  return {block % inner, block / inner % outer, block / inner / outer};
 }
 
 constexpr int kHaloTaps = 3;                      // along each axis
@@ -175,12 +194,12 @@ struct HaloMaps {
 template <class T>
 __global__ void __launch_bounds__(kHaloThreads, 1)
     conv2d_backward_weight_halo_kernel(const __grid_constant__ HaloMaps maps, Conv2dProblem p, HaloTile tile,
-                                       int stages, int boxes_per_slab, float* slabs) {
+                                       int stages, int cluster, int boxes_per_slab, float* slabs) {
   CNNOPS_DYNAMIC_SHARED(unsigned char, shared);
   CNNOPS_SHARED(Ring, ring);
   const int channels = p.C / p.groups;
-  const Place at = place_of(static_cast<int>(blockIdx.x), chunks(p.K), chunks(channels));
-  const int k = at.row * kChunk, c = at.column * kChunk;
+  const Place at = place_of(chunks(p.K), chunks(channels));
+  const int k = at.inner * kChunk, c = at.outer * kChunk;
   const HaloBoxes boxes(p, tile);
   const int first = at.slab * boxes_per_slab;
   const int steps = least(boxes.count() - first, boxes_per_slab);
@@ -188,71 +207,80 @@ __global__ void __launch_bounds__(kHaloThreads, 1)
     const int box = first + step, row = box / boxes.columns;
     return {row / boxes.rows * tile.images, row % boxes.rows * tile.rows, box % boxes.columns * kGroupPixels};
   };
-  start(ring, stages, kHaloTaps * kWarpgroup / 32);
+  start(ring, stages, kHaloTaps * kWarpgroup / 32, cluster);
 
   if (warpgroup() == kHaloTaps) {
     decrease_registers<kProducerRegisters>();
-    if (threadIdx.x % kWarpgroup > 0) return;
-    const int group = k / (p.K / p.groups);
-    Turn turn;
-    for (int step = 0; step < steps; ++step, turn.next(stages)) {
-      const Corner at_box = corner_of(step);
-      unsigned char* const dy = shared + turn.stage * tile.bytes();
-      uint64_t* const full = &ring.full[turn.stage];
-      mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
-      mbarrier_expect(full, tile.bytes());
-      tma_load(dy, &maps.dy, full, {k, at_box.q, at_box.p, at_box.n});
-      CNNOPS_UNROLL
-      for (int s = 0; s < kHaloTaps; ++s)
-        tma_load(dy + (tile.dy_groups() + s * tile.x_groups()) * kGroupBytes, &maps.x[s], full,
-                 {group * channels + c, at_box.q * p.stride_w - p.pad_w + s * p.dilation_w,
-                  at_box.p * p.stride_h - p.pad_h, at_box.n});
-    }
-    return;
-  }
-
-  increase_registers<kConsumerRegisters>();
-  const int r = warpgroup();
-  const int rows_apart = tile.pairs_rows ? 2 : 1, images_apart = tile.pairs_rows ? 1 : 2;
-  const uint64_t dy = matrix_descriptor(shared, (tile.pairs_rows ? 1 : tile.rows) * kGroupBytes);
-  const uint64_t x =
-      matrix_descriptor(shared + (tile.dy_groups() + r * p.dilation_h) * kGroupBytes,
-                        (tile.pairs_rows ? p.stride_h : tile.halo_rows) * kGroupBytes, tile.x_groups() * kGroupBytes);
-  float sum[kHaloColumns / 2] = {};
-  consume(ring, stages, steps, [&](int step, int stage) {
-    const Corner at_box = corner_of(step);
-    const int rows = least(p.P - at_box.p, tile.rows), images = least(p.N - at_box.n, tile.images);
-    const int products = chunks(images, images_apart) * (rows / rows_apart);
-    int image = 0, row = 0;
-    const auto multiply = [&] {
-      wgmma<T, kHaloColumns, true, true>(
-          sum, advanced(dy, stage * tile.bytes() + (image * tile.rows + row) * kGroupBytes),
-          advanced(x, stage * tile.bytes() + (image * tile.halo_rows + row * p.stride_h) * kGroupBytes), true);
-      row += rows_apart;
-      if (row < rows) return;
-      row = 0;
-      image += images_apart;
-    };
-    // In a group of a length that the compiler knows, products follow each other without a word; else each is a group.
-    if (products == kHaloProducts) {
-      wgmma_fence();
-      CNNOPS_UNROLL
-      for (int product = 0; product < kHaloProducts; ++product) multiply();
-      wgmma_commit();
-    } else {
-      CNNOPS_NO_UNROLL
-      for (int product = 0; product < products; ++product) {
-        wgmma_fence();
-        multiply();
-        wgmma_commit();
+    if (threadIdx.x % kWarpgroup == 0) {
+      const int group = k / (p.K / p.groups), rank = static_cast<int>(cluster_rank());
+      Turn turn;
+      for (int step = 0; step < steps; ++step, turn.next(stages)) {
+        const Corner at_box = corner_of(step);
+        unsigned char* const dy = shared + turn.stage * tile.bytes();
+        uint64_t* const full = &ring.full[turn.stage];
+        mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
+        mbarrier_expect(full, tile.bytes());
+        tma_load(dy, &maps.dy, full, {k, at_box.q, at_box.p, at_box.n});
+        CNNOPS_UNROLL
+        for (int s = 0; s < kHaloTaps; ++s) {
+          const int corner[] = {group * channels + c, at_box.q * p.stride_w - p.pad_w + s * p.dilation_w,
+                                at_box.p * p.stride_h - p.pad_h, at_box.n};
+          unsigned char* const x = dy + (tile.dy_groups() + s * tile.x_groups()) * kGroupBytes;
+          if (cluster == 1)
+            tma_load(x, &maps.x[s], full, corner);
+          else if (s % cluster == rank)
+            tma_multicast(x, &maps.x[s], full, corner, static_cast<uint16_t>((1 << cluster) - 1));
+        }
       }
     }
-  });
+    __syncwarp();
+  } else {
+    increase_registers<kConsumerRegisters>();
+    const int r = warpgroup();
+    const int rows_apart = tile.pairs_rows ? 2 : 1, images_apart = tile.pairs_rows ? 1 : 2;
+    const uint64_t dy = matrix_descriptor(shared, (tile.pairs_rows ? 1 : tile.rows) * kGroupBytes);
+    const uint64_t x =
+        matrix_descriptor(shared + (tile.dy_groups() + r * p.dilation_h) * kGroupBytes,
+                          (tile.pairs_rows ? p.stride_h : tile.halo_rows) * kGroupBytes, tile.x_groups() * kGroupBytes);
+    float sum[kHaloColumns / 2] = {};
+    consume(ring, stages, steps, cluster, [&](int step, int stage) {
+      const Corner at_box = corner_of(step);
+      const int rows = least(p.P - at_box.p, tile.rows), images = least(p.N - at_box.n, tile.images);
+      const int products = chunks(images, images_apart) * (rows / rows_apart);
+      int image = 0, row = 0;
+      const auto multiply = [&] {
+        wgmma<T, kHaloColumns, true, true>(
+            sum, advanced(dy, stage * tile.bytes() + (image * tile.rows + row) * kGroupBytes),
+            advanced(x, stage * tile.bytes() + (image * tile.halo_rows + row * p.stride_h) * kGroupBytes), true);
+        row += rows_apart;
+        if (row < rows) return;
+        row = 0;
+        image += images_apart;
+      };
+      // In a group of a length that the compiler knows, products follow each other without a word; else each is a
+      // group.
+      if (products == kHaloProducts) {
+        wgmma_fence();
+        CNNOPS_UNROLL
+        for (int product = 0; product < kHaloProducts; ++product) multiply();
+        wgmma_commit();
+      } else {
+        CNNOPS_NO_UNROLL
+        for (int product = 0; product < products; ++product) {
+          wgmma_fence();
+          multiply();
+          wgmma_commit();
+        }
+      }
+    });
 
-  const int64_t filter_size = int64_t{kHaloTaps * kHaloTaps} * channels;
-  float* const out = slabs + (int64_t{at.slab} * p.K + k) * filter_size + c;
-  store<kHaloColumns>(sum, p.K - k, filter_size,
-                      [&](int s) -> Chunk { return {out + int64_t{r * kHaloTaps + s} * channels, channels - c}; });
+    const int64_t filter_size = int64_t{kHaloTaps * kHaloTaps} * channels;
+    float* const out = slabs + (int64_t{at.slab} * p.K + k) * filter_size + c;
+    store<kHaloColumns>(sum, p.K - k, filter_size,
+                        [&](int s) -> Chunk { return {out + int64_t{r * kHaloTaps + s} * channels, channels - c}; });
+  }
+  // A block's shared memory is there until the last arrival from another.
+  if (cluster > 1) cluster_sync();
 }
 
 constexpr int kColumnPixels = 64;  // of a stage
@@ -296,13 +324,12 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   CNNOPS_SHARED(Ring, ring);
   const int channels = p.C / p.groups, filters = p.K / p.groups;
   const int all_chunks = column_chunks(p), row_tiles = chunks(filters, tile.filter_chunks * kChunk);
-  const Place at =
-      place_of(static_cast<int>(blockIdx.x), row_tiles * p.groups, chunks(all_chunks, tile.column_chunks()));
-  const int group = at.row / row_tiles, k = at.row % row_tiles * tile.filter_chunks * kChunk;  // k of the group
-  const int chunk = at.column * tile.column_chunks();
+  const Place at = place_of(chunks(all_chunks, tile.column_chunks()), row_tiles * p.groups);
+  const int group = at.outer / row_tiles, k = at.outer % row_tiles * tile.filter_chunks * kChunk;  // k of the group
+  const int chunk = at.inner * tile.column_chunks();
   const int first = at.slab * steps_per_slab;
   const int steps = least(chunks(p.N * p.P * p.Q, kColumnPixels) - first, steps_per_slab);
-  start(ring, stages, kColumnWarpgroups * kWarpgroup / 32);
+  start(ring, stages, kColumnWarpgroups * kWarpgroup / 32, 1);
 
   if (warpgroup() == kColumnWarpgroups) {
     if (threadIdx.x % 32 > 0) return;
@@ -339,7 +366,7 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   const uint64_t x =
       matrix_descriptor(shared + (tile.filter_chunks + my_chunk) * kColumnChunkBytes, kGroupBytes, kColumnChunkBytes);
   float sum[kN / 2] = {};
-  consume(ring, stages, steps, [&](int, int stage) {
+  consume(ring, stages, steps, 1, [&](int, int stage) {
     wgmma_fence();
     CNNOPS_UNROLL
     for (int pixel = 0; pixel < kColumnPixels; pixel += 2 * kGroupPixels) {
@@ -459,13 +486,15 @@ std::optional<Conv2dPlan> plan_halo(const Conv2dProblem& p, const Device& device
   const bool wasteful = 4 * images * boxes.columns * kGroupPixels > 7 * int64_t{p.N} * p.Q;
   if (wasteful) return std::nullopt;
   const int64_t tiles = int64_t{chunks(p.K)} * chunks(p.C / p.groups);
+  const bool pairs = chunks(p.K / p.groups) % 2 == 0;
   return Conv2dPlan{Conv2dKernel::kWgmma,
                     kChunk,
                     kHaloTaps * kHaloColumns,
                     stages_of(tile->bytes(), device),
-                    1,
+                    pairs ? 2 : 1,
                     cut(boxes.count(), tiles, kHaloOverhead, device).count,
-                    "all taps from one read of dy, and from three of x instead of nine"};
+                    pairs ? "all taps from one read of dy and three of x, which two tiles of filters share"
+                          : "all taps from one read of dy and three of x"};
 }
 
 bool is_halo(const Conv2dPlan& plan) { return plan.block_n == kHaloTaps * kHaloColumns; }
@@ -500,8 +529,9 @@ void launch_halo(const Conv2dProblem& p, const Conv2dPlan& plan, const void* dy,
   for (int s = 0; s < kHaloTaps; ++s) maps.x[s] = tensor_map(halo_x(p, tile, s), x);
   const int64_t tiles = int64_t{chunks(p.K)} * chunks(p.C / p.groups);
   const auto boxes_per_slab = static_cast<int>(ceil_div(HaloBoxes(p, tile).count(), plan.splits));
-  CNNOPS_LAUNCH(conv2d_backward_weight_halo_kernel<T>, blocks(tiles * plan.splits), kHaloThreads,
-                plan.stages * tile.bytes(), stream, maps, p, tile, plan.stages, boxes_per_slab, slabs);
+  CNNOPS_LAUNCH_CLUSTERS(conv2d_backward_weight_halo_kernel<T>, blocks(tiles * plan.splits), kHaloThreads, plan.cluster,
+                         plan.stages * tile.bytes(), stream, maps, p, tile, plan.stages, plan.cluster, boxes_per_slab,
+                         slabs);
 }
 
 template <class T, int kN>
