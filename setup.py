@@ -4,8 +4,9 @@
     python setup.py build_native --simt    # also cnnops/_native_simt.so, the CUDA sources on a CPU, for the tests
 
 Environment: CNNOPS_BUILD=auto|cpu|cuda|none (auto: CUDA where nvcc is found), FORCE_CUDA=1 (no nvcc is an error),
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "8.0 9.0+PTX"), MAX_JOBS, NVCC_THREADS, CNNOPS_SANITIZE=address,undefined|thread (not for
-CUDA): the CPU's or the emulator's library with these sanitizers, beside the plain one, as _native_<backend>_address.so.
+TORCH_CUDA_ARCH_LIST ("8.0+PTX;9.0a", "8.0 9.0"; kernels of Hopper's own need 9.0a), MAX_JOBS, NVCC_THREADS,
+CNNOPS_SANITIZE=address,undefined|thread (not for CUDA): the CPU's or the emulator's library with these sanitizers, beside
+the plain one, as _native_<backend>_address.so.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ ISA_SOURCES = (
     "activation",
     "copy",
 )
-DEFAULT_ARCHES = "8.0;9.0a"
+DEFAULT_ARCHES = "8.0+PTX;9.0a"
+# Spills and local memory are warnings, and so errors.
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -warn-spills,-warn-lmem-usage"
+)
+HOPPER = ("compute_90a", "sm_90a")
 
 
 @dataclass
@@ -112,7 +118,7 @@ def simt_target(sanitize: str) -> Target:
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     suffix, extra, link = sanitizing(sanitize)
-    flags = f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{extra}"
+    flags = f"-O2 -g -DCNNOPS_SIMT -DCNNOPS_SM90 -ffp-contract=off{extra}"
     name = f"_native_simt{suffix}"
     target = Target(ROOT / f"cnnops/{name}.so", link_torch() + link)
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
@@ -148,6 +154,11 @@ def images() -> list[tuple[str, str]]:
     return found
 
 
+def is_hopper_source(source: Path) -> bool:
+    """Whether a source is for sm_90a alone. CNNOPS_SM90 tells the others that its kernels are in the library."""
+    return source.stem.endswith("_sm90")
+
+
 def cuda_target(home: Path) -> Target:
     # A library for a CUDA torch can be linked without one: an empty stub with the right soname stands in.
     stub = BUILD / "stub/libtorch_cuda.so"
@@ -161,11 +172,14 @@ def cuda_target(home: Path) -> Target:
     target = Target(ROOT / "cnnops/_native_cuda.so", f"{link_torch()} {torch_cuda} {libraries}")
     includes = f"-isystem {home}/include"
     target.add(CSRC / "bind.cpp", f"{bind_flags('cuda', 'CUDA')} -DUSE_CUDA {includes}")
-    gencode = " ".join(f"-gencode=arch={virtual},code={image}" for virtual, image in images())
     names = ",".join(image for _, image in images())
+    hopper = " -DCNNOPS_SM90" if HOPPER in images() else ""
     threads = os.environ.get("NVCC_THREADS", "2")
     for source in sorted(CSRC.glob("cuda/*.cu")):
-        target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'", rule="nvcc")
+        made_for = [pair for pair in images() if pair == HOPPER or not is_hopper_source(source)]
+        if made_for:
+            gencode = " ".join(f"-gencode=arch={virtual},code={image}" for virtual, image in made_for)
+            target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'{hopper}", rule="nvcc")
     return target
 
 
@@ -179,8 +193,9 @@ def write_ninja(targets: list[Target], cuda: Path | None) -> Path:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {cuda}/bin/nvcc -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings $flags "
-        "-MD -MF $out.d -c $in -o $out",
+        # That products of warpgroups run one by one, ptxas mentions and calls no warning.
+        f"  command = {cuda}/bin/nvcc {NVCC_FLAGS} $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1; status=$$?; "
+        "cat $out.log; test $$status = 0 && ! grep -q 'wgmma.mma_async instructions are serialized' $out.log",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

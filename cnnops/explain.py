@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ class Decision:
     problem: Problem
     verdicts: tuple[tuple[str, Support], ...]
     chosen: str | None
+    plan: tuple[str, ...] = ()
+    """The kernels of a backend that has several, a line for each pass, with the reason."""
 
     def __str__(self) -> str:
         lines = [f"{self.function}: {self.chosen or 'no backend'}"]
         for name, support in self.verdicts:
             state = "chosen" if name == self.chosen else "supports it" if support.ok else support.reason
             lines.append(f"  {name:8s} {state}")
+            if name == self.chosen:
+                lines += [f"           {line}" for line in self.plan]
         return "\n".join(lines)
 
 
@@ -53,14 +58,17 @@ class Explanation:
 
 def _decide(function: str, problem: Problem, named: str) -> Decision:
     verdicts = []
-    chosen = None
+    chosen: ModuleType | None = None
     for backend, support in dispatch.verdicts(function, problem, named):
         if backend is aten and settings.strict and not named:
             support = Support(False, "not ours, and settings.strict is on")
         verdicts.append((backend.NAME, support))
         if chosen is None and support.ok:
-            chosen = backend.NAME
-    return Decision(function, problem, tuple(verdicts), chosen)
+            chosen = backend
+    plan = getattr(chosen, "plan", lambda *_: ())
+    return Decision(
+        function, problem, tuple(verdicts), None if chosen is None else chosen.NAME, plan(function, problem)
+    )
 
 
 def explain(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

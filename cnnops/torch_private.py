@@ -24,6 +24,7 @@ __all__ = [
     "forward_ad",
     "function_modes",
     "inside_a_transform",
+    "tf32_allowed",
     "transforming",
     "tree_leaves",
     "tree_map",
@@ -56,6 +57,18 @@ differentiating_forwards = forward_ad._set_fwd_grad_enabled
 
 # inside_a_transform: context in which an op's Autograd kernel may enter an autograd Function under a torch.func
 # transform: it differentiates that one layer.
+
+
+_fp32_precision = _C._get_fp32_precision_getter  # a fourth of what torch.backends.cudnn.conv.fp32_precision costs
+
+
+def tf32_allowed() -> bool:
+    """Whether torch's convolutions on CUDA may multiply float32 as TF32 at this moment.
+
+    What ``torch.backends.cudnn.conv.fp32_precision`` says. It knows of ``torch.backends.cudnn.allow_tf32`` too, which
+    raises where the former has been set.
+    """
+    return bool(_fp32_precision("cuda", "conv") == "tf32")
 
 
 def unwrapped(op: OpOverload) -> Callable[..., Any]:

@@ -38,6 +38,16 @@ using Sizes = std::array<int64_t, 4>;
 
 constexpr int64_t kMaxDims = 8;
 
+// What CUDA kernels, emulated ones too, take for granted of every operand's address.
+#if defined(USE_CUDA) || defined(CNNOPS_SIMT)
+constexpr uintptr_t kOperandAlignment = 16;
+#else
+constexpr uintptr_t kOperandAlignment = 1;
+#endif
+
+// Extents cross to kernels as ints: a backend's supports() refuses larger ones.
+constexpr int narrow(int64_t v) { return static_cast<int>(v); }
+
 DType dtype_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -86,6 +96,10 @@ bool is_dense_nhwc(const Tensor& t) {
     expected *= t.size(axis);
   }
   return true;
+}
+
+bool is_aligned(const Tensor& t) {
+  return kOperandAlignment == 1 || reinterpret_cast<uintptr_t>(t.data_ptr()) % kOperandAlignment == 0;
 }
 
 // A fresh large block costs a page fault for every 4 KiB unless the kernel is asked for huge pages.
@@ -175,9 +189,9 @@ void copy(const Tensor& src, const Tensor& dst, Stream stream) {
   }
 }
 
-// t with elements of `dtype` as dense [N, H, W, C]; t itself where it is that already.
+// t with elements of `dtype` as dense [N, H, W, C], aligned; t itself where it is that already.
 Tensor nhwc(const Tensor& t, ScalarType dtype, Stream stream) {
-  if (t.scalar_type() == dtype && is_dense_nhwc(t)) return t;
+  if (t.scalar_type() == dtype && is_dense_nhwc(t) && is_aligned(t)) return t;
   Tensor dense = empty(t.sizes(), dtype, t, true);
   copy(t, dense, stream);
   return dense;
@@ -187,9 +201,9 @@ OptionalTensor nhwc(const OptionalTensor& t, ScalarType dtype, Stream stream) {
   return t ? OptionalTensor(nhwc(*t, dtype, stream)) : std::nullopt;
 }
 
-// A per-channel array with elements of `dtype`, dense.
+// A per-channel array with elements of `dtype`, dense and aligned.
 OptionalTensor vector(const OptionalTensor& t, ScalarType dtype, Stream stream) {
-  if (!t || (t->scalar_type() == dtype && t->is_contiguous())) return t;
+  if (!t || (t->scalar_type() == dtype && t->is_contiguous() && is_aligned(*t))) return t;
   Tensor dense = empty(t->sizes(), dtype, *t, false);
   copy(*t, dense, stream);
   return dense;
@@ -274,8 +288,9 @@ class Workspace {
       int64_t groups, int64_t pad_mode
 #define CNNOPS_CONV2D_ARGS stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
 
-Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute, CNNOPS_CONV2D_PARAMS) {
-  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
+// The convolutions' ops are registered twice where the kernels know TF32: the one with kTf32 computes kFloat in it.
+Conv2dProblem conv2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
+                             CNNOPS_CONV2D_PARAMS) {
   return {.dtype = dtype_of(compute),
           .N = narrow(x.size(0)),
           .C = narrow(x.size(1)),
@@ -293,7 +308,8 @@ Conv2dProblem conv2d_problem(const Tensor& x, const Tensor& weight, ScalarType c
           .dilation_h = narrow(dilation_h),
           .dilation_w = narrow(dilation_w),
           .groups = narrow(groups),
-          .pad_mode = static_cast<PadMode>(pad_mode)};
+          .pad_mode = static_cast<PadMode>(pad_mode),
+          .tf32 = tf32};
 }
 
 ScalarType conv2d_compute(const Tensor& x) {
@@ -316,12 +332,13 @@ void convolve(const Conv2dProblem& problem, const Tensor& x, const Tensor& weigh
   kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y, workspace.data(), stream);
 }
 
+template <bool kTf32>
 std::tuple<Tensor, OptionalTensor> conv2d_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
                                                       OptionalTensor residual, CNNOPS_CONV2D_PARAMS,
                                                       std::string activation, bool need_z) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
-  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
   const Activation act = activation_of(activation);
   const Output y = conv2d_output(problem, x, weight, compute);
   std::optional<Output> z;
@@ -335,8 +352,31 @@ std::tuple<Tensor, OptionalTensor> conv2d_act_forward(const Tensor& x, const Ten
   return {y.finish(launch), z ? OptionalTensor(z->finish(launch)) : std::nullopt};
 }
 
+template <bool kTf32>
 Tensor conv2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, CNNOPS_CONV2D_PARAMS) {
-  return std::get<0>(conv2d_act_forward(x, weight, std::move(bias), std::nullopt, CNNOPS_CONV2D_ARGS, "none", false));
+  return std::get<0>(
+      conv2d_act_forward<kTf32>(x, weight, std::move(bias), std::nullopt, CNNOPS_CONV2D_ARGS, "none", false));
+}
+
+// Of each filter's results, as rounded: the mean and the sum of squared deviations from it.
+template <bool kTf32>
+std::tuple<Tensor, Tensor, Tensor> conv2d_statistics_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
+                                                             CNNOPS_CONV2D_PARAMS) {
+  const Launch launch(x);
+  const ScalarType compute = conv2d_compute(x), acc = accumulation(x.scalar_type());
+  const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const Output y = conv2d_output(problem, x, weight, compute);
+  const std::array<int64_t, 1> filters{problem.K};
+  const Tensor mean = empty(filters, acc, x, false), m2 = empty(filters, acc, x, false);
+  if (y.numel() == 0) {
+    zero_elements(mean);
+    zero_elements(m2);
+  } else {
+    const OptionalTensor dense_bias = vector(bias, compute, launch);
+    const Epilogue epilogue{.bias = pointer(dense_bias), .mean = mean.data_ptr(), .m2 = m2.data_ptr()};
+    convolve(problem, x, weight, std::nullopt, epilogue, y.data(), launch);
+  }
+  return {y.finish(launch), mean, m2};
 }
 
 // What a convolution's backward gives: each gradient that is wanted, in the layout torch gives it.
@@ -369,12 +409,13 @@ struct ConvGradients {
   }
 };
 
+template <bool kTf32>
 Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, OptionalTensor residual,
                              const Tensor& running_mean, const Tensor& running_var, OptionalTensor bn_weight,
                              OptionalTensor bn_bias, CNNOPS_CONV2D_PARAMS, double eps, std::string activation) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x), acc = accumulation(x.scalar_type());
-  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
   const Output y = conv2d_output(problem, x, weight, compute);
   if (y.numel() == 0) return y.finish(launch);
   const std::array<int64_t, 1> channels{problem.K};
@@ -396,13 +437,14 @@ Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTens
   return y.finish(launch);
 }
 
+template <bool kTf32>
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const Tensor& dy, const Tensor& x,
                                                                            const Tensor& weight, CNNOPS_CONV2D_PARAMS,
                                                                            bool need_dx, bool need_dweight,
                                                                            bool need_dbias) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
-  const Conv2dProblem problem = conv2d_problem(x, weight, compute, CNNOPS_CONV2D_ARGS);
+  const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
   const ConvGradients to(x, weight, problem.K, compute, need_dx, need_dweight, need_dbias);
   if (dy.numel() == 0) {
     to.zero();
@@ -425,9 +467,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
   stride_h, stride_w, pad_h, pad_w, output_pad_h, output_pad_w, dilation_h, dilation_w, groups
 
 // The convolution that a transposed one is the gradient of: x is its output, y its input, and the weight its own.
-Conv2dProblem conv_transpose2d_problem(const Tensor& x, const Tensor& weight, ScalarType compute,
+Conv2dProblem conv_transpose2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
                                        CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
-  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
   return {.dtype = dtype_of(compute),
           .N = narrow(x.size(0)),
           .C = narrow(weight.size(1) * groups),
@@ -445,14 +486,16 @@ Conv2dProblem conv_transpose2d_problem(const Tensor& x, const Tensor& weight, Sc
           .dilation_h = narrow(dilation_h),
           .dilation_w = narrow(dilation_w),
           .groups = narrow(groups),
-          .pad_mode = PadMode::kZeros};
+          .pad_mode = PadMode::kZeros,
+          .tf32 = tf32};
 }
 
+template <bool kTf32>
 Tensor conv_transpose2d_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
                                 CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
-  const Conv2dProblem problem = conv_transpose2d_problem(x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
+  const Conv2dProblem problem = conv_transpose2d_problem(kTf32, x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
   const Output y(Sizes{problem.N, problem.C, problem.H, problem.W}, x, compute,
                  is_channels_last(x) || is_channels_last(weight));
   if (y.numel() > 0) {
@@ -466,6 +509,7 @@ Tensor conv_transpose2d_forward(const Tensor& x, const Tensor& weight, OptionalT
 }
 
 // dx is the convolution of dy, and dweight that convolution's own for x as the gradient of its output.
+template <bool kTf32>
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv_transpose2d_backward(const Tensor& dy, const Tensor& x,
                                                                                      const Tensor& weight,
                                                                                      CNNOPS_CONV_TRANSPOSE2D_PARAMS,
@@ -473,7 +517,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv_transpose2d_back
                                                                                      bool need_dbias) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
-  const Conv2dProblem problem = conv_transpose2d_problem(x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
+  const Conv2dProblem problem = conv_transpose2d_problem(kTf32, x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
   const ConvGradients to(x, weight, problem.C, compute, need_dx, need_dweight, need_dbias);
   if (dy.numel() == 0) {
     to.zero();
@@ -517,7 +561,6 @@ Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string ac
 Pool2dProblem pool2d_problem(const Tensor& t, int64_t H, int64_t W, int64_t P, int64_t Q, CNNOPS_WINDOW_PARAMS,
                              int64_t dilation_h = 1, int64_t dilation_w = 1, bool count_include_pad = true,
                              int64_t divisor_override = 0) {
-  const auto narrow = [](int64_t v) { return static_cast<int>(v); };
   const bool offsets = t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Int;
   return {.dtype = offsets ? DType::kFloat : dtype_of(t),
           .N = narrow(t.size(0)),
@@ -679,7 +722,7 @@ Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool
 // x as its kernels want it: dense [N, L, C] where x is channels_last, dense [N, C, L] otherwise.
 Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {
   if (channels_last) return nhwc(t, t.scalar_type(), stream);
-  if (t.is_contiguous()) return t;
+  if (t.is_contiguous() && is_aligned(t)) return t;
   Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
   copy(t, dense, stream);
   return dense;
@@ -1017,24 +1060,65 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
   return {dx, vector(dweight1, param, launch), vector(dbias1, param, launch), dweight2, vector(dbias2, param, launch)};
 }
 
+std::string conv2d_plan(std::string direction, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R,
+                        int64_t S, CNNOPS_CONV2D_PARAMS, ScalarType dtype, bool tf32, int64_t architecture,
+                        int64_t multiprocessors, int64_t shared_bytes) {
+  const Conv2dProblem problem{.dtype = dtype_of(dtype),
+                              .N = narrow(N),
+                              .C = narrow(C),
+                              .H = narrow(H),
+                              .W = narrow(W),
+                              .K = narrow(K),
+                              .R = narrow(R),
+                              .S = narrow(S),
+                              .P = narrow(output_size(H, R, stride_h, pad_h, dilation_h)),
+                              .Q = narrow(output_size(W, S, stride_w, pad_w, dilation_w)),
+                              .stride_h = narrow(stride_h),
+                              .stride_w = narrow(stride_w),
+                              .pad_h = narrow(pad_h),
+                              .pad_w = narrow(pad_w),
+                              .dilation_h = narrow(dilation_h),
+                              .dilation_w = narrow(dilation_w),
+                              .groups = narrow(groups),
+                              .pad_mode = static_cast<PadMode>(pad_mode),
+                              .tf32 = tf32};
+  return kernels().conv2d_plan(direction, problem, narrow(architecture), narrow(multiprocessors), narrow(shared_bytes));
+}
+
+void use_architecture(int64_t architecture) { kernels().use_architecture(narrow(architecture)); }
+
 std::string build_info_op() { return build_info(); }
 
 }  // namespace
 }  // namespace cnnops
 
 #define CNNOPS_DEFINE(name, arguments, results) m.def(#name "(" arguments ") -> " results);
+#define CNNOPS_DEFINE_TF32(name, arguments, results) m.def(#name "_tf32(" arguments ") -> " results);
 
-STABLE_TORCH_LIBRARY(CNNOPS_NS, m){CNNOPS_SCHEMA(CNNOPS_DEFINE)}
+STABLE_TORCH_LIBRARY(CNNOPS_NS, m) {
+  CNNOPS_SCHEMA(CNNOPS_DEFINE)
+  CNNOPS_CONV_SCHEMA(CNNOPS_DEFINE)
+  if (cnnops::kernels().tf32) {
+    CNNOPS_CONV_SCHEMA(CNNOPS_DEFINE_TF32)
+  }
+}
+
 #define CNNOPS_IMPL(entry, op) \
   if (cnnops::kernels().entry) m.impl(#op, TORCH_BOX(&cnnops::op))
+#define CNNOPS_IMPL_CONV(entry, op)                                                \
+  if (cnnops::kernels().entry) {                                                   \
+    m.impl(#op, TORCH_BOX(&cnnops::op<false>));                                    \
+    if (cnnops::kernels().tf32) m.impl(#op "_tf32", TORCH_BOX(&cnnops::op<true>)); \
+  }
 
 STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
-  CNNOPS_IMPL(conv2d_forward, conv2d_forward);
-  CNNOPS_IMPL(conv2d_backward, conv2d_backward);
-  CNNOPS_IMPL(activation_forward, conv2d_act_forward);
-  CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_forward);
-  CNNOPS_IMPL(conv_transpose2d_forward, conv_transpose2d_backward);
-  CNNOPS_IMPL(fold_batch_norm, conv2d_bn_act_forward);
+  CNNOPS_IMPL_CONV(conv2d_forward, conv2d_forward);
+  CNNOPS_IMPL_CONV(conv2d_backward, conv2d_backward);
+  CNNOPS_IMPL_CONV(activation_forward, conv2d_act_forward);
+  CNNOPS_IMPL_CONV(conv_transpose2d_forward, conv_transpose2d_forward);
+  CNNOPS_IMPL_CONV(conv_transpose2d_forward, conv_transpose2d_backward);
+  CNNOPS_IMPL_CONV(fold_batch_norm, conv2d_bn_act_forward);
+  CNNOPS_IMPL_CONV(conv2d_statistics, conv2d_statistics_forward);
   CNNOPS_IMPL(activation_backward, activation_backward);
   CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
   CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);
@@ -1058,4 +1142,6 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&cnnops::build_info_op));
+  CNNOPS_IMPL(conv2d_plan, conv2d_plan);
+  CNNOPS_IMPL(use_architecture, use_architecture);
 }

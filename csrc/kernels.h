@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 #include "problem.h"
 
@@ -107,7 +108,16 @@ struct Kernels {
 
   void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
 
-  bool conv2d_in_float;  // conv2d wants half and bfloat16 widened to float by the caller
+  // Which kernel computes a pass of a convolution ("forward", "backward_input", "backward_weight") on a device, and
+  // why. An architecture of 0 stands for the device that a launch would go to.
+  std::string (*conv2d_plan)(const std::string& direction, const Conv2dProblem&, int architecture, int multiprocessors,
+                             int shared_bytes);
+  // Plan as for a device of at most this architecture; 0: as the device is. For tests and benchmarks.
+  void (*use_architecture)(int architecture);
+
+  bool conv2d_statistics;  // conv2d_forward fills Epilogue::mean and m2
+  bool tf32;               // convolutions look at Conv2dProblem::tf32
+  bool conv2d_in_float;    // conv2d wants half and bfloat16 widened to float by the caller
 };
 
 // Each library holds one backend and so defines this once.

@@ -12,23 +12,28 @@
 #define CNNOPS_AVG_POOL2D CNNOPS_WINDOW ", bool ceil_mode, bool count_include_pad, int divisor_override"
 
 // _(name, arguments, results)
+//
+// The convolutions. Where a backend's kernels know TF32, each is there a second time, as <name>_tf32.
+#define CNNOPS_CONV_SCHEMA(_)                                                                                  \
+  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                         \
+  _(conv2d_backward,                                                                                           \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias", \
+    "(Tensor?, Tensor?, Tensor?)")                                                                             \
+  _(conv2d_act_forward,                                                                                        \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z", \
+    "(Tensor, Tensor?)")                                                                                       \
+  _(conv_transpose2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV_TRANSPOSE2D, "Tensor")     \
+  _(conv_transpose2d_backward,                                                                                 \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                             \
+    ", bool need_dx, bool need_dweight, bool need_dbias",                                                      \
+    "(Tensor?, Tensor?, Tensor?)")                                                                             \
+  _(conv2d_bn_act_forward,                                                                                     \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "       \
+    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                        \
+    "Tensor")                                                                                                  \
+  _(conv2d_statistics_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "(Tensor, Tensor, Tensor)")
+
 #define CNNOPS_SCHEMA(_)                                                                                               \
-  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                                 \
-  _(conv2d_backward,                                                                                                   \
-    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias",         \
-    "(Tensor?, Tensor?, Tensor?)")                                                                                     \
-  _(conv2d_act_forward,                                                                                                \
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z",         \
-    "(Tensor, Tensor?)")                                                                                               \
-  _(conv_transpose2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV_TRANSPOSE2D, "Tensor")             \
-  _(conv_transpose2d_backward,                                                                                         \
-    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                                     \
-    ", bool need_dx, bool need_dweight, bool need_dbias",                                                              \
-    "(Tensor?, Tensor?, Tensor?)")                                                                                     \
-  _(conv2d_bn_act_forward,                                                                                             \
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "               \
-    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                                \
-    "Tensor")                                                                                                          \
   _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                          \
   _(max_pool2d_forward, "Tensor x, " CNNOPS_MAX_POOL2D ", bool ceil_mode, bool need_offsets", "(Tensor, Tensor?)")     \
   _(max_pool2d_backward, "Tensor dy, Tensor offsets, int H, int W, bool channels_last, " CNNOPS_MAX_POOL2D, "Tensor")  \
@@ -66,4 +71,9 @@
     "Tensor hidden, Tensor scale, str activation, str gate, bool need_dx, bool need_dweight1, bool need_dbias1, "      \
     "bool need_dweight2, bool need_dbias2",                                                                            \
     "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)")                                                                   \
+  _(conv2d_plan,                                                                                                       \
+    "str direction, int N, int C, int H, int W, int K, int R, int S, " CNNOPS_CONV2D                                   \
+    ", ScalarType dtype, bool tf32, int architecture, int multiprocessors, int shared_bytes",                          \
+    "str")                                                                                                             \
+  _(use_architecture, "int architecture", "()")                                                                        \
   _(build_info, "", "str")

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 os.environ["CNNOPS_POISON"] = "1"  # before the native libraries load: their fresh memory holds NaN
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # the tests of TF32 say so
 # Fresh tensors hold NaN, so an element that a kernel forgets to write shows. warn_only: torch itself has ops without a
 # deterministic form.
 torch.use_deterministic_algorithms(True, warn_only=True)

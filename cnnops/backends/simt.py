@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
+from typing import Any
 
 from . import cuda
-from .native import Library
+from .native import Library, Problem
 
 NAME = "simt"
 devices = ("cpu",)
@@ -21,8 +23,17 @@ named_only = True
 
 library = Library(NAME, "run `make build-simt` in a checkout", variant=os.environ.get("CNNOPS_SIMT_LIBRARY", ""))
 usable = library.status
-function = library.function
 supports = cuda.supports
+
+
+def function(name: str) -> Callable[..., Any]:
+    """The native op of this name, which follows torch's TF32 switch as it does on CUDA."""
+    return cuda.switched(library, name)
+
+
+def plan(function: str, problem: Problem) -> tuple[str, ...]:
+    """Which kernels would compute a convolution's function on the emulated device, and why."""
+    return cuda.planned(library, function, problem)
 
 
 @functools.cache

@@ -15,6 +15,11 @@
 #include "ptx.cuh"
 
 namespace cnnops::cuda {
+
+#if !defined(CNNOPS_SM90)
+const Conv2dFamily kWgmmaConv2d{}, kHaloConv2d{};
+#endif
+
 namespace {
 
 const Conv2dFamily& family_of(const Conv2dPlan& plan) {
@@ -141,6 +146,16 @@ void conv_transpose2d_forward(const Conv2dProblem& p, const void* x, const void*
   check_limits(p);
   const Conv2dPlan plan = plan_backward_input(p, device());
   family_of(plan).backward_input(p, plan, {.bias = bias}, x, weight, y, workspace, stream);
+}
+
+std::string conv2d_plan(const std::string& direction, const Conv2dProblem& p, int architecture, int multiprocessors,
+                        int shared_bytes) {
+  const Device on = architecture ? Device{architecture, multiprocessors, shared_bytes} : device();
+  if (direction == "forward") return describe(plan_forward(p, on));
+  if (direction == "backward_input") return describe(plan_backward_input(p, on));
+  if (direction == "backward_weight") return describe(plan_backward_weight(p, on));
+  throw std::runtime_error("conv2d_plan: direction must be forward, backward_input or backward_weight, but got '" +
+                           direction + "'");
 }
 
 }  // namespace cnnops::cuda

@@ -18,4 +18,11 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
   return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
 }
 
+std::string describe(const Conv2dPlan& plan) {
+  constexpr const char* kNames[] = {"portable", "packed", "stem", "wgmma", "halo"};
+  return std::string(kNames[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
+         std::to_string(plan.block_n) + ", " + std::to_string(plan.stages) + " stages, cluster " +
+         std::to_string(plan.cluster) + ", splits " + std::to_string(plan.splits) + ": " + plan.reason;
+}
+
 }  // namespace cnnops::cuda

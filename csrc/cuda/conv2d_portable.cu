@@ -214,13 +214,18 @@ __global__ void __launch_bounds__(kThreads)
   const auto product = multiply<T, true, true>(a, b, at.m, at.n, 0, gemm_k, ring);
 
   const auto* const bias = static_cast<const T*>(epilogue.bias);
+  const auto* const scale = static_cast<const float*>(epilogue.scale);
+  const auto* const shift = static_cast<const float*>(epilogue.bias);
   const auto* const residual = static_cast<const T*>(epilogue.residual);
   const auto row_of = [&](int m) { return at.m + m < pixels ? (at.m + m) * p.K : -1; };
   with_activation(epilogue.activation, [&](auto activate) {
     product.for_each(row_of, [&](int64_t row, int n, float sum) {
       if (row < 0 || at.n + n >= filters) return;
       const int64_t k = int64_t{at.group} * filters + at.n + n;
-      if (bias) sum += to_float(bias[k]);
+      if (scale)
+        sum = sum * scale[k] + shift[k];
+      else if (bias)
+        sum += to_float(bias[k]);
       if (residual) sum += to_float(residual[row + k]);
       from_float(activate(sum), y[row + k]);
     });
@@ -233,7 +238,7 @@ constexpr int kResidentBlocks = 3;
 // A block's pixels are of one parity class along each axis, so that all of them have the same taps.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
-    conv2d_backward_input_kernel(Conv2dProblem p, const T* dy, const T* weight, T* dx) {
+    conv2d_backward_input_kernel(Conv2dProblem p, const T* bias, const T* dy, const T* weight, T* dx) {
   CNNOPS_DYNAMIC_SHARED(T, ring);
   const int channels = p.C / p.groups, filters = p.K / p.groups;
   const Place at = place_of(blockIdx.x, largest_class(p), channels, p.groups);
@@ -256,7 +261,9 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     return (row.quotient * p.H * p.W + in_image) * p.C + int64_t{at.group} * channels;
   };
   product.for_each(row_of, [&](int64_t row, int n, float sum) {
-    if (row >= 0 && at.n + n < channels) from_float(sum, dx[row + at.n + n]);
+    if (row < 0 || at.n + n >= channels) return;
+    if (bias) sum += to_float(bias[int64_t{at.group} * channels + at.n + n]);
+    from_float(sum, dx[row + at.n + n]);
   });
 }
 
@@ -305,19 +312,33 @@ Slabs weight_slabs(const Conv2dProblem& p) {
 }
 
 template <class T>
+__global__ void __launch_bounds__(32)
+    conv2d_statistics_kernel(int64_t pixels, int64_t K, const T* y, Epilogue epilogue) {
+  const int64_t k = int64_t{blockIdx.x} * 32 + threadIdx.x;
+  if (k >= K) return;
+  Moments all;
+  for (int64_t i = 0; i < pixels; ++i) all.add(to_float(y[i * K + k]), 1 / (all.count + 1));
+  static_cast<float*>(epilogue.mean)[k] = all.mean;
+  static_cast<float*>(epilogue.m2)[k] = all.m2;
+}
+
+template <class T>
 void launch_forward(const Conv2dProblem& p, const Epilogue& epilogue, const T* x, const T* weight, T* y,
                     Stream stream) {
   const int64_t count = tiles(int64_t{p.N} * p.P * p.Q, p.K / p.groups, p.groups);
   constexpr size_t kShared = kRingBytes<T, true, true>;
   CNNOPS_LAUNCH(conv2d_forward_kernel<T>, blocks(count), kThreads, kShared, stream, p, epilogue, x, weight, y);
+  if (epilogue.mean)
+    CNNOPS_LAUNCH(conv2d_statistics_kernel<T>, blocks(ceil_div(p.K, 32)), 32, 0, stream, int64_t{p.N} * p.P * p.Q, p.K,
+                  y, epilogue);
 }
 
 template <class T>
-void launch_backward_input(const Conv2dProblem& p, const T* dy, const T* weight, T* dx, Stream stream) {
+void launch_backward_input(const Conv2dProblem& p, const T* bias, const T* dy, const T* weight, T* dx, Stream stream) {
   const int64_t count =
       tiles(largest_class(p), p.C / p.groups, p.groups) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w);
   constexpr size_t kShared = kRingBytes<T, true, false>;
-  CNNOPS_LAUNCH(conv2d_backward_input_kernel<T>, blocks(count), kThreads, kShared, stream, p, dy, weight, dx);
+  CNNOPS_LAUNCH(conv2d_backward_input_kernel<T>, blocks(count), kThreads, kShared, stream, p, bias, dy, weight, dx);
 }
 
 template <class T>
@@ -345,11 +366,11 @@ const Conv2dFamily kPortableConv2d = {
         },
     .backward_input_workspace = [](const Conv2dProblem&, const Conv2dPlan&) -> int64_t { return 0; },
     .backward_input =
-        [](const Conv2dProblem& p, const Conv2dPlan&, const Epilogue&, const void* dy, const void* weight, void* dx,
-           void*, Stream stream) {
+        [](const Conv2dProblem& p, const Conv2dPlan&, const Epilogue& epilogue, const void* dy, const void* weight,
+           void* dx, void*, Stream stream) {
           for_dtype(p.dtype, [&]<class T>(T) {
-            launch_backward_input(p, static_cast<const T*>(dy), static_cast<const T*>(weight), static_cast<T*>(dx),
-                                  stream);
+            launch_backward_input(p, static_cast<const T*>(epilogue.bias), static_cast<const T*>(dy),
+                                  static_cast<const T*>(weight), static_cast<T*>(dx), stream);
           });
         },
     .backward_weight_workspace = [](const Conv2dProblem& p, const Conv2dPlan&) { return weight_slabs(p).bytes(); },

@@ -46,6 +46,17 @@ std::string arches() {
   return out;
 }
 
+// The runtime that was compiled in, and the latest one that the driver knows: 13000 for 13.0.
+std::string versions() {
+#if defined(CNNOPS_SIMT)
+  return "";
+#else
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  return ", \"cuda\": " + std::to_string(CUDART_VERSION) + ", \"driver\": " + std::to_string(driver);
+#endif
+}
+
 // What the driver knows of each kernel. Without a device it knows nothing, and nothing is said.
 std::string resources() {
   std::string out;
@@ -70,7 +81,7 @@ std::string describe() {
     names += (names.empty() ? "" : ", ") + quoted(each.name);
   return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
          ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + names +
-         "], \"resources\": {" + resources() + "}}";
+         "], \"resources\": {" + resources() + "}" + versions() + "}";
 }
 
 }  // namespace
@@ -82,7 +93,15 @@ const Kernels& kernels() {
     t.conv2d_backward_workspace = cuda::conv2d_backward_workspace;
     t.conv2d_forward = cuda::conv2d_forward;
     t.conv2d_backward = cuda::conv2d_backward;
+    t.conv_transpose2d_forward = cuda::conv_transpose2d_forward;
+    t.activation_forward = cuda::activation_forward;
+    t.activation_backward = cuda::activation_backward;
+    t.fold_batch_norm = cuda::fold_batch_norm;
     t.copy = cuda::copy;
+    t.conv2d_plan = cuda::conv2d_plan;
+    t.use_architecture = cuda::use_architecture;
+    t.conv2d_statistics = true;
+    t.tf32 = true;
     return t;
   }();
   return table;

@@ -88,9 +88,10 @@ struct Launched {
   static inline const KernelEntry entry = make();
 };
 
-#if defined(CNNOPS_SIMT)
-inline Device device() { return {simt::architecture(), simt::multiprocessors(), 227 << 10}; }
-#else
+// The current device, of at most the architecture that use_architecture() or CNNOPS_CUDA_ARCH names.
+Device device();
+
+#if !defined(CNNOPS_SIMT)
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
@@ -114,20 +115,6 @@ void launch(const KernelEntry& entry, void (*kernel)(Parameters...), dim3 grid, 
   config.attrs = &clusters;
   config.numAttrs = cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), entry.name);
-}
-
-// The current device.
-inline Device device() {
-  int id = 0, major = 0, minor = 0, multiprocessors = 0, shared_bytes = 0;
-  check(cudaGetDevice(&id), "cudaGetDevice");
-  const auto read = [id](int& value, cudaDeviceAttr attribute) {
-    check(cudaDeviceGetAttribute(&value, attribute, id), "cudaDeviceGetAttribute");
-  };
-  read(major, cudaDevAttrComputeCapabilityMajor);
-  read(minor, cudaDevAttrComputeCapabilityMinor);
-  read(multiprocessors, cudaDevAttrMultiProcessorCount);
-  read(shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  return {10 * major + minor, multiprocessors, shared_bytes};
 }
 #endif
 

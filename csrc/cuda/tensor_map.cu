@@ -180,6 +180,7 @@ TensorMap encode(const Im2colTensor& t, const void* base) {
   static auto* const encode_im2col = driver_function<decltype(cuTensorMapEncodeIm2col)>(kName);
   const Axes all(t);
   const DriverAxes axes(t.dtype, 4, all.extent, all.stride, all.element_stride);
+  // Innermost first, like all its arrays and as CUTLASS passes them, though cuda.h writes {D, H, W}.
   const int lower[] = {t.lower_w, t.lower_h}, upper[] = {t.upper_w, t.upper_h};
   TensorMap map{};
   check_encoded(encode_im2col(&map, data_type(t.dtype), 4, const_cast<void*>(base), axes.extent, axes.stride_bytes,

@@ -135,6 +135,7 @@ Mbarrier& find_own(const char* name, uint64_t* word, Where where) {
 void complete_if_due(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
   ++barrier.phase;
+  ++barrier.block->epoch;
   barrier.pending = barrier.count;
   barrier.waiting.wake_all();
 }
@@ -144,7 +145,11 @@ void arrive(const char* name, Mbarrier& barrier, Where where) {
     fail_at(name, where, "more arrivals than the barrier's count of " + std::to_string(barrier.count));
   release(&barrier.syncs[barrier.phase % 2]);
   --barrier.pending;
+  Thread* const waiter = barrier.waiting.first();
   complete_if_due(barrier);
+  // Whoever waited may run before the caller's next instruction, such as one that should have come first.
+  const bool at_once = device.order == Order::kForward || coin();
+  if (waiter && waiter->state == State::kReady && at_once) yield_to(*waiter);
 }
 
 void mark_foreign(Mbarrier& barrier) {
@@ -301,7 +306,8 @@ void reset_asynchronous(Block& block) {
   }
   block.mbarriers.clear();
   block.landings.clear();
-  block.unfenced_writer.assign((block.memory.dynamic_bytes() + 15) / 16, 0);
+  block.any_chunk = false;
+  block.chunks.assign((block.memory.dynamic_bytes() + 15) / 16, {});
 }
 
 CNNOPS_SIMT_RUNTIME void thread_fence() {
@@ -323,10 +329,11 @@ void ordinary_shared_write(const void* address, size_t bytes) {
   if (!block.memory.dynamic_holds(address, bytes)) return;
   const Hidden hidden(me.fiber);
   const size_t begin = block.memory.offset(address) - kWindowBase;
+  block.any_chunk = true;
   for (size_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk) {
-    uint16_t& writer = block.unfenced_writer[chunk];
-    if (writer == me.index + 1) continue;
-    writer = static_cast<uint16_t>(me.index + 1);
+    Chunk& written = block.chunks[chunk];
+    if (written.writer == me.index + 1 && !written.fenced) continue;
+    written = {static_cast<uint16_t>(me.index + 1), false, 0};
     me.unfenced_chunks.push_back(static_cast<uint32_t>(chunk));
   }
 }
@@ -335,8 +342,12 @@ void fence_proxy_async(Where) {
   if (disabled(Sync::kFenceProxyAsync)) return;
   Thread& me = *device.current;
   const Hidden hidden(me.fiber);
-  for (const uint32_t chunk : me.unfenced_chunks)
-    if (me.block->unfenced_writer[chunk] == me.index + 1) me.block->unfenced_writer[chunk] = 0;
+  for (const uint32_t each : me.unfenced_chunks) {
+    Chunk& chunk = me.block->chunks[each];
+    if (chunk.writer != me.index + 1) continue;
+    chunk.fenced = true;
+    chunk.fenced_at = me.block->epoch;
+  }
   me.unfenced_chunks.clear();
 }
 

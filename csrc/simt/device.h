@@ -65,6 +65,7 @@ class WaitList {
  public:
   void add(Thread& thread);
   void wake_all();
+  Thread* first() const { return first_; }
 
  private:
   Thread* first_ = nullptr;
@@ -135,6 +136,14 @@ struct TmaCopy {
   char* sync;
 };
 
+// Who wrote a 16-byte chunk of dynamic memory by ordinary instructions. wgmma may read it once the writer has executed
+// fence_proxy_async, and a barrier has been passed since.
+struct Chunk {
+  uint16_t writer = 0;  // thread + 1, or 0
+  bool fenced = false;
+  uint64_t fenced_at = 0;  // the block's epoch
+};
+
 struct Accumulator {
   float* d[kWarpgroup];
   int n, products;                // products under way
@@ -145,6 +154,7 @@ struct Product {
   WarpgroupProduct operands;  // of the first lane; d and a_registers are not used
   Accumulator* accumulator;
   int group;
+  unsigned lanes;  // that have handed in their part
   bool from_registers, done;
   Where where;
   float a[64 * 16];
@@ -177,7 +187,7 @@ struct Block {
   Thread* threads = nullptr;
   SharedMemory memory;
   unsigned exited = 0;
-  uint64_t epoch = 0;  // how many barriers of the block or the cluster have been passed
+  uint64_t epoch = 0;  // how many barriers have been passed, phases completed and warps synchronised
 
   unsigned at_barrier = 0, barriers_passed = 0;
   const Thread* first_at_barrier = nullptr;
@@ -187,7 +197,8 @@ struct Block {
   Warpgroup warpgroups[kMaxThreads / kWarpgroup];
   std::deque<Mbarrier> mbarriers;
   std::vector<Landing> landings;
-  std::vector<uint16_t> unfenced_writer;  // of each 16-byte chunk of dynamic memory: thread + 1, or 0
+  std::vector<Chunk> chunks;
+  bool any_chunk = false;  // has been written
 };
 
 // The threads that can run, as one bit each.
@@ -238,6 +249,7 @@ struct Device {
   WaitList cluster_waiting;
   char cluster_syncs[2] = {};
   std::vector<TmaCopy> tma_copies;
+  uint64_t landing_chance = 0;  // of a copy at a switch, in 2^-32
 };
 
 extern Device device;
@@ -249,10 +261,9 @@ bool coin();  // heads, in random schedules; else always tails
 // over or stuck.
 void suspend();
 void wake(Thread& thread);
-// Lets others run first.
+// Lets others run first; this one, which must be able to.
 void yield();
-
-size_t max_shared();  // bytes a block, on this architecture
+void yield_to(Thread& thread);
 
 // Text for reports. report.cpp.
 std::string text(const dim3& d);
@@ -273,7 +284,7 @@ void complete_bytes(const TmaCopy& copy, void* written, size_t written_bytes, si
 // The barrier of `target` at the place of this word of the calling block; fails where it may not yet be used there.
 Mbarrier& find_for_async(const char* name, Block& target, uint64_t* own_word, Where where);
 void reset_asynchronous(Block& block);
-// The name of an unfinished product that reads [begin, end) of the block's window; null if there is none.
+// A product not waited for that reads [begin, end) of the block's window; null if there is none.
 const Product* reader_of(const Block& block, size_t begin, size_t end);
 
 }  // namespace cnnops::simt

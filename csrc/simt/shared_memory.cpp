@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "device.h"
 
@@ -18,7 +19,8 @@ constexpr uint16_t kPoison = 0xffa5;
 unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
 
 void poison(unsigned char* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) begin[i] = poison_at(i);
+  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(begin + i, &kPoison, 2);
+  if (bytes % 2) begin[bytes - 1] = poison_at(bytes - 1);
 }
 
 // `origin` is where the poisoning began.

@@ -90,10 +90,10 @@ CNNOPS_SIMT_RUNTIME Thread* next_thread() {
 }  // namespace
 
 CNNOPS_SIMT_RUNTIME void suspend() {
-  constexpr uint64_t kLandingChance = 8;  // one in so many switches of a random schedule
   Thread& me = *device.current;
   device.ready.erase(me.slot);
-  if (device.order == Order::kRandom && next_random() >> 32 & (kLandingChance - 1)) land_one();
+  if (!device.tma_copies.empty() && device.order == Order::kRandom && next_random() >> 32 < device.landing_chance)
+    land_one();
   Thread* next = next_thread();
   while (!next && land_one()) next = next_thread();
   ++device.counters.switches;
@@ -112,10 +112,14 @@ CNNOPS_SIMT_RUNTIME void yield() {
   device.ready.erase(me.slot);
   Thread* const next = next_thread();
   device.ready.insert(me.slot);
-  if (!next) return;
+  if (next) yield_to(*next);
+}
+
+CNNOPS_SIMT_RUNTIME void yield_to(Thread& thread) {
+  Thread& me = *device.current;
   ++device.counters.switches;
-  device.current = next;
-  switch_fiber(me.fiber, next->fiber);
+  device.current = &thread;
+  switch_fiber(me.fiber, thread.fiber);
 }
 
 namespace {
@@ -145,7 +149,6 @@ void thread_main() {
   }
 }
 
-// Of the threads from `thread` on, which are a block's.
 void start_block(Block& block) {
   for (unsigned i = 0; i < device.thread_count; ++i) {
     Thread& thread = block.threads[i];
@@ -173,6 +176,8 @@ void run_cluster(uint64_t first_block) {
   device.cluster_barriers_passed = 0;
   device.cluster_waiting = {};
   device.tma_copies.clear();
+  // One in 1 to 128 switches lets a copy land: in some clusters early, in others late.
+  device.landing_chance = (uint64_t{1} << 32) >> (next_random() >> 32) % 8;
   device.current = nullptr;
   release(&device.begin_sync);
   Thread* const first = next_thread();
@@ -416,7 +421,8 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
 }
 
 void warp_barrier(unsigned mask, Where where) {
-  if (!disabled(Sync::kSyncwarp)) collective("__syncwarp", mask, &mask, [](const Lanes&) {}, where);
+  if (disabled(Sync::kSyncwarp)) return;
+  collective("__syncwarp", mask, &mask, [](const Lanes&) { ++device.current->block->epoch; }, where);
 }
 
 namespace {

@@ -49,6 +49,7 @@ void set_schedule(Order order, uint64_t seed);
 // What the device claims to be. Throws std::invalid_argument for an architecture that is not 80, 86 or 90.
 void set_device(int architecture, int multiprocessors);
 int architecture();
+size_t max_shared();  // bytes a block
 int multiprocessors();  // 3 unless set: few, so that small tests fill more than one wave
 // Launches run only these blocks, by linear index (whole clusters): a part of a grid too large to run.
 void run_blocks(uint64_t first, uint64_t count);

@@ -88,7 +88,7 @@ void land(TmaCopy& copy) {
   const size_t rows_bytes = row_count(copy.map) * kRow;
   copy.map.im2col ? read_im2col(copy) : read_tiled(copy);
   const size_t first = (copy.destination - kWindowBase) / kChunk;
-  std::fill_n(target.unfenced_writer.begin() + static_cast<std::ptrdiff_t>(first), rows_bytes / kChunk, uint16_t{0});
+  std::fill_n(target.chunks.begin() + static_cast<std::ptrdiff_t>(first), rows_bytes / kChunk, Chunk{});
   complete_bytes(copy, target.memory.at(copy.destination), rows_bytes, tile_bytes(copy.map));
 }
 

@@ -48,41 +48,47 @@ void for_each_group(const Product& product, const Visit& visit) {
 
 float number(Operand type, uint16_t bits) { return type == Operand::kHalf ? half_value(bits) : bfloat16_value(bits); }
 
-// Eight numbers that lie together.
-void read_chunk(const Product& product, const Block& block, size_t offset, float (&out)[8]) {
-  const size_t place = offset ^ ((offset >> 7 & 7) << 4);
-  if (const unsigned writer = block.unfenced_writer[(place - kWindowBase) / kChunk])
-    fail_at("wgmma", product.where,
-            "thread " + std::to_string(writer - 1) + " has written an operand and executed no fence_proxy_async since");
-  uint16_t bits[8];
-  std::memcpy(bits, block.memory.at(place), sizeof bits);
-  for (int i = 0; i < 8; ++i) out[i] = number(product.operands.type, bits[i]);
+// Calls visit(offset in the window, row along m or n, k) for each eight numbers that lie together in the operand: along
+// k, or along m or n.
+template <class Visit>
+void for_each_chunk(const Operand2D& operand, const Visit& visit) {
+  const auto place = [&](size_t outer, int row, int number) {
+    const size_t offset = operand.start + outer + static_cast<size_t>(row % 8) * kRow + static_cast<size_t>(number) * 2;
+    return offset ^ ((offset >> 7 & 7) << 4);
+  };
+  if (!operand.is_mn_major) {
+    for (int row = 0; row < operand.rows; ++row)
+      for (int k = 0; k < kDepth; k += 8) visit(place(static_cast<size_t>(row / 8) * operand.stride, row, k), row, k);
+    return;
+  }
+  for (int k = 0; k < kDepth; ++k)
+    for (int mn = 0; mn < operand.rows; mn += 8)
+      visit(place(static_cast<size_t>(mn / 64) * operand.leading + static_cast<size_t>(k / 8) * operand.stride, k,
+                  mn % 64),
+            mn, k);
+}
+
+void check_visible(const Product& product, const Block& block, size_t place) {
+  const Chunk& chunk = block.chunks[(place - kWindowBase) / kChunk];
+  if (!chunk.writer) return;
+  const std::string writer = "thread " + std::to_string(chunk.writer - 1) + " has written an operand, and ";
+  if (!chunk.fenced) fail_at("wgmma", product.where, writer + "executed no fence_proxy_async since");
+  if (chunk.fenced_at == block.epoch)
+    fail_at("wgmma", product.where, writer + "passed no barrier after its fence_proxy_async");
 }
 
 // Calls store(row along m or n, k, number).
 template <class Store>
 void read_operand(const Product& product, const Block& block, const Operand2D& operand, const Store& store) {
-  float chunk[8];
-  if (!operand.is_mn_major) {
-    for (int row = 0; row < operand.rows; ++row)
-      for (int k = 0; k < kDepth; k += 8) {
-        read_chunk(product, block,
-                   operand.start + static_cast<size_t>(row / 8) * operand.stride + static_cast<size_t>(row % 8) * kRow +
-                       static_cast<size_t>(k) * 2,
-                   chunk);
-        for (int i = 0; i < 8; ++i) store(row, k + i, chunk[i]);
-      }
-    return;
-  }
-  for (int k = 0; k < kDepth; ++k)
-    for (int mn = 0; mn < operand.rows; mn += 8) {
-      read_chunk(product, block,
-                 operand.start + static_cast<size_t>(mn / 64) * operand.leading +
-                     static_cast<size_t>(k / 8) * operand.stride + static_cast<size_t>(k % 8) * kRow +
-                     static_cast<size_t>(mn % 64) * 2,
-                 chunk);
-      for (int i = 0; i < 8; ++i) store(mn + i, k, chunk[i]);
+  for_each_chunk(operand, [&](size_t place, int row, int k) {
+    if (block.any_chunk) check_visible(product, block, place);
+    uint16_t bits[8];
+    std::memcpy(bits, block.memory.at(place), sizeof bits);
+    for (int i = 0; i < 8; ++i) {
+      const float v = number(product.operands.type, bits[i]);
+      operand.is_mn_major ? store(row + i, k, v) : store(row, k + i, v);
     }
+  });
 }
 
 using Vector = float __attribute__((vector_size(16), may_alias));
@@ -172,6 +178,10 @@ void check_operands(const Product& product) {
                 "an operand is the destination of the copy issued at " + text(each.where) +
                     ", which no thread of the block has waited for");
   });
+  if (!block.any_chunk) return;
+  const auto check = [&](size_t place, int, int) { check_visible(product, block, place); };
+  if (!product.from_registers) for_each_chunk(decode(in.a_descriptor, in.a_is_mn_major, kRows), check);
+  for_each_chunk(decode(in.b_descriptor, in.b_is_mn_major, in.n), check);
 }
 
 Accumulator* find_accumulator(Warpgroup& group, const float* d, int n, unsigned lane) {
@@ -196,6 +206,7 @@ Product& first_of_product(const WarpgroupProduct& in, Where where) {
   product.group = group.committed;
   product.from_registers = in.a_registers != nullptr;
   product.done = false;
+  product.lanes = 0;
   product.where = where;
   product.accumulator = find_accumulator(group, in.d, in.n, device.current->index % kWarpgroup);
   ++product.accumulator->products;
@@ -207,6 +218,7 @@ Product& first_of_product(const WarpgroupProduct& in, Where where) {
 void hand_in(Product& product, const WarpgroupProduct& in) {
   const int lane = static_cast<int>(device.current->index % kWarpgroup);
   Accumulator& accumulator = *product.accumulator;
+  ++product.lanes;
   if (!accumulator.d[lane]) {
     accumulator.d[lane] = in.d;
     for (int i = 0; i < in.n / 2; ++i) {
@@ -234,15 +246,14 @@ bool same(const WarpgroupProduct& one, const WarpgroupProduct& other) {
 void run_all(Warpgroup& group, int groups) {
   acquire(&group.syncs[group.waits % 2]);
   for (Product& product : group.products) {
-    if (product.group >= groups) break;
+    if (product.group >= groups || product.lanes < kWarpgroup) break;
     if (product.done) continue;
-    const SharedMemory& memory = device.current->block->memory;
-    {
-      Fiber& fiber = device.current->fiber;
-      const Shown shown(fiber);
-      for_each_group(product, [&](size_t begin) { note_read(memory.at(begin), kGroup); });
-    }
-    run(product, *device.current->block);
+    const Block& block = *device.current->block;
+    for_each_group(product, [&](size_t begin) {
+      const Shown shown(device.current->fiber);
+      note_read(block.memory.at(begin), kGroup);
+    });
+    run(product, block);
   }
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Conv2dProblem
+from cnnops.torch_private import tf32_allowed
 from cnnops.tuning import choose
 from cnnops.tuning.triton_conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, ConvTile
 
@@ -50,7 +51,7 @@ class SplitLaunch:
 
 def input_precision(dtype: torch.dtype, device: str) -> str:
     """How ``tl.dot`` multiplies: exactly, or fp32 as TF32 where torch's own convolution would on CUDA."""
-    if dtype == torch.float32 and device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32":  # type: ignore[attr-defined]
+    if dtype == torch.float32 and device == "cuda" and tf32_allowed():
         return "tf32"
     return "ieee"
 

@@ -1,0 +1,124 @@
+// Elementwise activations.
+//
+//   y[i]  = activation(z[i])
+//   dz[i] = dy[i] * activation'(z[i]), read off y[i] where y tells it: saved is z for silu and hardswish, else y
+//
+// Layout     any: z, y and their gradients share one dense layout of `count` numbers.
+// Ownership  One thread owns 16 bytes of the result.
+// Traffic    forward: z + y; backward: dy, saved + dz, once each.
+
+#include "dtype.h"
+#include "epilogue.cuh"
+#include "launchers.h"
+
+namespace cnnops::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+// f(gradient), gradient(dy, saved) being the activation's. A masked gradient is 0 whatever dy is, as in torch.
+template <class F>
+__device__ void with_gradient(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::kNone:
+      return f([](float dy, float) { return dy; });
+    case Activation::kRelu:
+      return f([](float dy, float y) { return y <= 0 ? 0 : dy; });
+    case Activation::kRelu6:
+      return f([](float dy, float y) { return y > 0 && y < 6 ? dy : 0; });
+    case Activation::kSilu:
+      return f([](float dy, float z) {
+        const float s = 1 / (1 + expf(-z));
+        return dy * s * (1 + z * (1 - s));
+      });
+    case Activation::kHardswish:
+      return f([](float dy, float z) { return z <= -3 ? 0 : z >= 3 ? dy : dy * (z / 3 + 0.5f); });
+    case Activation::kSigmoid:
+      return f([](float dy, float y) { return dy * (1 - y) * y; });
+  }
+}
+
+// What a thread owns: kVector numbers from `first` on, of which `here` exist.
+struct Piece {
+  int64_t first;
+  int here;
+};
+
+template <class T>
+__device__ Piece piece(int64_t count) {
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector<T>, left = count - first;
+  return {first, left >= kVector<T> ? kVector<T> : left > 0 ? static_cast<int>(left) : 0};
+}
+
+template <class T>
+__device__ Vector<T> load(const T* from, const Piece& at) {
+  if (at.here == kVector<T>) return *reinterpret_cast<const Vector<T>*>(from + at.first);
+  Vector<T> values = {};
+  CNNOPS_UNROLL
+  for (int i = 0; i < kVector<T>; ++i)
+    if (i < at.here) values.at[i] = from[at.first + i];
+  return values;
+}
+
+template <class T>
+__device__ void store(const Vector<T>& values, T* to, const Piece& at) {
+  if (at.here == kVector<T>) {
+    *reinterpret_cast<Vector<T>*>(to + at.first) = values;
+    return;
+  }
+  CNNOPS_UNROLL
+  for (int i = 0; i < kVector<T>; ++i)
+    if (i < at.here) to[at.first + i] = values.at[i];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    activation_forward_kernel(Activation activation, int64_t count, const T* z, T* y) {
+  const Piece at = piece<T>(count);
+  if (at.here == 0) return;
+  Vector<T> values = load(z, at);
+  with_activation(activation, [&](auto activate) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < kVector<T>; ++i) from_float(activate(to_float(values.at[i])), values.at[i]);
+  });
+  store(values, y, at);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    activation_backward_kernel(Activation activation, int64_t count, const T* dy, const T* saved, T* dz) {
+  const Piece at = piece<T>(count);
+  if (at.here == 0) return;
+  Vector<T> values = load(dy, at);
+  const Vector<T> kept = load(saved, at);
+  with_gradient(activation, [&](auto gradient) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < kVector<T>; ++i)
+      from_float(gradient(to_float(values.at[i]), to_float(kept.at[i])), values.at[i]);
+  });
+  store(values, dz, at);
+}
+
+template <class T>
+dim3 grid(int64_t count) {
+  return blocks(ceil_div(count, kThreads * kVector<T>));
+}
+
+}  // namespace
+
+void activation_forward(DType dtype, Activation activation, int64_t count, const void* z, void* y, Stream stream) {
+  for_dtype(dtype, [&]<class T>(T) {
+    CNNOPS_LAUNCH(activation_forward_kernel<T>, grid<T>(count), kThreads, 0, stream, activation, count,
+                  static_cast<const T*>(z), static_cast<T*>(y));
+  });
+}
+
+void activation_backward(DType dtype, Activation activation, int64_t count, const void* dy, const void* saved, void* dz,
+                         Stream stream) {
+  for_dtype(dtype, [&]<class T>(T) {
+    CNNOPS_LAUNCH(activation_backward_kernel<T>, grid<T>(count), kThreads, 0, stream, activation, count,
+                  static_cast<const T*>(dy), static_cast<const T*>(saved), static_cast<T*>(dz));
+  });
+}
+
+}  // namespace cnnops::cuda
