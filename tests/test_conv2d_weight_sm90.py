@@ -1,6 +1,6 @@
 """backward_weight by TMA and wgmma, under the emulator: every path of the plan, and what its tiles could get wrong.
 
-Paths are named by the kernel that must have run, without its dtype: "halo" (all taps in one block) or "columns, N".
+Paths are named by the kernel that must have run, without its dtype: "taps" (all taps in one block) or "columns, N".
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ pytestmark = pytest.mark.quick
 KERNEL = {torch.bfloat16: "BFloat16", torch.float16: "Half"}
 SCHEDULES = (("reversed", 0), ("random", 1), ("random", 2))
 
-HALO, WIDE, NARROW = "halo", "columns, 256", "columns, 128"
+TAPS, WIDE, NARROW = "taps", "columns, 256", "columns, 128"
 PATHS = (
-    (HALO, Conv2dCase("boxes-below-each-other", 1, 64, 56, 8, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("7x7-images-in-pairs", 4, 64, 7, 7, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("7x7-odd-batch", 3, 64, 7, 7, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("14x14-rows-in-pairs", 2, 64, 14, 14, 128, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("9x11", 2, 64, 9, 11, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("10x9-no-padding", 2, 64, 10, 9, 64, 3, 3)),
-    (HALO, Conv2dCase("18x8-padded-by-two-and-none", 1, 64, 18, 8, 64, 3, 3, padding=(2, 0))),
-    (HALO, Conv2dCase("6x5-padded-by-none-and-two", 1, 64, 6, 5, 64, 3, 3, padding=(0, 2))),
-    (HALO, Conv2dCase("several-images-in-a-box", 7, 64, 4, 8, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("filters-and-channels-with-tails", 2, 72, 6, 8, 136, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("128-to-192", 1, 128, 8, 8, 192, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("few-channels", 2, 8, 8, 8, 64, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("few-filters", 2, 64, 8, 8, 8, 3, 3, padding=(1, 1))),
-    (HALO, Conv2dCase("groups-of-64", 2, 128, 8, 8, 256, 3, 3, padding=(1, 1), groups=2)),
-    (HALO, Conv2dCase("strided", 2, 64, 15, 16, 64, 3, 3, stride=(2, 2), padding=(1, 1))),
-    (HALO, Conv2dCase("strides-of-one-and-three", 2, 64, 8, 23, 64, 3, 3, stride=(1, 3), padding=(1, 1))),
-    (HALO, Conv2dCase("dilated", 2, 64, 8, 8, 64, 3, 3, padding=(2, 2), dilation=(2, 2))),
-    (HALO, Conv2dCase("dilations-of-three-and-one", 2, 64, 11, 8, 64, 3, 3, padding=(2, 1), dilation=(3, 1))),
+    (TAPS, Conv2dCase("boxes-below-each-other", 1, 64, 56, 8, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("7x7-images-in-pairs", 4, 64, 7, 7, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("7x7-odd-batch", 3, 64, 7, 7, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("14x14-rows-in-pairs", 2, 64, 14, 14, 128, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("9x11", 2, 64, 9, 11, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("10x9-no-padding", 2, 64, 10, 9, 64, 3, 3)),
+    (TAPS, Conv2dCase("18x8-padded-by-two-and-none", 1, 64, 18, 8, 64, 3, 3, padding=(2, 0))),
+    (TAPS, Conv2dCase("6x5-padded-by-none-and-two", 1, 64, 6, 5, 64, 3, 3, padding=(0, 2))),
+    (TAPS, Conv2dCase("several-images-in-a-box", 7, 64, 4, 8, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("filters-and-channels-with-tails", 2, 72, 6, 8, 136, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("128-to-192", 1, 128, 8, 8, 192, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("few-channels", 2, 8, 8, 8, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("few-filters", 2, 64, 8, 8, 8, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("groups-of-64", 2, 128, 8, 8, 256, 3, 3, padding=(1, 1), groups=2)),
+    (TAPS, Conv2dCase("strided", 2, 64, 15, 16, 64, 3, 3, stride=(2, 2), padding=(1, 1))),
+    (TAPS, Conv2dCase("strides-of-one-and-three", 2, 64, 8, 23, 64, 3, 3, stride=(1, 3), padding=(1, 1))),
+    (TAPS, Conv2dCase("dilated", 2, 64, 8, 8, 64, 3, 3, padding=(2, 2), dilation=(2, 2))),
+    (TAPS, Conv2dCase("dilations-of-three-and-one", 2, 64, 11, 8, 64, 3, 3, padding=(2, 1), dilation=(3, 1))),
     (WIDE, Conv2dCase("3x3-of-a-narrow-map", 3, 64, 4, 4, 72, 3, 3, padding=(1, 1))),
     (WIDE, Conv2dCase("3x3-odd-single-image", 1, 72, 9, 9, 136, 3, 3, padding=(1, 1))),
     (WIDE, Conv2dCase("1x1", 2, 200, 7, 9, 136, 1, 1)),
@@ -60,7 +60,7 @@ PATHS = (
 EVERY_PATH = pytest.mark.parametrize(("path", "case"), [pytest.param(*row, id=row[1].id) for row in PATHS])
 EVERY_DTYPE = pytest.mark.parametrize("dtype", KERNEL, ids=str)
 ONE_OF_EACH = pytest.mark.parametrize(
-    "case", [next(case for path, case in PATHS if path == each) for each in (HALO, WIDE, NARROW)], ids=lambda c: c.id
+    "case", [next(case for path, case in PATHS if path == each) for each in (TAPS, WIDE, NARROW)], ids=lambda c: c.id
 )
 
 
@@ -156,7 +156,7 @@ def test_every_schedule_gives_the_same_bits(emulator: ModuleType, case: Conv2dCa
 @pytest.mark.parametrize(
     ("case", "tiles"),
     [
-        (Conv2dCase("halo", 16, 64, 14, 16, 64, 3, 3, padding=(1, 1)), 1),
+        (Conv2dCase("taps", 16, 64, 14, 16, 64, 3, 3, padding=(1, 1)), 1),
         (Conv2dCase("columns", 16, 64, 16, 16, 72, 1, 1), 1),
     ],
     ids=lambda each: each.id if isinstance(each, Conv2dCase) else "",
@@ -190,7 +190,7 @@ def test_what_it_does_not_take_goes_elsewhere(emulator: ModuleType, case: Conv2d
     x, dy = inputs(case, dtype, helpers.integers)
     emulator.reset_counters()
     assert_exact(ours(case, x, dy), theirs(case, x.double(), dy.double()).to(dtype).double())
-    assert not [name for name in kernels_of(emulator) if "halo" in name or "columns" in name]
+    assert not [name for name in kernels_of(emulator) if "taps" in name or "columns" in name]
 
 
 def test_an_older_device_does_without(emulator: ModuleType) -> None:

@@ -14,8 +14,9 @@ Conv2dPlan plan_backward_input(const Conv2dProblem&, const Device&) {
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
-  if (const auto plan = plan_backward_weight_sm90(p, device)) return *plan;
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+  const char* refusal = nullptr;
+  if (const auto plan = plan_backward_weight_sm90(p, device, refusal)) return *plan;
+  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, refusal};
 }
 
 std::string describe(const Conv2dPlan& plan) {
