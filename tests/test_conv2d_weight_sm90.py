@@ -5,7 +5,7 @@ Paths are named by the kernel that must have run, without its dtype: "taps" (all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import helpers
@@ -30,7 +30,8 @@ PATHS = (
     (TAPS, Conv2dCase("14x14-rows-in-pairs", 2, 64, 14, 14, 128, 3, 3, padding=(1, 1))),
     (TAPS, Conv2dCase("9x11", 2, 64, 9, 11, 64, 3, 3, padding=(1, 1))),
     (TAPS, Conv2dCase("10x9-no-padding", 2, 64, 10, 9, 64, 3, 3)),
-    (TAPS, Conv2dCase("18x8-padded-by-two-and-none", 1, 64, 18, 8, 64, 3, 3, padding=(2, 0))),
+    (TAPS, Conv2dCase("22-rows-in-boxes-of-12-and-10", 1, 64, 22, 8, 64, 3, 3, padding=(1, 1))),
+    (TAPS, Conv2dCase("20x10-padded-by-two-and-none", 1, 64, 20, 10, 64, 3, 3, padding=(2, 0))),
     (TAPS, Conv2dCase("6x5-padded-by-none-and-two", 1, 64, 6, 5, 64, 3, 3, padding=(0, 2))),
     (TAPS, Conv2dCase("several-images-in-a-box", 7, 64, 4, 8, 64, 3, 3, padding=(1, 1))),
     (TAPS, Conv2dCase("filters-and-channels-with-tails", 2, 72, 6, 8, 136, 3, 3, padding=(1, 1))),
@@ -76,9 +77,11 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def inputs(case: Conv2dCase, dtype: torch.dtype, make=helpers.randn) -> tuple[Tensor, Tensor]:
+def inputs(case: Conv2dCase, dtype: torch.dtype, make: Callable[..., Tensor] = helpers.randn) -> tuple[Tensor, Tensor]:
+    """x and dy."""
     random = helpers.generator(case.id)
-    return tuple(channels_last(make(shape, dtype, "cpu", random)) for shape in (case.x_shape, case.output_shape))
+    x, dy = (channels_last(make(shape, dtype, "cpu", random)) for shape in (case.x_shape, case.output_shape))
+    return x, dy
 
 
 def ours(case: Conv2dCase, x: Tensor, dy: Tensor) -> Tensor:
@@ -122,18 +125,20 @@ def test_integers_are_exact(path: str, case: Conv2dCase) -> None:
 @EVERY_PATH
 def test_non_finite_inputs_reach_their_own_taps_alone(path: str, case: Conv2dCase) -> None:
     """At the map's corners and edges: tiles reach beyond them, and zero times NaN is NaN."""
-    N, C, H, W = case.x_shape
+    N, _, H, W = case.x_shape
     for n, h, w in {(0, 0, 0), (N - 1, H - 1, W - 1), (0, H - 1, 0), (N // 2, H // 2, W - 1), (N - 1, 0, W // 2)}:
         for value in (torch.nan, torch.inf):
             x, dy = inputs(case, torch.bfloat16)
             x[n, -1, h, w] = value
-            assert_same_non_finite(ours(case, x, dy), theirs(case, x.double(), dy.double()), f"dweight, ({n}, {h}, {w})")
+            assert_same_non_finite(
+                ours(case, x, dy), theirs(case, x.double(), dy.double()), f"dweight, ({n}, {h}, {w})"
+            )
 
 
 @EVERY_PATH
 def test_non_finite_gradients_stay_with_their_filter(path: str, case: Conv2dCase) -> None:
     """Of a filter, a tap that meets padding alone may be NaN: torch's kernels disagree about zero times NaN."""
-    N, K, P, Q = case.output_shape
+    N, _, P, Q = case.output_shape
     for n, p, q in {(0, 0, 0), (N - 1, P - 1, Q - 1), (N // 2, P - 1, 0)}:
         x, dy = inputs(case, torch.bfloat16)
         dy[n, -1, p, q] = torch.nan
