@@ -88,12 +88,13 @@ __device__ __forceinline__ void produce(const Maps& maps, const HaloConv& at, in
 template <class T, bool kBackward>
 __device__ __forceinline__ void multiply(float (&sum)[kGroupPixels / 2], const HaloConv& at, int slot_bytes,
                                          Slot<kSlots>& slot, const Shared& shared) {
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int warpgroup = warpgroup_index();
   Ring<kSlots>& ring = shared.fixed->ring;
   int previous = 0;
   for (int s = 0; s < at.S; ++s) {
     const unsigned char* const pixels = shared.slots + slot.index * slot_bytes + warpgroup * kGroupPixels * kRowBytes;
     mbarrier_wait(&ring.full[slot.index], slot.parity);
+    CNNOPS_NO_UNROLL
     for (int r = 0; r < at.R; ++r) {
       const int tap = kBackward ? (at.R - r) * at.S - 1 - s : r * at.S + s;
       const uint64_t a = matrix_descriptor(shared.filters + tap * kFilterBytes, kGroupBytes);
@@ -102,10 +103,11 @@ __device__ __forceinline__ void multiply(float (&sum)[kGroupPixels / 2], const H
       CNNOPS_UNROLL
       for (int i = 0; i < kHaloChannels / 16; ++i)
         wgmma<T, kGroupPixels, kBackward, false>(sum, further<kBackward>(a, i), further<false>(b, i), true);
+      wgmma_commit();
+      // The tap before this one is done with now, and with it, at a slot's first, the slot before.
+      wgmma_wait<1>();
+      if (r == 0 && s > 0) release(&ring.empty[previous], 1);
     }
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (s > 0) release(&ring.empty[previous], 1);
     previous = slot.index;
     slot.advance();
   }

@@ -5,12 +5,16 @@
 
 namespace cnnops::cuda {
 
-Conv2dPlan plan_forward(const Conv2dProblem&, const Device&) {
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
+  const char* refusal = nullptr;
+  if (const auto plan = plan_forward_sm90(p, device, refusal)) return *plan;
+  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, refusal};
 }
 
-Conv2dPlan plan_backward_input(const Conv2dProblem&, const Device&) {
-  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, "takes any problem"};
+Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
+  const char* refusal = nullptr;
+  if (const auto plan = plan_backward_input_sm90(p, device, refusal)) return *plan;
+  return {Conv2dKernel::kPortable, 64, 64, 3, 1, 1, refusal};
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {

@@ -205,7 +205,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const ImplicitGemm& ge
 template <class T, int kN, bool kBackward>
 __device__ __forceinline__ void multiply(float (&sum)[kN / 2], int steps, Slot<kSlots<kN>>& slot, uint32_t blocks,
                                          Shared<kN>& shared) {
-  const int warpgroup = static_cast<int>(threadIdx.x) / kWarpgroup;
+  const int warpgroup = warpgroup_index();
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     unsigned char* const pixels = shared.slots[slot.index];

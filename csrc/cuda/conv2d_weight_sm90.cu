@@ -117,7 +117,6 @@ __device__ void store(const float (&sum)[kN / 2], int filters, int64_t pitch, co
 }
 
 __device__ int least(int a, int b) { return a < b ? a : b; }
-__device__ int warpgroup() { return static_cast<int>(threadIdx.x) / kWarpgroup; }
 
 // A descriptor of the tile `bytes` further on. Addresses in shared memory stay below 2^18, so nothing is carried over.
 __device__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + static_cast<uint64_t>(bytes >> 4); }
@@ -164,8 +163,9 @@ __global__ void __launch_bounds__(kTapsThreads, 1)
     return {row / boxes.rows * box.images, row % boxes.rows * box.rows, i % boxes.columns * kGroupPixels};
   };
   start(ring, stages, kTaps * kWarpgroup / 32, cluster);
+  const int warpgroup = warpgroup_index();
 
-  if (warpgroup() == kTaps) {
+  if (warpgroup == kTaps) {
     decrease_registers<kTapsProducerRegisters>();
     if (threadIdx.x % kWarpgroup == 0) {
       const int group = k / (p.K / p.groups), rank = static_cast<int>(cluster_rank());
@@ -192,10 +192,9 @@ __global__ void __launch_bounds__(kTapsThreads, 1)
     __syncwarp();
   } else {
     increase_registers<kTapsConsumerRegisters>();
-    const int r = warpgroup();
     const int rows_apart = box.pairs_rows ? 2 : 1, images_apart = box.pairs_rows ? 1 : 2;
     const uint64_t dy = matrix_descriptor(shared, (box.pairs_rows ? 1 : box.rows) * kPatternBytes);
-    const uint64_t x = matrix_descriptor(shared + (box.dy_groups() + r * p.dilation_h) * kPatternBytes,
+    const uint64_t x = matrix_descriptor(shared + (box.dy_groups() + warpgroup * p.dilation_h) * kPatternBytes,
                                          (box.pairs_rows ? p.stride_h : box.halo_rows) * kPatternBytes,
                                          box.x_groups() * kPatternBytes);
     float sum[kTapColumns / 2] = {};
@@ -232,7 +231,7 @@ __global__ void __launch_bounds__(kTapsThreads, 1)
     const int64_t filter_size = int64_t{kTaps * kTaps} * channels;
     float* const out = slabs + (int64_t{place.slab} * p.K + k) * filter_size + c;
     store<kTapColumns>(sum, p.K - k, filter_size,
-                       [&](int s) -> Chunk { return {out + int64_t{r * kTaps + s} * channels, channels - c}; });
+                       [&](int s) -> Chunk { return {out + int64_t{warpgroup * kTaps + s} * channels, channels - c}; });
   }
   // A block's shared memory is there until the last arrival from another.
   if (cluster > 1) cluster_sync();
@@ -277,8 +276,9 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   const int first = at.slab * steps_per_slab;
   const int steps = least(chunks(p.N * p.P * p.Q, kColumnPixels) - first, steps_per_slab);
   start(ring, stages, kColumnWarpgroups * kWarpgroup / 32, 1);
+  const int warpgroup = warpgroup_index();
 
-  if (warpgroup() == kColumnWarpgroups) {
+  if (warpgroup == kColumnWarpgroups) {
     if (threadIdx.x % 32 > 0) return;
     // Chunks beyond the result are not loaded: what their columns sum up is not stored.
     const int dy_chunks = least(tile.filter_chunks, chunks(filters - k));
@@ -307,8 +307,8 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
     return;
   }
 
-  const int my_row = tile.filter_chunks > 1 ? warpgroup() : 0;
-  const int my_chunk = tile.filter_chunks > 1 ? 0 : warpgroup() * (kN / kChunk);
+  const int my_row = tile.filter_chunks > 1 ? warpgroup : 0;
+  const int my_chunk = tile.filter_chunks > 1 ? 0 : warpgroup * (kN / kChunk);
   const uint64_t dy = matrix_descriptor(shared + my_row * kColumnChunkBytes, kPatternBytes);
   const uint64_t x =
       matrix_descriptor(shared + (tile.filter_chunks + my_chunk) * kColumnChunkBytes, kPatternBytes, kColumnChunkBytes);

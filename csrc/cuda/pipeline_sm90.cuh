@@ -43,6 +43,12 @@ struct Slot {
   }
 };
 
+// Of this warp; taken from one lane, so that the compiler keeps what depends on it in uniform registers, where wgmma
+// wants its descriptors.
+__device__ __forceinline__ int warpgroup_index() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
+}
+
 // This warp has done with a slot: says so to each block that fills it.
 __device__ __forceinline__ void release(uint64_t* empty, uint32_t blocks) {
   const uint32_t lane = threadIdx.x % 32;
