@@ -28,11 +28,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kPortableConv2d;
     case Conv2dKernel::kWgmma:
       return kWgmmaConv2d;
-<<<<<<< HEAD
-=======
     case Conv2dKernel::kHalo:
       return kHaloConv2d;
->>>>>>> wgmma
     default:
       break;
   }
