@@ -132,7 +132,6 @@ __device__ Place place_of(int inner, int outer) {
   return {block % inner, block / inner % outer, block / inner / outer};
 }
 
-constexpr int kBoxProducts = 7;  // of a whole box, at best
 constexpr int kTapsThreads = (kTaps + 1) * kWarpgroup;
 // Of the 128 registers that each of so many threads is born with, the producer's warpgroup leaves to the others what it
 // does not need: 128 * 40 + 384 * 152 <= 65536.
@@ -212,19 +211,27 @@ __global__ void __launch_bounds__(kTapsThreads, 1)
         row = 0;
         image += images_apart;
       };
-      // A group whose length the compiler knows is issued in one go; else each product is a group.
-      if (products == kBoxProducts) {
+      const auto multiply_group = [&](int count) {
         wgmma_fence();
         CNNOPS_UNROLL
-        for (int product = 0; product < kBoxProducts; ++product) multiply();
+        for (int product = 0; product < count; ++product) multiply();
         wgmma_commit();
-      } else {
-        CNNOPS_NO_UNROLL
-        for (int product = 0; product < products; ++product) {
-          wgmma_fence();
-          multiply();
-          wgmma_commit();
-        }
+      };
+      // A group whose length the compiler knows is issued in one go: that of a box of 14, 12 or 8 rows. Else each
+      // product is a group.
+      switch (products) {
+        case 7:
+          multiply_group(7);
+          break;
+        case 6:
+          multiply_group(6);
+          break;
+        case 4:
+          multiply_group(4);
+          break;
+        default:
+          CNNOPS_NO_UNROLL
+          for (int product = 0; product < products; ++product) multiply_group(1);
       }
     });
 
