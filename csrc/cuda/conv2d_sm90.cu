@@ -479,8 +479,8 @@ const Conv2dFamily kWgmmaConv2d = {
       return Problem<true>(p, plan, {}).workspace.bytes();
     },
     .backward_input = run<true>,
-    .backward_weight_workspace = nullptr,
-    .backward_weight = nullptr,
+    .backward_weight_workspace = conv2d_backward_weight_workspace_sm90,
+    .backward_weight = conv2d_backward_weight_sm90,
 };
 
 }  // namespace cnnops::cuda

@@ -171,7 +171,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 template <int kRank>
 __device__ __forceinline__ void tma_multicast(void* shared, const TensorMap* map, uint64_t* barrier,
                                               const int (&at)[kRank], uint16_t blocks) {
-  static_assert(kRank == 2 || kRank == 3);
+  static_assert(kRank >= 2 && kRank <= 4);
   if constexpr (kRank == 2)
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
@@ -183,6 +183,12 @@ __device__ __forceinline__ void tma_multicast(void* shared, const TensorMap* map
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
         "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "h"(blocks)
+        : "memory");
+  if constexpr (kRank == 4)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(blocks)
         : "memory");
 }
 
