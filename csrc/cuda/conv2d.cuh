@@ -18,8 +18,8 @@ void for_numbers(const Conv2dProblem& p, F&& f) {
 // The tiles. Exact floats have no more than 128 x 64: each of 128 threads owns 8 x 8 sums.
 using SmallTile = Shape<64, 64, 2, 2, 3, false>;  // any alignment
 using TallTile = Shape<128, 64, 2, 2, 3, true>;
-using LargeTile = Shape<128, 128, 2, 4, 4, true>;
-using WideTile = Shape<64, 256, 1, 8, 4, true>;  // backward_weight: dy is read once for 256 taps and channels
+using LargeTile = Shape<128, 128, 2, 2, 4, true>;
+using WideTile = Shape<64, 256, 1, 4, 4, true>;  // backward_weight: dy is read once for 256 taps and channels
 
 // Which elements of a tensor the taps of a position read, along one spatial axis: tap t of position i reads element
 // origin + i * move + t * step; beyond the extent there are zeros. step >= 0.

@@ -8,7 +8,7 @@ namespace {
 // A block's pixels are of one parity class along each axis, so that all of them have the same taps. The epilogue has at
 // most a bias.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<T, Tile>)
     conv2d_backward_input_kernel(Conv2dProblem p, Epilogue epilogue, const Stored<T>* dy, const Stored<T>* weight,
                                  Stored<T>* dx) {
   CNNOPS_DYNAMIC_SHARED(float, shared);

@@ -8,7 +8,7 @@ namespace {
 
 // slabs[slab][k][r,s,c] = the sum over pixels [slab * pixels_per_slab, ..).
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<T, Tile>)
     conv2d_backward_weight_kernel(Conv2dProblem p, int64_t pixels_per_slab, const Stored<T>* dy, const Stored<T>* x,
                                   float* slabs) {
   CNNOPS_DYNAMIC_SHARED(float, shared);

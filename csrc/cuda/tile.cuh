@@ -44,10 +44,15 @@ struct Shape {
   static constexpr int kM = kBlockM, kN = kBlockN, kWarpsM = kWarpRows, kWarpsN = kWarpColumns, kStages = kRingStages;
   static constexpr bool kAligned = kIsAligned;
   static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  // As many blocks as their sums leave registers for: said to the compiler, which otherwise saves registers for one
-  // more and spills.
-  static constexpr int kResidentBlocks = kThreads > 128 ? 2 : kM * kN > 64 * 64 ? 3 : 4;
 };
+
+// As many blocks as their sums and fragments leave registers for: said to the compiler, which otherwise saves registers
+// for one more and spills. Exact floats have wider fragments.
+template <class T, class Shape>
+constexpr int kResidentBlocks = (Shape::kM * Shape::kN / Shape::kThreads <= 32   ? 4
+                                 : Shape::kM * Shape::kN / Shape::kThreads <= 64 ? 3
+                                                                                 : 2) -
+                                (std::is_same_v<T, float> ? 1 : 0);
 
 // A tile of kLength rows m or n. The padding makes what a warp reads together start in different banks: rows of 80
 // bytes for ldmatrix along k; across k, rows that are 16 bytes off for ldmatrix and 8 words off for words of TF32.
