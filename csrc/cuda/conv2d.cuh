@@ -265,6 +265,31 @@ __host__ __device__ inline int64_t largest_class(const Conv2dProblem& p) {
   return p.N * ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);
 }
 
+// One class of backward_input's pixels: of one parity along each axis, so that all of them have the same taps.
+struct InputClass {
+  Parity parity_h, parity_w;
+  Axis h, w;
+  int64_t pixels;
+
+  __device__ InputClass(const Conv2dProblem& p, int64_t index) {
+    const Split residue = split(index, classes(p.W, p.stride_w));
+    parity_h = parity(static_cast<int>(residue.quotient), p.R, p.stride_h, p.pad_h, p.dilation_h);
+    parity_w = parity(static_cast<int>(residue.remainder), p.S, p.stride_w, p.pad_w, p.dilation_w);
+    h = taps_of_inputs(parity_h, p.H, p.P, p.stride_h, p.pad_h, p.dilation_h);
+    w = taps_of_inputs(parity_w, p.W, p.Q, p.stride_w, p.pad_w, p.dilation_w);
+    pixels = int64_t{p.N} * h.positions * w.positions;
+  }
+
+  // The offset of a pixel of the class in dx, or -1 beyond the last.
+  __device__ int64_t row_of(const Conv2dProblem& p, int64_t pixel) const {
+    if (pixel >= pixels) return -1;
+    const Split column = split(pixel, w.positions), row = split(column.quotient, h.positions);
+    const int64_t in_image =
+        (parity_h.first + row.remainder * p.stride_h) * p.W + parity_w.first + column.remainder * p.stride_w;
+    return (row.quotient * p.H * p.W + in_image) * p.C;
+  }
+};
+
 // The portable family's passes, each in a file of its own.
 int64_t portable_forward_workspace(const Conv2dProblem&, const Conv2dPlan&, const Epilogue&);
 void portable_forward(const Conv2dProblem&, const Conv2dPlan&, const Epilogue&, const void* x, const void* weight,

@@ -49,10 +49,25 @@ struct Gemm {
   }
 };
 
+// Channels or filters of a pack.
+int slots_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? kBlockK<float> : kBlockK<Half>; }
+
+// Groups that a pack has several of, or one that fills it.
+bool packs(const Conv2dProblem& p) {
+  constexpr int64_t kMostTaps = 1 << 20;  // so that a pack's filters are counted in 32 bits
+  return p.groups > 1 && p.C / p.groups <= slots_of(p) && p.K / p.groups <= slots_of(p) &&
+         int64_t{p.R} * p.S <= kMostTaps;
+}
+
+Row packed(const Conv2dProblem& p, int block_m, int block_n) {
+  return {packs(p), Conv2dKernel::kPacked, block_m, block_n, 3, "groups of few channels"};
+}
+
 int vector_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? 4 : 8; }
 
 Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm) {
   return first_of(
+      packed(p, 128, 32),
       portable<LargeTile>(gemm.fits<LargeTile>(p, device) && gemm.n > TallTile::kN && gemm.fills<LargeTile>(device),
                           "128 x 128 tiles fill the device"),
       portable<TallTile>(gemm.fits<TallTile>(p, device) && gemm.fills<TallTile>(device),
@@ -75,7 +90,7 @@ Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
                   channels % vector_of(p) == 0};
   Conv2dPlan plan = plan_pixels(p, device, gemm);
   const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
-  if (2 * count <= device.multiprocessors) {
+  if (plan.kernel == Conv2dKernel::kPortable && 2 * count <= device.multiprocessors) {
     constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
     plan.splits = splits_of(gemm.k, kLeastTerms, count, device.multiprocessors);
     if (plan.splits > 1) plan.reason = "few tiles of long sums, cut into slabs";
@@ -97,14 +112,17 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
   const bool exact = p.dtype == DType::kFloat && !p.tf32;
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
   Conv2dPlan plan =
-      first_of(portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
+      first_of(packed(p, 32, 128),
+               portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
                portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
                portable<TallTile>(exact && gemm.fits<TallTile>(p, device) && filters > 64, "many filters"),
                portable<SmallTile>(gemm.aligned, "few filters, taps and channels"),
                portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
   constexpr int64_t kLeastPixels = 256, kBlocksPerMultiprocessor = 4;
-  plan.splits = splits_of(pixels, kLeastPixels, tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n),
-                          kBlocksPerMultiprocessor * device.multiprocessors);
+  int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
+  if (plan.kernel == Conv2dKernel::kPacked)
+    count = ceil_div(p.groups * std::max(channels, filters), slots_of(p)) * ceil_div(p.R * p.S, 4);
+  plan.splits = splits_of(pixels, kLeastPixels, count, kBlocksPerMultiprocessor * device.multiprocessors);
   return plan;
 }
 
