@@ -38,6 +38,11 @@ class Planned:
 SMALL, TALL, LARGE, WIDE = (
     f"conv2d_*_kernel<{{T}}, Shape<{tile}," for tile in ("64, 64", "128, 64", "128, 128", "64, 256")
 )
+STEM, STEM_SHORT, STEM_LONG = (
+    "conv2d_stem_*_kernel<{T}",
+    "conv2d_stem_*_kernel<{T}, Shape<64, 32,",
+    "conv2d_stem_*_kernel<{T}, Shape<64, 160,",
+)
 PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
 
 PLANNED = (
@@ -71,6 +76,22 @@ PLANNED = (
         PACKED,
     ),
     Planned(Conv2dCase("packed-uneven", 2, 30, 9, 11, 42, 2, 3, padding=(1, 1), groups=6), PACKED, PACKED),
+    # Rows of x that begin at the same place within 16 bytes, and rows that do not.
+    Planned(
+        Conv2dCase("stem-3x3", 2, 3, 17, 24, 72, 3, 3, padding=(1, 1), bias=True),
+        (STEM, SMALL, STEM_SHORT),
+        (STEM, SMALL, STEM_SHORT),
+    ),
+    Planned(
+        Conv2dCase("stem-7x7", 2, 3, 21, 19, 40, 7, 7, stride=(2, 2), padding=(3, 3)),
+        (STEM, SMALL, STEM_LONG),
+        (STEM, SMALL, STEM_LONG),
+    ),
+    Planned(
+        Conv2dCase("stem-uneven", 1, 4, 19, 26, 13, 5, 3, stride=(1, 2), padding=(0, 1), dilation=(2, 1)),
+        (STEM, SMALL, STEM_LONG),
+        (STEM, SMALL, STEM_LONG),
+    ),
 )
 
 

@@ -23,6 +23,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kPortableConv2d;
     case Conv2dKernel::kPacked:
       return kPackedConv2d;
+    case Conv2dKernel::kStem:
+      return kStemConv2d;
     default:
       break;
   }

@@ -300,6 +300,9 @@ int64_t portable_backward_weight_workspace(const Conv2dProblem&, const Conv2dPla
 void portable_backward_weight(const Conv2dProblem&, const Conv2dPlan&, const void* dy, const void* x, void* dweight,
                               void* workspace, Stream);
 
+// The most that a pass of the stem family, whose halo is of the problem's size, wants for a block.
+size_t stem_shared_bytes(const Conv2dProblem&);
+
 // f(Shape{}) for the one of these tiles that the plan names.
 template <class... Shapes, class F>
 void with_tile(const Conv2dPlan& plan, F&& f) {

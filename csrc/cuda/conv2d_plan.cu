@@ -63,6 +63,19 @@ Row packed(const Conv2dProblem& p, int block_m, int block_n) {
   return {packs(p), Conv2dKernel::kPacked, block_m, block_n, 3, "groups of few channels"};
 }
 
+// Whether the taps of all channels fit in the rows of an im2col matrix in shared memory.
+Row stem(const Conv2dProblem& p, const Device& device, int64_t least_taps, int64_t most_taps, int block_m,
+         int block_n) {
+  constexpr int kMostChannels = 4, kMostColumns = 1 << 28;
+  constexpr int64_t kMostReach = 256;  // of a tile's taps, so that the bytes are counted without overflow
+  const int64_t taps = int64_t{p.R} * p.S * p.C;
+  const bool near = int64_t{p.dilation_h} * p.R + 8 * int64_t{p.stride_h} <= kMostReach &&
+                    int64_t{p.dilation_w} * p.S + 8 * int64_t{p.stride_w} <= kMostReach;
+  const bool allowed = p.groups == 1 && p.C <= kMostChannels && p.W <= kMostColumns && taps >= least_taps &&
+                       taps <= most_taps && near && stem_shared_bytes(p) <= static_cast<size_t>(device.shared_bytes);
+  return {allowed, Conv2dKernel::kStem, block_m, block_n, 1, "few input channels"};
+}
+
 int vector_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? 4 : 8; }
 
 Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm) {
@@ -88,7 +101,8 @@ Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
   const int64_t channels = p.C / p.groups;
   const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, p.R * p.S * channels, p.groups,
                   channels % vector_of(p) == 0};
-  Conv2dPlan plan = plan_pixels(p, device, gemm);
+  const Row few_channels = stem(p, device, 1, 160, 64, 64);
+  Conv2dPlan plan = few_channels.allowed ? first_of(few_channels) : plan_pixels(p, device, gemm);
   const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
   if (plan.kernel == Conv2dKernel::kPortable && 2 * count <= device.multiprocessors) {
     constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
@@ -112,7 +126,7 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
   const bool exact = p.dtype == DType::kFloat && !p.tf32;
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
   Conv2dPlan plan =
-      first_of(packed(p, 32, 128),
+      first_of(packed(p, 32, 128), stem(p, device, 1, 32, 64, 32), stem(p, device, 33, 160, 64, 160),
                portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
                portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
                portable<TallTile>(exact && gemm.fits<TallTile>(p, device) && filters > 64, "many filters"),
@@ -122,6 +136,7 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
   int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
   if (plan.kernel == Conv2dKernel::kPacked)
     count = ceil_div(p.groups * std::max(channels, filters), slots_of(p)) * ceil_div(p.R * p.S, 4);
+  if (plan.kernel == Conv2dKernel::kStem) count = ceil_div(filters, plan.block_m);
   plan.splits = splits_of(pixels, kLeastPixels, count, kBlocksPerMultiprocessor * device.multiprocessors);
   return plan;
 }

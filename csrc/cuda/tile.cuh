@@ -61,16 +61,17 @@ struct Tile {
   static constexpr int kOuter = kInnerIsK ? kLength : kBlockK<T>, kInner = kInnerIsK ? kBlockK<T> : kLength;
   static constexpr int kPitch = kInner + (kInnerIsK ? kVectorOf<T> : 8);
   static constexpr int kElements = kOuter * kPitch;
-  static constexpr int kVectorsPerRow = kInner / kVectorOf<T>;
+  static constexpr int kVectorsPerRow = kInner / kVectorOf<T>, kThreadCount = kThreads;
   static constexpr int kRowsPerPass = kThreads / kVectorsPerRow;
   static constexpr int kPasses = kOuter / kRowsPerPass;
-  static_assert(kThreads % kVectorsPerRow == 0 && kOuter % kRowsPerPass == 0);
 };
 
 // Fills tiles of one operand, each further along k by kBlockK than the one before. A thread has the same column of
 // vectors in every pass.
 template <class T, class Tile, bool kInnerIsK, bool kAligned, class Operand>
 class Loader {
+  static_assert(Tile::kThreadCount % Tile::kVectorsPerRow == 0 && Tile::kOuter % Tile::kRowsPerPass == 0);
+
  public:
   __device__ Loader(const Operand& operand, int64_t first, int64_t k_begin)
       : operand_(operand),
