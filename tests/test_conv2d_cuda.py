@@ -48,11 +48,11 @@ PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
 PLANNED = (
     # Tails along both sides of a tile, taps that channels of 24 cut across steps.
     Planned(
-        Conv2dCase("large", 3, 24, 12, 11, 136, 3, 2, stride=(1, 1), padding=(1, 1), bias=True),
+        Conv2dCase("large", 3, 24, 12, 11, 120, 3, 2, stride=(1, 1), padding=(1, 1), bias=True),
         (LARGE, TALL, LARGE),
         (TALL, TALL, TALL),
     ),
-    Planned(Conv2dCase("large-1x1", 2, 136, 16, 13, 72, 1, 1, bias=True), (LARGE, LARGE, LARGE), (TALL, TALL, TALL)),
+    Planned(Conv2dCase("large-1x1", 2, 120, 16, 13, 72, 1, 1, bias=True), (LARGE, LARGE, LARGE), (TALL, TALL, TALL)),
     Planned(
         Conv2dCase("wide", 2, 40, 15, 14, 48, 3, 3, padding=(1, 1), dilation=(1, 2)),
         (TALL, TALL, WIDE),
@@ -63,6 +63,7 @@ PLANNED = (
         (SMALL, TALL, WIDE),
         (SMALL, TALL, SMALL),
     ),
+    Planned(Conv2dCase("tall", 2, 40, 15, 14, 72, 1, 1), (LARGE, TALL, TALL), (TALL, TALL, TALL)),
     Planned(Conv2dCase("small", 1, 72, 9, 7, 40, 1, 2), (SMALL, SMALL, WIDE), (SMALL, SMALL, SMALL)),
     Planned(Conv2dCase("unaligned", 2, 13, 9, 8, 70, 3, 3, padding=(1, 1), bias=True), (SMALL,) * 3, (SMALL,) * 3),
     Planned(

@@ -56,7 +56,7 @@ void portable_backward_weight(const Conv2dProblem& p, const Conv2dPlan& plan, co
     if constexpr (std::is_same_v<T, float>)
       with_tile<SmallTile, TallTile>(plan, run);
     else
-      with_tile<SmallTile, LargeTile, WideTile>(plan, run);
+      with_tile<SmallTile, TallTile, LargeTile, WideTile>(plan, run);
   });
   add_slabs(p.dtype, plan.splits, slab_size(p), slabs, dweight, stream);
 }
