@@ -57,7 +57,7 @@ FAULTS = {
     r"arrivals and 8192 bytes still to come\) at selftest_sm90.cu:\d+: thread 0\.\.127",
     "mask_beyond_cluster": "the mask names blocks beyond the cluster's 2",
     "missing_release": "deadlock.*2 of 2 arrivals and 0 bytes still to come",
-    "extra_arrival": "has not been waited for|still reads|deadlock",
+    "extra_arrival": "more arrivals than|has not been waited for|still reads|deadlock",
     "divergent_warpgroup": "others of its warpgroup execute wgmma_(commit|wait) at selftest_sm90.cu",
     "wrong_register_count": "100 is no multiple of 8 from 24 to 256",
     "swapped_strides": None,
