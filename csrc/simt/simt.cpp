@@ -63,6 +63,8 @@ CNNOPS_SIMT_RUNTIME uint64_t next_random() {  // xorshift64*
   return device.random * 0x2545f4914f6cdd1dULL;
 }
 
+CNNOPS_SIMT_RUNTIME Fiber& running_fiber() { return device.current->fiber; }
+
 CNNOPS_SIMT_RUNTIME bool coin() { return device.order == Order::kRandom && next_random() >> 63; }
 
 namespace {
@@ -420,9 +422,15 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
     if (mask >> other & 1 && other != lane) wake(me.block->threads[first + other]);
 }
 
+namespace {
+
+CNNOPS_SIMT_RUNTIME void begin_epoch() { ++device.current->block->epoch; }
+
+}  // namespace
+
 void warp_barrier(unsigned mask, Where where) {
   if (disabled(Sync::kSyncwarp)) return;
-  collective("__syncwarp", mask, &mask, [](const Lanes&) { ++device.current->block->epoch; }, where);
+  collective("__syncwarp", mask, &mask, [](const Lanes&) { begin_epoch(); }, where);
 }
 
 namespace {
