@@ -47,6 +47,12 @@ ISA_SOURCES = (
     "activation",
     "copy",
 )
+# Kernels report their accesses to csrc/simt/trace.cpp, which stands for ThreadSanitizer's runtime, one for each access in
+# the source: none are merged into a vector or a call of memcpy.
+TRACE_FLAGS = (
+    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 -DCNNOPS_TRACED "
+    "-fno-tree-slp-vectorize -fno-tree-loop-distribute-patterns"
+)
 DEFAULT_ARCHES = "8.0;9.0a"
 
 
@@ -118,8 +124,9 @@ def simt_target(sanitize: str) -> Target:
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
     for source in sorted(CSRC.glob("simt/*.cpp")):
         target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")
+    traced = "" if sanitize else TRACE_FLAGS
     for source in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("simt/*.cu")]):
-        target.add(source, f"{flags} -x c++")
+        target.add(source, f"{flags} {traced} -x c++")
     return target
 
 

@@ -18,7 +18,7 @@
 
 #include "../simt/simt.h"
 
-#define CNNOPS_UNROLL
+#define CNNOPS_UNROLL _Pragma("GCC unroll 8")
 #define CNNOPS_SHARED(T, name)     \
   static const char name##_site{}; \
   T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
@@ -28,7 +28,7 @@
     static_cast<void>(stream);                                                                 \
     ::cnnops::simt::launch(                                                                    \
         ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-        [=] { kernel(__VA_ARGS__); }, (cluster));                                              \
+        [=]() CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));                            \
   } while (false)
 
 #else

@@ -25,6 +25,26 @@ void set_schedule(const std::string& order, uint64_t seed) {
   throw py::value_error("set_schedule: order must be forward, reversed or random, but got order='" + order + "'");
 }
 
+void count_accesses(bool on) {
+  if (!simt::trace::available())
+    throw std::runtime_error("count_accesses: a sanitized library does not report the accesses of its kernels");
+  simt::count_accesses(on);
+}
+
+py::dict dict_of(const simt::Traffic& moved) {
+  py::dict out;
+  out["global_read_bytes"] = moved.global_read_bytes;
+  out["global_read_sectors"] = moved.global_read_sectors;
+  out["global_write_bytes"] = moved.global_write_bytes;
+  out["global_write_sectors"] = moved.global_write_sectors;
+  out["dram_read_bytes"] = moved.dram_read_bytes;
+  out["dram_write_bytes"] = moved.dram_write_bytes;
+  out["shared_bytes"] = moved.shared_bytes;
+  out["bank_conflicts"] = moved.bank_conflicts;
+  out["flops"] = moved.flops;
+  return out;
+}
+
 py::dict counters() {
   const simt::Counters now = simt::counters();
   py::dict out;
@@ -34,6 +54,9 @@ py::dict counters() {
   out["block_barriers"] = now.block_barriers;
   out["warp_collectives"] = now.warp_collectives;
   out["kernels"] = now.kernels;
+  py::dict traffic;
+  for (const auto& [kernel, moved] : now.traffic) traffic[py::str(kernel)] = dict_of(moved);
+  out["traffic"] = traffic;
   return out;
 }
 
@@ -50,9 +73,13 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0,
         "Run threads and blocks in 'forward', 'reversed' or 'random' order. With 'random', asynchronous copies land at "
         "once or as late as allowed, as the seed has it. Raises ValueError for another order.");
-  m.def("counters", &counters,
-        "What ran since reset_counters(): launches, blocks, switches (of threads), block_barriers and warp_collectives "
-        "(arrivals at them), and kernels, launches by name.");
+  m.def(
+      "counters", &counters,
+      "What ran since reset_counters(): launches, blocks, switches (of threads), block_barriers and warp_collectives "
+      "(arrivals at them), kernels (launches by name) and traffic (by kernel, of launches while accesses were counted; "
+      "the fields are explained in csrc/simt/trace.h).");
+  m.def("count_accesses", &count_accesses, py::arg("on"),
+        "Count what kernels move from now on, or no more. Raises RuntimeError in a sanitized library, which cannot.");
   m.def("reset_counters", &simt::reset_counters, "Set every counter to zero.");
   m.def("fault_names", &simt::fault_names, "The faults that run_fault knows.");
   m.def("run_fault", &simt::run_fault, py::arg("name"), py::arg("faulty") = true,

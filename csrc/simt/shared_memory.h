@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <string>
@@ -18,8 +19,17 @@ class SharedMemory {
   void refresh();
 
   void* dynamic() const { return dynamic_; }
+  size_t dynamic_bytes() const { return dynamic_bytes_; }
   // The variable that stands for a declaration, made when a block's first thread reaches it.
   void* variable(const void* site, size_t bytes, size_t alignment);
+
+  // Whether these bytes are dynamic memory that the launch asked for, or of one variable.
+  bool holds(uintptr_t address, size_t bytes) const {
+    const size_t offset = address - reinterpret_cast<uintptr_t>(dynamic_);
+    return (offset < dynamic_bytes_ && bytes <= dynamic_bytes_ - offset) || in_a_variable(address, bytes);
+  }
+  // Where else in this memory they are, in words; empty if they are not in it.
+  std::string misplaced(uintptr_t address, size_t bytes) const;
 
   // Which fence was written to, in words; empty if none was.
   std::string broken_fence() const;
@@ -27,6 +37,8 @@ class SharedMemory {
  private:
   static constexpr size_t kAlignment = 1024;  // what TMA wants of a swizzled tile
   static constexpr size_t kMaxVariables = 64;
+
+  bool in_a_variable(uintptr_t address, size_t bytes) const;
 
   struct Variable {
     const void* site;

@@ -10,6 +10,7 @@
 
 #include "fiber.h"
 #include "shared_memory.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 namespace {
@@ -239,6 +240,7 @@ void run_block() {
   switch_fiber(device.host, first->fiber);
   acquire(&device.end_sync);
   device.current = nullptr;
+  trace::together(0, device.thread_count);
   ++device.counters.blocks;
   if (device.error.empty() && device.exited < device.thread_count)
     device.error = "deadlock: no thread can run" + roll_call();
@@ -278,12 +280,20 @@ void set_schedule(Order order, uint64_t seed) {
 
 Counters counters() {
   const std::lock_guard lock(device.mutex);
-  return device.counters;
+  Counters now = device.counters;
+  now.traffic = trace::traffic();
+  return now;
 }
 
 void reset_counters() {
   const std::lock_guard lock(device.mutex);
   device.counters = {};
+  trace::reset();
+}
+
+void count_accesses(bool on) {
+  const std::lock_guard lock(device.mutex);
+  trace::count(on);
 }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
@@ -308,6 +318,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   ++device.counters.kernels[kernel];
 
   device.error.clear();
+  const trace::Launch traced(kernel, thread);
+  trace::enter_block(device.shared_memory);
   for (const uint64_t linear : block_order(uint64_t{grid.x} * grid.y * grid.z)) {
     device.block_index = dim3(static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
                               static_cast<unsigned>(linear / grid.x / grid.y));
@@ -321,11 +333,13 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   }
 }
 
-CNNOPS_SIMT_RUNTIME const dim3& thread_index() { return device.current->position; }
-CNNOPS_SIMT_RUNTIME const dim3& block_index() { return device.block_index; }
-CNNOPS_SIMT_RUNTIME const dim3& block_dim() { return device.block; }
-CNNOPS_SIMT_RUNTIME const dim3& grid_dim() { return device.grid; }
+CNNOPS_SIMT_RUNTIME dim3 thread_index() { return device.current->position; }
+CNNOPS_SIMT_RUNTIME dim3 block_index() { return device.block_index; }
+CNNOPS_SIMT_RUNTIME dim3 block_dim() { return device.block; }
+CNNOPS_SIMT_RUNTIME dim3 grid_dim() { return device.grid; }
 CNNOPS_SIMT_RUNTIME int lane() { return static_cast<int>(device.current->index % kWarp); }
+
+CNNOPS_SIMT_RUNTIME unsigned trace::running_thread() { return device.current->index; }
 
 CNNOPS_SIMT_RUNTIME void fail(const std::string& what) {
   device.error = "thread " + std::to_string(device.current->index) + ": " + what;
@@ -355,6 +369,8 @@ CNNOPS_SIMT_RUNTIME bool lands_at_once() { return device.order == Order::kRandom
 void copy_async(void* destination, const void* source, int bytes) {
   if (reinterpret_cast<uintptr_t>(destination) % 16 || (bytes && reinterpret_cast<uintptr_t>(source) % 16))
     fail("an asynchronous copy of 16 bytes is not aligned to 16");
+  if (bytes) trace::global_read(source, static_cast<size_t>(bytes), __builtin_return_address(0));
+  trace::shared_write(destination, 16, __builtin_return_address(0));
   Thread& me = current_thread();
   const AsyncCopy copy{destination, source, bytes, me.committed_groups};
   if (lands_at_once())
@@ -388,6 +404,7 @@ CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
   if (++device.at_barrier == device.thread_count) {
     device.at_barrier = 0;
     ++device.barriers_passed;
+    trace::together(0, device.thread_count);
     for (unsigned i = 0; i < device.thread_count; ++i) wake(device.threads[i]);
     device.ready.erase(me.index);
     Thread* const next = next_thread();
@@ -435,7 +452,11 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
     return;
   }
   acquire(sync);
-  combine(meeting.operands);
+  {
+    const trace::Instruction instruction;
+    combine(meeting.operands);
+  }
+  if (mask == ~0u) trace::together(first, kWarp);
   release(sync);
   meeting = warp.meetings[--warp.meeting_count];
   for (unsigned other = 0; other < kWarp; ++other)

@@ -6,13 +6,15 @@
 // Plain `__shared__` is left undefined: shared variables go through CNNOPS_SHARED, so that they lie in that memory.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <source_location>
 #include <string>
+
+#include "trace.h"
+#include "vector_types.h"
 
 #define __global__
 #define __device__
@@ -43,11 +45,13 @@ enum class Order { kForward, kReversed, kRandom };
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0, block_barriers = 0, warp_collectives = 0;
   std::map<std::string, uint64_t> kernels;  // launches by name
+  std::map<std::string, Traffic> traffic;   // by kernel, of launches while accesses were counted
 };
 
 void set_schedule(Order order, uint64_t seed);
 Counters counters();
 void reset_counters();
+void count_accesses(bool on);
 
 // Runs `thread` once for each thread of the grid. Throws std::runtime_error, naming kernel, block and threads, for a
 // launch that a device would refuse, a deadlock, a misused intrinsic, or a write beyond shared memory; the next launch
@@ -55,10 +59,11 @@ void reset_counters();
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
             unsigned cluster = 1);
 
-const dim3& thread_index();
-const dim3& block_index();
-const dim3& block_dim();
-const dim3& grid_dim();
+// By value: reading them is no access to memory.
+dim3 thread_index();
+dim3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
 int lane();
 
 // Ends the launch with an error that names the calling thread.
@@ -72,6 +77,9 @@ void* static_shared(const void* site, size_t bytes, size_t alignment);
 void copy_async(void* destination, const void* source, int bytes);
 void commit_async();
 void wait_async(int groups_left);
+
+// An ordinary instruction is about to write to shared memory.
+void ordinary_shared_write(void* address, size_t bytes);
 
 void block_barrier(Where where);
 
@@ -92,7 +100,7 @@ T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
   Shuffle<T> mine{value, value, source};
   collective(
       name, mask, &mine,
-      [](const Lanes& operands) {
+      [](const Lanes& operands) CNNOPS_UNTRACED {
         for (void* each : operands) {
           if (!each) continue;
           auto& reader = *static_cast<Shuffle<T>*>(each);
@@ -149,9 +157,5 @@ inline int __all_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnop
   return cnnops::simt::ballot("__all_sync", mask, vote != 0, where) == mask;
 }
 
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
-inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+__forceinline__ float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
+__forceinline__ unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
