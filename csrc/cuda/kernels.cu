@@ -6,6 +6,10 @@
 #include "launch.h"
 #include "launchers.h"
 
+#if defined(CNNOPS_SIMT)
+#include "../simt/guard.h"
+#endif
+
 // The architectures and flags are the build's to know.
 #if !defined(CNNOPS_ARCHES)
 #define CNNOPS_ARCHES ""
@@ -83,6 +87,9 @@ const Kernels& kernels() {
     t.conv2d_forward = cuda::conv2d_forward;
     t.conv2d_backward = cuda::conv2d_backward;
     t.copy = cuda::copy;
+#if defined(CNNOPS_SIMT)
+    t = simt::guarded(t);
+#endif
     return t;
   }();
   return table;

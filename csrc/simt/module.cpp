@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "guard.h"
 #include "selftest.h"
 #include "simt.h"
 
@@ -23,6 +24,13 @@ void set_schedule(const std::string& order, uint64_t seed) {
   if (order == "reversed") return simt::set_schedule(simt::Order::kReversed, seed);
   if (order == "random") return simt::set_schedule(simt::Order::kRandom, seed);
   throw py::value_error("set_schedule: order must be forward, reversed or random, but got order='" + order + "'");
+}
+
+void guard_tensors(const std::string& where) {
+  if (where == "") return simt::guard_tensors(simt::Guard::kNone);
+  if (where == "end") return simt::guard_tensors(simt::Guard::kEnd);
+  if (where == "start") return simt::guard_tensors(simt::Guard::kStart);
+  throw py::value_error("guard_tensors: where must be 'end', 'start' or '', but got where='" + where + "'");
 }
 
 void count_accesses(bool on) {
@@ -78,6 +86,10 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
       "What ran since reset_counters(): launches, blocks, switches (of threads), block_barriers and warp_collectives "
       "(arrivals at them), kernels (launches by name) and traffic (by kernel, of launches while accesses were counted; "
       "the fields are explained in csrc/simt/trace.h).");
+  m.def(
+      "guard_tensors", &guard_tensors, py::arg("where"),
+      "Run each op from now on with its tensors flush against a page that faults, at their 'end' or their 'start', or "
+      "where they are (''). An access beside one raises RuntimeError. Raises ValueError for another place.");
   m.def("count_accesses", &count_accesses, py::arg("on"),
         "Count what kernels move from now on, or no more. Raises RuntimeError in a sanitized library, which cannot.");
   m.def("reset_counters", &simt::reset_counters, "Set every counter to zero.");

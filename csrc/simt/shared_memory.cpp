@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "fiber.h"
+#include "poison.h"
 #include "simt.h"
 #include "trace.h"
 
@@ -13,15 +14,6 @@ constexpr size_t kFence = 1024;                          // bytes around dynamic
 constexpr size_t kVariableFence = 64;                    // bytes around each variable
 constexpr size_t kVariableArena = 2 * kMaxStaticShared;  // room for the variables, their fences and alignment
 constexpr size_t kArena = kVariableArena + kFence + kMaxShared + kFence;
-
-// NaN in float, half and bfloat16, and no value that a kernel is likely to write.
-constexpr uint16_t kPoison = 0xffa5;
-
-unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
-
-void poison(unsigned char* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) begin[i] = poison_at(i);
-}
 
 // `origin` is where the poisoning began.
 bool poisoned(const unsigned char* begin, const unsigned char* end, const unsigned char* origin) {
