@@ -7,6 +7,7 @@
 
 #include "guard.h"
 #include "selftest.h"
+#include "selftest_memory.h"
 #include "simt.h"
 
 // The file name that Python imports the library by; sanitized builds have their own.
@@ -97,6 +98,12 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("run_fault", &simt::run_fault, py::arg("name"), py::arg("faulty") = true,
         "Run a kernel that commits the named fault, or its sound twin. Returns whether its result was right; raises "
         "RuntimeError where the emulator stops it, ValueError for an unknown name.");
+  m.def("memory_fault_names", &simt::memory_fault_names, "The faults that run_memory_fault knows.");
+  m.def("run_memory_fault", &simt::run_memory_fault, py::arg("name"), py::arg("faulty") = true,
+        "As run_fault, for faults of access to memory, on tensors guarded as guard_tensors has it.");
+  m.def("traffic_names", &simt::traffic_names, "The kernels that run_traffic knows.");
+  m.def("run_traffic", &simt::run_traffic, py::arg("name"),
+        "Run a kernel of one warp whose traffic is known. Raises ValueError for an unknown name.");
   m.def("launch_empty", &launch_empty, py::arg("grid"), py::arg("block"), py::arg("shared_bytes") = 0,
         "Launch a kernel that does nothing. grid, block: (x, y, z). Raises RuntimeError if a device would refuse it.");
 }

@@ -318,8 +318,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   ++device.counters.kernels[kernel];
 
   device.error.clear();
-  const trace::Launch traced(kernel, thread);
-  trace::enter_block(device.shared_memory);
+  const trace::Launch traced(kernel, thread, &device.shared_memory);
   for (const uint64_t linear : block_order(uint64_t{grid.x} * grid.y * grid.z)) {
     device.block_index = dim3(static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
                               static_cast<unsigned>(linear / grid.x / grid.y));
@@ -340,6 +339,7 @@ CNNOPS_SIMT_RUNTIME dim3 grid_dim() { return device.grid; }
 CNNOPS_SIMT_RUNTIME int lane() { return static_cast<int>(device.current->index % kWarp); }
 
 CNNOPS_SIMT_RUNTIME unsigned trace::running_thread() { return device.current->index; }
+CNNOPS_SIMT_RUNTIME const SharedMemory& trace::running_shared_memory() { return device.shared_memory; }
 
 CNNOPS_SIMT_RUNTIME void fail(const std::string& what) {
   device.error = "thread " + std::to_string(device.current->index) + ": " + what;

@@ -79,7 +79,7 @@ void commit_async();
 void wait_async(int groups_left);
 
 // An ordinary instruction is about to write to shared memory.
-void ordinary_shared_write(void* address, size_t bytes);
+void ordinary_shared_write(const void* address, size_t bytes);
 
 void block_barrier(Where where);
 

@@ -49,7 +49,7 @@ struct Range {
   bool holds(uintptr_t address) const { return address - begin < bytes; }
 };
 
-// Where a read needs no more than a look: the running block's dynamic shared memory, unless accesses are counted.
+// Where a read needs no more than a look, because it is not counted: dynamic shared memory of the only block.
 struct Quick {
   uintptr_t begin;
   size_t bytes;
@@ -64,7 +64,6 @@ struct Tracer {
   std::vector<trace::Tensor> tensors;
   std::vector<Range> arenas;
   Range body = {};
-  const SharedMemory* shared = nullptr;  // of the running block
 
   std::vector<Warp> warps;
   std::unordered_map<uintptr_t, Page> pages;  // by number
@@ -77,8 +76,8 @@ __attribute__((tls_model("initial-exec"))) thread_local bool in_kernel = false;
 
 std::string text(const char* does, size_t bytes) { return std::string(does) + " " + std::to_string(bytes) + " bytes "; }
 
-[[noreturn]] void fail_shared(uintptr_t address, size_t bytes, const char* does) {
-  const std::string why = tracer.shared->misplaced(address, bytes);
+[[noreturn]] void fail_shared(const SharedMemory& mine, uintptr_t address, size_t bytes, const char* does) {
+  const std::string why = mine.misplaced(address, bytes);
   fail(text(does, bytes) + (why.empty() ? "of another block's shared memory" : why));
 }
 
@@ -200,16 +199,18 @@ void record(Kind kind, uintptr_t address, size_t bytes, const void* site) {
 }
 
 void check_shared(uintptr_t address, size_t bytes, const char* does) {
-  if (!tracer.shared->holds(address, bytes)) fail_shared(address, bytes, does);
+  const SharedMemory& mine = trace::running_shared_memory();
+  if (!mine.holds(address, bytes)) fail_shared(mine, address, bytes, does);
 }
 
 __attribute__((noinline)) void ordinary(uintptr_t address, size_t bytes, bool write, const void* site) {
   if (!in_kernel) return;
   Kind kind = Kind::kShared;
-  if (tracer.shared->holds(address, bytes)) {
+  const SharedMemory& mine = trace::running_shared_memory();
+  if (mine.holds(address, bytes)) {
     if (write) ordinary_shared_write(reinterpret_cast<void*>(address), bytes);
   } else if (in_an_arena(address)) {
-    fail_shared(address, bytes, write ? "writes" : "reads");
+    fail_shared(mine, address, bytes, write ? "writes" : "reads");
   } else if (tracer.body.holds(address)) {
     return;
   } else {
@@ -251,8 +252,9 @@ void reset() { tracer.traffic.clear(); }
 void add_tensor(const Tensor& tensor) { tracer.tensors.push_back(tensor); }
 void forget_tensors() { tracer.tensors.clear(); }
 
-Launch::Launch(const char* kernel, const std::function<void()>& body) {
+Launch::Launch(const char* kernel, const std::function<void()>& body, const SharedMemory* only) {
   in_kernel = true;
+  if (only && !tracer.counting) quick = {reinterpret_cast<uintptr_t>(only->dynamic()), only->dynamic_bytes()};
   tracer.body = {reinterpret_cast<uintptr_t>(&body), sizeof body};
   if (!tracer.counting) return;
   tracer.current = &tracer.traffic[kernel];
@@ -268,11 +270,6 @@ Launch::~Launch() {
     tracer.current->dram_read_bytes += page.read.count() * kSectorBytes;
     tracer.current->dram_write_bytes += page.written.count() * kSectorBytes;
   }
-}
-
-void enter_block(const SharedMemory& mine) {
-  tracer.shared = &mine;
-  quick = {reinterpret_cast<uintptr_t>(mine.dynamic()), tracer.counting ? 0 : mine.dynamic_bytes()};
 }
 
 void together(unsigned first, unsigned count) {
@@ -336,7 +333,7 @@ void bulk_shared(size_t bytes) {
 
 }  // namespace trace
 
-__attribute__((weak)) void ordinary_shared_write(void*, size_t) {}
+__attribute__((weak)) void ordinary_shared_write(const void*, size_t) {}
 
 }  // namespace cnnops::simt
 

@@ -60,16 +60,15 @@ void forget_tensors();
 
 // What the scheduler says.
 
-// Stands for a launch on the calling host thread. `body` is where the parameters lie, a device's constant memory.
+// Stands for a launch on the calling host thread. `body` is where the parameters lie, a device's constant memory;
+// `only` the shared memory of the block that runs, null where blocks take turns.
 class Launch {
  public:
-  Launch(const char* kernel, const std::function<void()>& body);
+  Launch(const char* kernel, const std::function<void()>& body, const SharedMemory* only);
   ~Launch();
   Launch(const Launch&) = delete;
   Launch& operator=(const Launch&) = delete;
 };
-// The threads that run next are of the block that has this shared memory.
-void enter_block(const SharedMemory& mine);
 // The threads [first, first + count) have all come to the same point.
 void together(unsigned first, unsigned count);
 // Stands for an instruction that the last of its lanes executes for all.
@@ -81,9 +80,10 @@ class Instruction {
   Instruction& operator=(const Instruction&) = delete;
 };
 
-// What it is asked: the thread that runs, numbered so that no two threads that are under way share a number, and lanes
-// of a warp come together. Defined in simt.cpp.
+// What it is asked; defined in simt.cpp. The thread that runs, numbered so that no two threads under way share a number
+// and lanes of a warp come together; its block's shared memory.
 unsigned running_thread();
+const SharedMemory& running_shared_memory();
 
 // What emulated instructions say: checks that end the launch with an error, and counts.
 
