@@ -50,15 +50,16 @@ class GuardedCall::Pages {
   std::string stain() const {
     const unsigned char* const end = tensor_ + bytes_;
     for (const unsigned char* p = end; p < open_ + open_bytes_; ++p)
-      if (*p != poison_at(static_cast<size_t>(p - open_)))
-        return std::to_string(p - end + 1) + " bytes beyond the end of " + name_;
+      if (written(p)) return std::string("beyond the end of ") + name_ + ", at distance " + std::to_string(p - end + 1);
     for (const unsigned char* p = tensor_; p-- > open_;)
-      if (*p != poison_at(static_cast<size_t>(p - open_)))
-        return std::to_string(tensor_ - p) + " bytes before the start of " + name_;
+      if (written(p))
+        return std::string("before the start of ") + name_ + ", at distance " + std::to_string(tensor_ - p);
     return "";
   }
 
  private:
+  bool written(const unsigned char* p) const { return *p != poison_at(static_cast<size_t>(p - open_)); }
+
   const char* name_;
   size_t bytes_, open_bytes_;
   void* copy_back_to_;

@@ -91,9 +91,10 @@ std::string text(const char* does, size_t bytes) { return std::string(does) + " 
     const uintptr_t distance = beyond ? address + bytes - (each.begin + each.bytes) : each.begin - address;
     if (distance < least) nearest = &each, least = distance, after = beyond;
   }
-  fail(text(does, bytes) + "of global memory, " + std::to_string(least) +
-       (after ? " bytes beyond the end of " : " bytes before the start of ") + nearest->name + " (" +
-       std::to_string(nearest->bytes) + " bytes)");
+  fail(text(does, bytes) + "of global memory, " +
+       (after ? "up to " + std::to_string(least) + " bytes beyond the end of "
+              : "from " + std::to_string(least) + " bytes before the start of ") +
+       nearest->name + " (" + std::to_string(nearest->bytes) + " bytes)");
 }
 
 void check_global(uintptr_t address, size_t bytes, bool write) {
