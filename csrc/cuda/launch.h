@@ -86,7 +86,7 @@ struct Launched {
 };
 
 #if defined(CNNOPS_SIMT)
-inline int multiprocessors() { return simt::kMultiprocessors; }
+inline int multiprocessors() { return simt::multiprocessors(); }
 #else
 inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));

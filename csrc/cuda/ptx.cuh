@@ -15,10 +15,12 @@ namespace cnnops::cuda {
 
 #if defined(CNNOPS_SIMT)
 
-__forceinline__ float to_float(Half v) { return static_cast<float>(__builtin_bit_cast(_Float16, v.bits)); }
+__forceinline__ float to_float(Half v) { return simt::half_value(v.bits); }
 __forceinline__ void from_float(float v, Half& out) {
   out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(v));
 }
+
+inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   simt::copy_async(shared, global, valid ? 16 : 0);

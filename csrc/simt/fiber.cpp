@@ -11,6 +11,17 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+void __tsan_read_range(void* p, size_t bytes);
+void __tsan_write_range(void* p, size_t bytes);
+}
+#endif
+
 #if !defined(__x86_64__)
 #error "the emulator's stack switch is written for x86-64"
 #endif
@@ -47,6 +58,12 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr int kSavedRegisters = 6;
 
+#if defined(__SANITIZE_THREAD__)
+constexpr unsigned kAgents = 64;  // enough that those of copies under way together differ
+void* agents[kAgents];
+unsigned agents_used;
+#endif
+
 // Sanitized frames are several times the plain ones; pages commit on touch.
 char* new_stack() {
   void* const pages =
@@ -62,7 +79,7 @@ char* new_stack() {
 
 }  // namespace
 
-void restart(Fiber& fiber, void (*entry)()) {
+CNNOPS_SIMT_RUNTIME void restart(Fiber& fiber, void (*entry)()) {
   if (!fiber.stack) {
     fiber.stack = new_stack() + kPage;
     fiber.stack_bytes = kStackBytes - kPage;
@@ -72,7 +89,16 @@ void restart(Fiber& fiber, void (*entry)()) {
   fiber.asan_fake_stack = nullptr;
 #endif
 #if defined(__SANITIZE_THREAD__)
-  if (fiber.tsan_fiber) __tsan_destroy_fiber(fiber.tsan_fiber);
+  if (fiber.tsan_fiber) {
+    void* const self = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
+    for (; fiber.hidden; --fiber.hidden) {  // TSan wants none left
+      AnnotateIgnoreWritesEnd("", 0);
+      AnnotateIgnoreReadsEnd("", 0);
+    }
+    __tsan_switch_to_fiber(self, __tsan_switch_to_fiber_no_sync);
+    __tsan_destroy_fiber(fiber.tsan_fiber);
+  }
   fiber.tsan_fiber = __tsan_create_fiber(0);
 #endif
   // From the top: a null return address, which also puts the stack where the ABI wants it at a function's entry; the
@@ -114,5 +140,46 @@ void arrive_on_fresh_stack() {
   __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
 #endif
 }
+
+#if defined(__SANITIZE_THREAD__)
+CNNOPS_SIMT_RUNTIME Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {
+  ++fiber_.hidden;
+  AnnotateIgnoreReadsBegin("", 0);
+  AnnotateIgnoreWritesBegin("", 0);
+}
+CNNOPS_SIMT_RUNTIME Hidden::~Hidden() {
+  AnnotateIgnoreWritesEnd("", 0);
+  AnnotateIgnoreReadsEnd("", 0);
+  --fiber_.hidden;
+}
+CNNOPS_SIMT_RUNTIME Shown::Shown(Fiber& fiber) : fiber_(fiber) {
+  AnnotateIgnoreWritesEnd("", 0);
+  AnnotateIgnoreReadsEnd("", 0);
+  --fiber_.hidden;
+}
+CNNOPS_SIMT_RUNTIME Shown::~Shown() {
+  ++fiber_.hidden;
+  AnnotateIgnoreReadsBegin("", 0);
+  AnnotateIgnoreWritesBegin("", 0);
+}
+CNNOPS_SIMT_RUNTIME Agent::Agent(void* cause) : interrupted_(__tsan_get_current_fiber()) {
+  void*& agent = agents[agents_used++ % kAgents];
+  if (!agent) agent = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(agent, __tsan_switch_to_fiber_no_sync);
+  __tsan_acquire(cause);
+}
+CNNOPS_SIMT_RUNTIME Agent::~Agent() { __tsan_switch_to_fiber(interrupted_, __tsan_switch_to_fiber_no_sync); }
+CNNOPS_SIMT_RUNTIME void note_read(const void* p, size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
+CNNOPS_SIMT_RUNTIME void note_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
+#else
+Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {}
+Hidden::~Hidden() = default;
+Shown::Shown(Fiber& fiber) : fiber_(fiber) {}
+Shown::~Shown() = default;
+Agent::Agent(void*) {}
+Agent::~Agent() = default;
+void note_read(const void*, size_t) {}
+void note_write(void*, size_t) {}
+#endif
 
 }  // namespace cnnops::simt

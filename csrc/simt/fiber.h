@@ -24,6 +24,7 @@ struct Fiber {
   size_t stack_bytes = 0;
   void* asan_fake_stack = nullptr;
   void* tsan_fiber = nullptr;
+  int hidden = 0;  // how many Hidden live
 };
 
 // Gives `fiber` a fresh stack on which the next switch starts `entry`, which must not return. Whatever it ran before
@@ -37,6 +38,46 @@ void switch_fiber(Fiber& from, Fiber& to);
 
 // The first thing that an entry function calls.
 void arrive_on_fresh_stack();
+
+// While it lives, TSan does not see what this fiber reads and writes. `fiber` is the one that runs.
+class Hidden {
+ public:
+  explicit Hidden(Fiber& fiber);
+  ~Hidden();
+  Hidden(const Hidden&) = delete;
+  Hidden& operator=(const Hidden&) = delete;
+
+ private:
+  [[maybe_unused]] Fiber& fiber_;
+};
+
+// Lifts that within it.
+class Shown {
+ public:
+  explicit Shown(Fiber& fiber);
+  ~Shown();
+  Shown(const Shown&) = delete;
+  Shown& operator=(const Shown&) = delete;
+
+ private:
+  [[maybe_unused]] Fiber& fiber_;
+};
+
+// While it lives, what runs is done by none of the device's threads, after all that came before release(cause).
+class Agent {
+ public:
+  explicit Agent(void* cause);
+  ~Agent();
+  Agent(const Agent&) = delete;
+  Agent& operator=(const Agent&) = delete;
+
+ private:
+  [[maybe_unused]] void* interrupted_ = nullptr;
+};
+
+// For TSan: accesses that it cannot see, being made by hidden code.
+void note_read(const void* p, size_t bytes);
+void note_write(void* p, size_t bytes);
 
 // What happened before release(sync) is visible after acquire(sync).
 inline void acquire([[maybe_unused]] void* sync) {

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 
 #include "guard.h"
 #include "selftest.h"
@@ -82,6 +83,18 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed") = 0,
         "Run threads and blocks in 'forward', 'reversed' or 'random' order. With 'random', asynchronous copies land at "
         "once or as late as allowed, as the seed has it. Raises ValueError for another order.");
+  m.def("set_device", &simt::set_device, py::arg("architecture") = 90, py::arg("multiprocessors") = 3,
+        "Claim to be a device of this architecture (80, 86 or 90: its shared memory, and whether it has TMA, wgmma and "
+        "clusters) with so many multiprocessors. Raises ValueError for another.");
+  m.def(
+      "run_blocks",
+      [](uint64_t first, std::optional<uint64_t> count) { simt::run_blocks(first, count.value_or(UINT64_MAX)); },
+      py::arg("first") = 0, py::arg("count") = py::none(),
+      "Run only these blocks of each launch, by linear index; without arguments, all. A launch whose clusters that "
+      "would cut apart raises RuntimeError.");
+  m.def("sync_wrappers", &simt::sync_wrappers, "The names of everything that kernels synchronise with.");
+  m.def("disable_sync", &simt::disable_sync, py::arg("name") = "",
+        "From here on the named wrapper does nothing; '' restores it. Raises ValueError for an unknown name.");
   m.def(
       "counters", &counters,
       "What ran since reset_counters(): launches, blocks, switches (of threads), block_barriers and warp_collectives "

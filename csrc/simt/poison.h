@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace cnnops::simt {
 
@@ -12,7 +13,8 @@ constexpr uint16_t kPoison = 0xffa5;
 constexpr unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
 
 inline void poison(unsigned char* begin, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) begin[i] = poison_at(i);
+  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(begin + i, &kPoison, 2);
+  if (bytes % 2) begin[bytes - 1] = poison_at(bytes - 1);
 }
 
 }  // namespace cnnops::simt

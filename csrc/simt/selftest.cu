@@ -1,5 +1,6 @@
 // Every kernel here reverses a row, out[t] = kThreads - 1 - t, by some means of the device, and with kFaulty commits
-// the fault that it is named for. A fault must not go unnoticed: the launch throws or the row comes out wrong.
+// the fault that it is named for; selftest_sm90.cu has those of Hopper. A fault must not go unnoticed: the launch
+// throws or the row comes out wrong.
 
 #include <numeric>
 #include <stdexcept>
@@ -15,6 +16,12 @@ using Row = float[kThreads];
 
 int thread() { return static_cast<int>(threadIdx.x); }
 float value(int t) { return static_cast<float>(t); }
+
+bool reversed(const Row& row) {
+  for (int t = 0; t < kThreads; ++t)
+    if (!(row[t] == value(kLast - t))) return false;
+  return true;
+}
 
 template <bool kFaulty>
 __global__ void missing_barrier(const float*, float* out) {
@@ -124,44 +131,107 @@ __global__ void lane_missing_from_collective(const float*, float* out) {
   out[thread()] = __shfl_xor_sync(~0u, value(kLast - (thread() ^ 31)), 31);
 }
 
-struct Fault {
-  const char* name;
-  void (*sound)(const float* source, float* out);
-  void (*faulty)(const float* source, float* out);
-};
+enum class Named { kSound, kMissing, kWrongCount, kWrongNumber };
 
-#define CNNOPS_FAULT(name) \
-  Fault { #name, name<false>, name<true> }
-constexpr Fault kFaults[] = {
-    CNNOPS_FAULT(missing_barrier),           CNNOPS_FAULT(early_refill),
-    CNNOPS_FAULT(missing_async_wait),        CNNOPS_FAULT(misaligned_async_copy),
-    CNNOPS_FAULT(dynamic_shared_overrun),    CNNOPS_FAULT(shared_variable_overrun),
-    CNNOPS_FAULT(uninitialised_read),        CNNOPS_FAULT(divergent_barrier),
-    CNNOPS_FAULT(exit_before_barrier),       CNNOPS_FAULT(lane_outside_mask),
-    CNNOPS_FAULT(shuffle_from_outside_mask), CNNOPS_FAULT(lane_missing_from_collective),
-};
+// Two warps write half of the row each; each tells the other by a barrier of its own, and waits for the other's.
+template <Named kFault>
+__global__ void named(const float*, float* out) {
+  CNNOPS_DYNAMIC_SHARED(float, row);
+  const int warp = thread() / 32;
+  if (warp >= 2) return;
+  const int first = warp * kThreads / 2 + thread() % 32, other = 1 - warp;
+  for (int i = first; i < first + kThreads / 2; i += 32) row[i] = value(i);
+  cuda::barrier_arrive(kFault == Named::kWrongNumber ? 16 + warp : 1 + warp, 64);
+  if (kFault != Named::kMissing) cuda::barrier_sync(1 + other, kFault == Named::kWrongCount ? 96 : 64);
+  for (int i = first; i < first + kThreads / 2; i += 32) out[i] = row[kLast - i];
+}
+
+template <Named kFault>
+bool run_named(const char* name) {
+  Row out = {};
+  launch(name, dim3(1), dim3(kThreads), sizeof(Row), [&] { named<kFault>(nullptr, out); });
+  return reversed(out);
+}
+
+// Four blocks write a quarter of the row each, and the one that counts last reverses it.
+constexpr int kBlocks = 4, kQuarter = kThreads / kBlocks;
+
+template <bool kFaulty>
+__global__ void last_block(float* row, unsigned* finished, float* out) {
+  CNNOPS_SHARED(unsigned, before);
+  const int i = static_cast<int>(blockIdx.x) * kQuarter + thread();
+  row[i] = value(i);
+  if (!kFaulty) __threadfence();
+  __syncthreads();
+  if (thread() == 0) before = atomicAdd(finished, 1u);
+  __syncthreads();
+  if (before != kBlocks - 1) return;
+  __threadfence();
+  for (int k = thread(); k < kThreads; k += kQuarter) out[k] = row[kLast - k];
+}
+
+template <bool kFaulty>
+bool run_last_block(const char* name) {
+  Row row = {}, out = {};
+  unsigned finished = 0;
+  launch(name, dim3(kBlocks), dim3(kQuarter), 0, [&] { last_block<kFaulty>(row, &finished, out); });
+  return reversed(out);
+}
+
+template <void (*kKernel)(const float* source, float* out)>
+bool run_row(const char* name) {
+  alignas(16) Row source;
+  Row out = {};
+  std::iota(source, source + kThreads, 0.0f);
+  launch(name, dim3(1), dim3(kThreads), sizeof(Row), [&] { kKernel(source, out); });
+  return reversed(out);
+}
+
+template <auto kSound, auto kFaulty>
+constexpr Fault fault(const char* name) {
+  return {name, [](const char* called, bool faulty) { return faulty ? kFaulty(called) : kSound(called); }};
+}
+
+#define CNNOPS_FAULT(name) fault<run_row<name<false>>, run_row<name<true>>>(#name)
+const std::vector<Fault>& faults() {
+  static const std::vector<Fault> all = [] {
+    std::vector<Fault> out = {
+        CNNOPS_FAULT(missing_barrier),
+        CNNOPS_FAULT(early_refill),
+        CNNOPS_FAULT(missing_async_wait),
+        CNNOPS_FAULT(misaligned_async_copy),
+        CNNOPS_FAULT(dynamic_shared_overrun),
+        CNNOPS_FAULT(shared_variable_overrun),
+        CNNOPS_FAULT(uninitialised_read),
+        CNNOPS_FAULT(divergent_barrier),
+        CNNOPS_FAULT(exit_before_barrier),
+        CNNOPS_FAULT(lane_outside_mask),
+        CNNOPS_FAULT(shuffle_from_outside_mask),
+        CNNOPS_FAULT(lane_missing_from_collective),
+        fault<run_named<Named::kSound>, run_named<Named::kMissing>>("missing_barrier_sync"),
+        fault<run_named<Named::kSound>, run_named<Named::kWrongCount>>("barrier_count_mismatch"),
+        fault<run_named<Named::kSound>, run_named<Named::kWrongNumber>>("barrier_number_too_large"),
+        fault<run_last_block<false>, run_last_block<true>>("missing_threadfence"),
+    };
+    const std::vector<Fault> more = sm90_faults();
+    out.insert(out.end(), more.begin(), more.end());
+    return out;
+  }();
+  return all;
+}
 #undef CNNOPS_FAULT
 
 }  // namespace
 
 std::vector<std::string> fault_names() {
   std::vector<std::string> names;
-  for (const Fault& fault : kFaults) names.push_back(fault.name);
+  for (const Fault& fault : faults()) names.push_back(fault.name);
   return names;
 }
 
 bool run_fault(const std::string& name, bool faulty) {
-  for (const Fault& fault : kFaults) {
-    if (name != fault.name) continue;
-    alignas(16) Row source;
-    Row out = {};
-    std::iota(source, source + kThreads, 0.0f);
-    launch(fault.name, dim3(1), dim3(kThreads), sizeof(Row),
-           [&] { (faulty ? fault.faulty : fault.sound)(source, out); });
-    for (int t = 0; t < kThreads; ++t)
-      if (!(out[t] == value(kLast - t))) return false;
-    return true;
-  }
+  for (const Fault& fault : faults())
+    if (name == fault.name) return fault.run(fault.name, faulty);
   throw std::invalid_argument("no such fault: " + name);
 }
 

@@ -6,6 +6,13 @@
 
 namespace cnnops::simt {
 
+// Runs its kernel under this name; whether the result was right.
+struct Fault {
+  const char* name;
+  bool (*run)(const char* name, bool faulty);
+};
+std::vector<Fault> sm90_faults();
+
 std::vector<std::string> fault_names();
 
 // Runs the kernel that commits the fault, or its sound twin. Whether the result was right; throws std::runtime_error

@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include "fiber.h"
+#include "device.h"
 #include "poison.h"
-#include "simt.h"
 #include "trace.h"
 
 namespace cnnops::simt {
@@ -54,6 +53,9 @@ CNNOPS_SIMT_RUNTIME void* SharedMemory::variable(const void* site, size_t bytes,
   const size_t end = begin + bytes + kVariableFence;
   variable_bytes_ += bytes;
   if (variable_bytes_ > kMaxStaticShared) fail("shared variables are limited to 48 KB a block");
+  if (variable_bytes_ + dynamic_bytes_ > max_shared())
+    fail("shared variables and dynamic shared memory are limited to " + std::to_string(max_shared() >> 10) +
+         " KB a block");
   if (end > kVariableArena || variable_count_ == kMaxVariables) fail("too many shared variables for the emulator");
   variables_end_ = variables_begin_ + end;
   variables_[variable_count_++] = {site, variables_begin_ + begin, bytes};
@@ -73,6 +75,11 @@ std::string SharedMemory::misplaced(uintptr_t address, size_t bytes) const {
   if (address < arena + kVariableArena) return "outside a shared variable";
   return address < dynamic ? "before the start of dynamic shared memory"
                            : "beyond the " + std::to_string(dynamic_bytes_) + " bytes of dynamic shared memory";
+}
+
+bool SharedMemory::dynamic_holds(const void* p, size_t bytes) const {
+  const auto* const begin = static_cast<const unsigned char*>(p);
+  return begin >= dynamic_ && begin + bytes <= dynamic_ + dynamic_bytes_;
 }
 
 std::string SharedMemory::broken_fence() const {

@@ -9,7 +9,9 @@
 
 namespace cnnops::simt {
 
-constexpr size_t kMaxShared = 227 << 10, kMaxStaticShared = 48 << 10;  // bytes a block, as on sm_90
+constexpr size_t kMaxShared = 227 << 10;  // bytes a block, of the architecture that has most
+constexpr size_t kMaxStaticShared = 48 << 10;
+constexpr size_t kWindowBase = 1024;  // where dynamic memory begins in the block's window, after what sm_90 reserves
 
 class SharedMemory {
  public:
@@ -18,8 +20,16 @@ class SharedMemory {
   // What a block leaves behind becomes poison again.
   void refresh();
 
-  void* dynamic() const { return dynamic_; }
+  unsigned char* dynamic() const { return dynamic_; }
   size_t dynamic_bytes() const { return dynamic_bytes_; }
+  // Whether these bytes lie in dynamic memory.
+  bool dynamic_holds(const void* p, size_t bytes) const;
+  // Offsets in the window of dynamic memory.
+  size_t offset(const void* p) const {
+    return kWindowBase + static_cast<size_t>(static_cast<const unsigned char*>(p) - dynamic_);
+  }
+  unsigned char* at(size_t offset) const { return dynamic_ + (offset - kWindowBase); }
+  size_t window_end() const { return kWindowBase + dynamic_bytes_; }
   // The variable that stands for a declaration, made when a block's first thread reaches it.
   void* variable(const void* site, size_t bytes, size_t alignment);
 
@@ -28,6 +38,7 @@ class SharedMemory {
     const size_t offset = address - reinterpret_cast<uintptr_t>(dynamic_);
     return (offset < dynamic_bytes_ && bytes <= dynamic_bytes_ - offset) || in_a_variable(address, bytes);
   }
+  bool holds(const void* p, size_t bytes) const { return holds(reinterpret_cast<uintptr_t>(p), bytes); }
   // Where else in this memory they are, in words; empty if they are not in it.
   std::string misplaced(uintptr_t address, size_t bytes) const;
 

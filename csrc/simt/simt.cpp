@@ -1,118 +1,61 @@
-#include "simt.h"
-
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
-#include <vector>
 
-#include "fiber.h"
-#include "shared_memory.h"
+#include "device.h"
 #include "trace.h"
 
 namespace cnnops::simt {
-namespace {
-
-constexpr unsigned kMaxThreads = 1024, kWarp = 32, kMaxGridYZ = 65535, kMaxBlockZ = 64;
-
-struct AsyncCopy {
-  void* destination;
-  const void* source;
-  int bytes, group;
-};
-
-enum class State { kReady, kAtBarrier, kInCollective, kExited };
-
-struct Thread {
-  Fiber fiber;
-  unsigned index = 0;
-  dim3 position;
-  State state = State::kExited;
-  const char* waits_in = nullptr;
-  unsigned mask = 0;
-  Where where;
-  std::vector<AsyncCopy> copies;
-  int committed_groups = 0;
-};
-
-// Lanes of one warp that have arrived at a collective and wait for the rest of their mask.
-struct Meeting {
-  unsigned mask = 0, arrived = 0;
-  Combine combine = nullptr;
-  Lanes operands = {};
-  void* sync = nullptr;
-};
-
-struct Warp {
-  Meeting meetings[kWarp];
-  unsigned meeting_count = 0, syncs_used = 0;
-  // One object for each meeting that may still be left while the next ones form; sharing one would order threads that
-  // nothing orders, and so hide races from TSan.
-  char syncs[64] = {};
-};
-
-// The threads that can run, as one bit each.
-class ReadySet {
- public:
-  CNNOPS_SIMT_RUNTIME void insert(unsigned i) { words_[i / 64] |= uint64_t{1} << i % 64; }
-  CNNOPS_SIMT_RUNTIME void erase(unsigned i) { words_[i / 64] &= ~(uint64_t{1} << i % 64); }
-  CNNOPS_SIMT_RUNTIME void clear() { std::fill(std::begin(words_), std::end(words_), 0); }
-
-  // The first member at or after `from`, going round; -1 if there is none.
-  CNNOPS_SIMT_RUNTIME int next(unsigned from) const {
-    unsigned w = from / 64;
-    uint64_t bits = words_[w] >> from % 64 << from % 64;
-    for (unsigned tries = 0; tries <= kWords; ++tries) {
-      if (bits) return static_cast<int>(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
-      w = (w + 1) % kWords;
-      bits = words_[w];
-    }
-    return -1;
-  }
-  // The last member at or before `from`, going round; -1 if there is none.
-  CNNOPS_SIMT_RUNTIME int previous(unsigned from) const {
-    unsigned w = from / 64;
-    uint64_t bits = words_[w] << (63 - from % 64) >> (63 - from % 64);
-    for (unsigned tries = 0; tries <= kWords; ++tries) {
-      if (bits) return static_cast<int>(w * 64 + 63 - static_cast<unsigned>(__builtin_clzll(bits)));
-      w = (w + kWords - 1) % kWords;
-      bits = words_[w];
-    }
-    return -1;
-  }
-
- private:
-  static constexpr unsigned kWords = kMaxThreads / 64;
-  uint64_t words_[kWords] = {};
-};
-
-struct Device {
-  std::mutex mutex;  // one launch at a time
-  Order order = Order::kForward;
-  uint64_t random = 1;
-  Counters counters;
-
-  Fiber host;
-  Thread threads[kMaxThreads];
-  unsigned started_threads = 0;
-  Thread* current = nullptr;
-  Warp warps[kMaxThreads / kWarp];
-  ReadySet ready;
-
-  const char* kernel = nullptr;
-  const std::function<void()>* body = nullptr;
-  dim3 grid, block, block_index;
-  unsigned thread_count = 0, exited = 0, at_barrier = 0, barriers_passed = 0;
-  const Thread* first_at_barrier = nullptr;
-  char begin_sync = 0, end_sync = 0, barrier_syncs[2] = {};
-  std::string error;
-
-  SharedMemory shared_memory;
-};
 
 Device device;
+
+namespace {
+
+constexpr unsigned kMaxGridYZ = 65535, kMaxBlockZ = 64;
+
+}  // namespace
+
+CNNOPS_SIMT_RUNTIME void ReadySet::insert(unsigned i) { words_[i / 64] |= uint64_t{1} << i % 64; }
+CNNOPS_SIMT_RUNTIME void ReadySet::erase(unsigned i) { words_[i / 64] &= ~(uint64_t{1} << i % 64); }
+CNNOPS_SIMT_RUNTIME void ReadySet::clear() { std::fill(std::begin(words_), std::end(words_), 0); }
+
+CNNOPS_SIMT_RUNTIME int ReadySet::next(unsigned from) const {
+  unsigned w = from / 64;
+  uint64_t bits = words_[w] >> from % 64 << from % 64;
+  for (unsigned tries = 0; tries <= words_used_; ++tries) {
+    if (bits) return static_cast<int>(w * 64 + static_cast<unsigned>(__builtin_ctzll(bits)));
+    w = (w + 1) % words_used_;
+    bits = words_[w];
+  }
+  return -1;
+}
+
+CNNOPS_SIMT_RUNTIME int ReadySet::previous(unsigned from) const {
+  unsigned w = from / 64;
+  uint64_t bits = words_[w] << (63 - from % 64) >> (63 - from % 64);
+  for (unsigned tries = 0; tries <= words_used_; ++tries) {
+    if (bits) return static_cast<int>(w * 64 + 63 - static_cast<unsigned>(__builtin_clzll(bits)));
+    w = (w + words_used_ - 1) % words_used_;
+    bits = words_[w];
+  }
+  return -1;
+}
+
+CNNOPS_SIMT_RUNTIME void WaitList::add(Thread& thread) {
+  thread.next_waiter = first_;
+  first_ = &thread;
+}
+
+CNNOPS_SIMT_RUNTIME void WaitList::wake_all() {
+  for (Thread* each = first_; each;) {
+    Thread* const next = each->next_waiter;
+    wake(*each);
+    each = next;
+  }
+  first_ = nullptr;
+}
 
 CNNOPS_SIMT_RUNTIME uint64_t next_random() {  // xorshift64*
   device.random ^= device.random >> 12;
@@ -121,76 +64,39 @@ CNNOPS_SIMT_RUNTIME uint64_t next_random() {  // xorshift64*
   return device.random * 0x2545f4914f6cdd1dULL;
 }
 
+CNNOPS_SIMT_RUNTIME bool coin() { return device.order == Order::kRandom && next_random() >> 63; }
+
+namespace {
+
+CNNOPS_SIMT_RUNTIME unsigned total_threads() { return device.thread_count * device.cluster; }
+
 CNNOPS_SIMT_RUNTIME Thread* next_thread() {
-  const unsigned last = device.current ? device.current->index : kMaxThreads - 1;
-  int index = -1;
+  const unsigned total = total_threads();
+  const unsigned last = device.current ? device.current->slot : total - 1;
+  int slot = -1;
   switch (device.order) {
     case Order::kForward:
-      index = device.ready.next((last + 1) % kMaxThreads);
+      slot = device.ready.next((last + 1) % total);
       break;
     case Order::kReversed:
-      index = device.ready.previous((last + kMaxThreads - 1) % kMaxThreads);
+      slot = device.ready.previous((last + total - 1) % total);
       break;
     case Order::kRandom:
-      index = device.ready.next(static_cast<unsigned>(next_random() >> 32) % device.thread_count);
+      slot = device.ready.next(static_cast<unsigned>(next_random() >> 32) % total);
       break;
   }
-  return index < 0 ? nullptr : &device.threads[index];
+  return slot < 0 ? nullptr : &device.threads[slot];
 }
 
-std::string text(const dim3& d) {
-  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
-}
+}  // namespace
 
-std::string text(const Where& where) {
-  const std::string path = where.file_name();
-  return path.substr(path.rfind('/') + 1) + ":" + std::to_string(where.line());
-}
-
-std::string place() { return std::string(device.kernel) + ", block " + text(device.block_index); }
-
-std::string doing(const Thread& thread) {
-  switch (thread.state) {
-    case State::kReady:
-      return "able to run";
-    case State::kAtBarrier:
-      return "waiting in __syncthreads at " + text(thread.where);
-    case State::kInCollective: {
-      char mask[16];
-      std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
-      return std::string("waiting in ") + thread.waits_in + " with mask " + mask + " at " + text(thread.where);
-    }
-    case State::kExited:
-      return "exited";
-  }
-  return "";
-}
-
-// What every thread of the block is at, those that do the same in one line.
-std::string roll_call() {
-  std::vector<std::pair<std::string, std::string>> lines;  // what they do, who they are
-  for (unsigned first = 0; first < device.thread_count;) {
-    const std::string what = doing(device.threads[first]);
-    unsigned end = first + 1;
-    while (end < device.thread_count && doing(device.threads[end]) == what) ++end;
-    const std::string who = std::to_string(first) + (end - first > 1 ? ".." + std::to_string(end - 1) : "");
-    const auto line = std::find_if(lines.begin(), lines.end(), [&](const auto& each) { return each.first == what; });
-    if (line == lines.end())
-      lines.push_back({what, who});
-    else
-      line->second += ", " + who;
-    first = end;
-  }
-  std::string out;
-  for (const auto& [what, who] : lines) out += "\n  " + what + ": thread " + who;
-  return out;
-}
-
-// Leaves the calling thread for the next one that can run; for the host when the block is over or stuck.
 CNNOPS_SIMT_RUNTIME void suspend() {
   Thread& me = *device.current;
-  device.ready.erase(me.index);
-  Thread* const next = next_thread();
+  device.ready.erase(me.slot);
+  if (!device.tma_copies.empty() && device.order == Order::kRandom && next_random() >> 32 < device.landing_chance)
+    land_one();
+  Thread* next = next_thread();
+  while (!next && land_one()) next = next_thread();
   ++device.counters.switches;
   if (next == &me) return;
   device.current = next;
@@ -199,12 +105,32 @@ CNNOPS_SIMT_RUNTIME void suspend() {
 
 CNNOPS_SIMT_RUNTIME void wake(Thread& thread) {
   thread.state = State::kReady;
-  device.ready.insert(thread.index);
+  device.ready.insert(thread.slot);
 }
 
+CNNOPS_SIMT_RUNTIME void yield() {
+  Thread& me = *device.current;
+  device.ready.erase(me.slot);
+  Thread* const next = next_thread();
+  device.ready.insert(me.slot);
+  if (next) yield_to(*next);
+}
+
+CNNOPS_SIMT_RUNTIME void yield_to(Thread& thread) {
+  Thread& me = *device.current;
+  ++device.counters.switches;
+  device.current = &thread;
+  switch_fiber(me.fiber, thread.fiber);
+}
+
+namespace {
+
 CNNOPS_SIMT_RUNTIME void leave_block() {
-  device.current->state = State::kExited;
+  Thread& me = *device.current;
+  me.state = State::kExited;
   ++device.exited;
+  if (++me.block->exited == device.thread_count) check_block_exit(*me.block);
+  open_cluster_barrier_if_all_came();
   suspend();
 }
 
@@ -224,15 +150,35 @@ void thread_main() {
   }
 }
 
-void run_block() {
+void start_block(Block& block) {
   for (unsigned i = 0; i < device.thread_count; ++i) {
-    Thread& thread = device.threads[i];
+    Thread& thread = block.threads[i];
     thread.copies.clear();
     thread.committed_groups = 0;
+    thread.published = false;
+    thread.unfenced_chunks.clear();
     wake(thread);
   }
-  for (Warp& warp : device.warps) warp.meeting_count = 0;
-  device.exited = device.at_barrier = 0;
+  for (Warp& warp : block.warps) warp.meeting_count = 0;
+  block.exited = block.at_barrier = 0;
+  block.epoch = 0;
+  reset_asynchronous(block);
+}
+
+void run_cluster(uint64_t first_block) {
+  for (unsigned rank = 0; rank < device.cluster; ++rank) {
+    const uint64_t linear = first_block + rank;
+    device.blocks[rank].index = dim3(static_cast<unsigned>(linear % device.grid.x),
+                                     static_cast<unsigned>(linear / device.grid.x % device.grid.y),
+                                     static_cast<unsigned>(linear / device.grid.x / device.grid.y));
+    start_block(device.blocks[rank]);
+  }
+  device.exited = device.at_cluster_barrier = 0;
+  device.cluster_barriers_passed = 0;
+  device.cluster_waiting = {};
+  device.tma_copies.clear();
+  // One in 1 to 128 switches lets a copy land: in some clusters early, in others late.
+  device.landing_chance = (uint64_t{1} << 32) >> (next_random() >> 32) % 8;
   device.current = nullptr;
   release(&device.begin_sync);
   Thread* const first = next_thread();
@@ -240,14 +186,17 @@ void run_block() {
   switch_fiber(device.host, first->fiber);
   acquire(&device.end_sync);
   device.current = nullptr;
-  trace::together(0, device.thread_count);
-  ++device.counters.blocks;
-  if (device.error.empty() && device.exited < device.thread_count)
-    device.error = "deadlock: no thread can run" + roll_call();
-  if (device.error.empty()) device.error = device.shared_memory.broken_fence();
+  for (const Block& block : device.blocks) trace::together(block.rank * kMaxThreads, device.thread_count);
+  device.counters.blocks += device.cluster;
+  if (device.error.empty() && device.exited < total_threads())
+    device.error = place(device.blocks[0]) + ": deadlock: no thread can run" + roll_call();
+  for (unsigned rank = 0; rank < device.cluster && device.error.empty(); ++rank) {
+    const std::string broken = device.blocks[rank].memory.broken_fence();
+    if (!broken.empty()) device.error = place(device.blocks[rank]) + ": " + broken;
+  }
 }
 
-void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_bytes) {
+void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_bytes, unsigned cluster) {
   const auto refuse = [&](const std::string& why) {
     throw std::runtime_error("simt: " + std::string(device.kernel) + ": invalid launch of grid " + text(grid) +
                              ", block " + text(block) + ", " + std::to_string(dynamic_bytes) +
@@ -258,19 +207,40 @@ void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_byt
   if (grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) refuse("grid y and z are limited to 65535");
   if (uint64_t{block.x} * block.y * block.z > kMaxThreads || block.z > kMaxBlockZ)
     refuse("a block is limited to 1024 threads, and to 64 in z");
-  if (dynamic_bytes > kMaxShared) refuse("shared memory is limited to 227 KB a block");
+  if (dynamic_bytes > max_shared())
+    refuse("shared memory is limited to " + std::to_string(max_shared() >> 10) + " KB a block");
+  if (cluster > 1 && device.architecture < 90) refuse("clusters need sm_90");
+  if (!cluster || cluster > kMaxCluster)
+    refuse("a cluster of " + std::to_string(cluster) + " blocks; 1 to 8 are possible");
+  if (grid.x % cluster) refuse("grid x is not a multiple of the cluster's " + std::to_string(cluster) + " blocks");
 }
 
-// The order that blocks run in, as linear indices.
-std::vector<uint64_t> block_order(uint64_t count) {
-  std::vector<uint64_t> order(count);
-  std::iota(order.begin(), order.end(), uint64_t{0});
+// The first blocks of the clusters that are to run, in the order that they run in.
+std::vector<uint64_t> cluster_order(uint64_t blocks) {
+  const uint64_t first = std::min(device.first_block, blocks);
+  const uint64_t count = std::min(device.block_limit, blocks - first);
+  if (first % device.cluster || count % device.cluster)
+    throw std::runtime_error("simt: run_blocks cuts a cluster of " + std::string(device.kernel) + " apart");
+  std::vector<uint64_t> order;
+  for (uint64_t block = first; block < first + count; block += device.cluster) order.push_back(block);
   if (device.order == Order::kReversed) std::reverse(order.begin(), order.end());
   if (device.order == Order::kRandom) std::shuffle(order.begin(), order.end(), std::mt19937_64(next_random()));
   return order;
 }
 
+constexpr const char* kSyncNames[] = {
+    "__syncthreads",          "__syncwarp",      "__threadfence", "commit_async",        "wait_async",
+    "barrier_sync",           "barrier_arrive",  "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive",
+    "mbarrier_arrive_remote", "mbarrier_expect", "mbarrier_wait", "fence_proxy_async",   "wgmma_fence",
+    "wgmma_commit",           "wgmma_wait",      "cluster_sync",
+};
+static_assert(std::size(kSyncNames) == static_cast<size_t>(Sync::kClusterSync) + 1);
+
 }  // namespace
+
+size_t max_shared() {
+  return device.architecture == 86 ? size_t{99} << 10 : device.architecture == 80 ? size_t{163} << 10 : kMaxShared;
+}
 
 void set_schedule(Order order, uint64_t seed) {
   const std::lock_guard lock(device.mutex);
@@ -296,73 +266,110 @@ void count_accesses(bool on) {
   trace::count(on);
 }
 
+void set_device(int architecture, int multiprocessors) {
+  const std::lock_guard lock(device.mutex);
+  if (architecture != 80 && architecture != 86 && architecture != 90)
+    throw std::invalid_argument("the emulated architecture is 80, 86 or 90, not " + std::to_string(architecture));
+  if (multiprocessors < 1) throw std::invalid_argument("a device has at least one multiprocessor");
+  device.architecture = architecture;
+  device.multiprocessors = multiprocessors;
+}
+
+int architecture() { return device.architecture; }
+int multiprocessors() { return device.multiprocessors; }
+
+void run_blocks(uint64_t first, uint64_t count) {
+  const std::lock_guard lock(device.mutex);
+  device.first_block = first;
+  device.block_limit = count;
+}
+
+std::vector<std::string> sync_wrappers() { return {std::begin(kSyncNames), std::end(kSyncNames)}; }
+
+void disable_sync(const std::string& name) {
+  const std::lock_guard lock(device.mutex);
+  const auto* const found = std::find(std::begin(kSyncNames), std::end(kSyncNames), name);
+  if (!name.empty() && found == std::end(kSyncNames)) throw std::invalid_argument("no such wrapper: " + name);
+  device.disabled_sync = name.empty() ? -1 : static_cast<int>(found - std::begin(kSyncNames));
+}
+
+CNNOPS_SIMT_RUNTIME bool disabled(Sync sync) { return device.disabled_sync == static_cast<int>(sync); }
+
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
-            unsigned) {
+            unsigned cluster) {
   const std::lock_guard lock(device.mutex);
   device.kernel = kernel;
-  check_configuration(grid, block, dynamic_shared_bytes);
+  check_configuration(grid, block, dynamic_shared_bytes, cluster);
   device.body = &thread;
   device.grid = grid;
   device.block = block;
+  device.cluster = cluster;
   device.thread_count = block.x * block.y * block.z;
-  for (; device.started_threads < device.thread_count; ++device.started_threads) {
-    Thread& fresh = device.threads[device.started_threads];
-    fresh.index = device.started_threads;
-    restart(fresh.fiber, thread_main);
+  device.ready.resize(total_threads());
+  for (; device.started_threads < total_threads(); ++device.started_threads)
+    restart(device.threads[device.started_threads].fiber, thread_main);
+  for (unsigned slot = 0; slot < total_threads(); ++slot) {
+    Thread& each = device.threads[slot];
+    each.slot = slot;
+    each.index = slot % device.thread_count;
+    each.block = &device.blocks[slot / device.thread_count];
+    each.position = dim3(each.index % block.x, each.index / block.x % block.y, each.index / (block.x * block.y));
   }
-  for (unsigned i = 0; i < device.thread_count; ++i)
-    device.threads[i].position = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+  for (unsigned rank = 0; rank < cluster; ++rank) {
+    device.blocks[rank].rank = rank;
+    device.blocks[rank].threads = &device.threads[rank * device.thread_count];
+    device.blocks[rank].memory.prepare(dynamic_shared_bytes);
+  }
   adopt_this_thread(device.host);
-  device.shared_memory.prepare(dynamic_shared_bytes);
   ++device.counters.launches;
   ++device.counters.kernels[kernel];
 
   device.error.clear();
-  const trace::Launch traced(kernel, thread, &device.shared_memory);
-  for (const uint64_t linear : block_order(uint64_t{grid.x} * grid.y * grid.z)) {
-    device.block_index = dim3(static_cast<unsigned>(linear % grid.x), static_cast<unsigned>(linear / grid.x % grid.y),
-                              static_cast<unsigned>(linear / grid.x / grid.y));
-    run_block();
+  const trace::Launch traced(kernel, thread, cluster == 1 ? &device.blocks[0].memory : nullptr);
+  for (const uint64_t first : cluster_order(uint64_t{grid.x} * grid.y * grid.z)) {
+    run_cluster(first);
     if (!device.error.empty()) {
       device.ready.clear();
       for (unsigned i = 0; i < device.started_threads; ++i) restart(device.threads[i].fiber, thread_main);
-      throw std::runtime_error("simt: " + place() + ": " + device.error);
+      throw std::runtime_error("simt: " + device.error);
     }
-    device.shared_memory.refresh();
+    for (unsigned rank = 0; rank < cluster; ++rank) device.blocks[rank].memory.refresh();
   }
 }
 
 CNNOPS_SIMT_RUNTIME dim3 thread_index() { return device.current->position; }
-CNNOPS_SIMT_RUNTIME dim3 block_index() { return device.block_index; }
+CNNOPS_SIMT_RUNTIME dim3 block_index() { return device.current->block->index; }
 CNNOPS_SIMT_RUNTIME dim3 block_dim() { return device.block; }
 CNNOPS_SIMT_RUNTIME dim3 grid_dim() { return device.grid; }
 CNNOPS_SIMT_RUNTIME int lane() { return static_cast<int>(device.current->index % kWarp); }
 
-CNNOPS_SIMT_RUNTIME unsigned trace::running_thread() { return device.current->index; }
-CNNOPS_SIMT_RUNTIME const SharedMemory& trace::running_shared_memory() { return device.shared_memory; }
+CNNOPS_SIMT_RUNTIME unsigned trace::running_thread() {
+  return device.current->block->rank * kMaxThreads + device.current->index;
+}
+CNNOPS_SIMT_RUNTIME const SharedMemory& trace::running_shared_memory() { return device.current->block->memory; }
 
 CNNOPS_SIMT_RUNTIME void fail(const std::string& what) {
-  device.error = "thread " + std::to_string(device.current->index) + ": " + what;
   Thread& me = *device.current;
+  device.error = place(*me.block) + ": thread " + std::to_string(me.index) + ": " + what;
   switch_fiber(me.fiber, device.host);
   __builtin_unreachable();  // the host restarts every fiber after an error
 }
 
-CNNOPS_SIMT_RUNTIME void* dynamic_shared() { return device.shared_memory.dynamic(); }
+CNNOPS_SIMT_RUNTIME void* dynamic_shared() { return device.current->block->memory.dynamic(); }
 CNNOPS_SIMT_RUNTIME void* static_shared(const void* site, size_t bytes, size_t alignment) {
-  return device.shared_memory.variable(site, bytes, alignment);
+  return device.current->block->memory.variable(site, bytes, alignment);
 }
 
 namespace {
 
 void land(const AsyncCopy& copy) {
+  ordinary_shared_write(copy.destination, 16);
   if (copy.bytes) std::memcpy(copy.destination, copy.source, static_cast<size_t>(copy.bytes));
   if (copy.bytes < 16)
     std::memset(static_cast<char*>(copy.destination) + copy.bytes, 0, static_cast<size_t>(16 - copy.bytes));
 }
 
 CNNOPS_SIMT_RUNTIME Thread& current_thread() { return *device.current; }
-CNNOPS_SIMT_RUNTIME bool lands_at_once() { return device.order == Order::kRandom && next_random() >> 63; }
 
 }  // namespace
 
@@ -373,51 +380,23 @@ void copy_async(void* destination, const void* source, int bytes) {
   trace::shared_write(destination, 16, __builtin_return_address(0));
   Thread& me = current_thread();
   const AsyncCopy copy{destination, source, bytes, me.committed_groups};
-  if (lands_at_once())
+  if (coin())
     land(copy);
   else
     me.copies.push_back(copy);
 }
 
-void commit_async() { ++current_thread().committed_groups; }
+void commit_async() {
+  if (!disabled(Sync::kCommitAsync)) ++current_thread().committed_groups;
+}
 
 void wait_async(int groups_left) {
+  if (disabled(Sync::kWaitAsync)) return;
   Thread& me = current_thread();
   const int landed = me.committed_groups - groups_left;
   auto copy = me.copies.begin();
   for (; copy != me.copies.end() && copy->group < landed; ++copy) land(*copy);
   me.copies.erase(me.copies.begin(), copy);
-}
-
-CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
-  Thread& me = *device.current;
-  ++device.counters.block_barriers;
-  if (!device.at_barrier) device.first_at_barrier = &me;
-  const Thread& first = *device.first_at_barrier;
-  if (&first != &me && first.where.line() != where.line())
-    fail("divergent barrier: __syncthreads at " + text(where) + " while thread " + std::to_string(first.index) +
-         " is " + doing(first));
-  void* const sync = &device.barrier_syncs[device.barriers_passed % 2];
-  release(sync);
-  me.state = State::kAtBarrier;
-  me.where = where;
-  if (++device.at_barrier == device.thread_count) {
-    device.at_barrier = 0;
-    ++device.barriers_passed;
-    trace::together(0, device.thread_count);
-    for (unsigned i = 0; i < device.thread_count; ++i) wake(device.threads[i]);
-    device.ready.erase(me.index);
-    Thread* const next = next_thread();
-    device.ready.insert(me.index);
-    if (next) {
-      ++device.counters.switches;
-      device.current = next;
-      switch_fiber(me.fiber, next->fiber);
-    }
-  } else {
-    suspend();
-  }
-  acquire(sync);
 }
 
 CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* operands, Combine combine, Where where) {
@@ -427,7 +406,7 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
   if (!(mask >> lane & 1))
     fail(std::string(name) + " at " + text(where) + ": lane " + std::to_string(lane) + " is not in its own mask");
 
-  Warp& warp = device.warps[me.index / kWarp];
+  Warp& warp = me.block->warps[me.index / kWarp];
   unsigned slot = 0;
   while (slot < warp.meeting_count && warp.meetings[slot].mask != mask) ++slot;
   Meeting& meeting = warp.meetings[slot];
@@ -445,7 +424,7 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
   if (meeting.arrived != mask) {
     me.state = State::kInCollective;
     me.waits_in = name;
-    me.mask = mask;
+    me.waits_for = mask;
     me.where = where;
     suspend();
     acquire(sync);
@@ -456,11 +435,16 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
     const trace::Instruction instruction;
     combine(meeting.operands);
   }
-  if (mask == ~0u) trace::together(first, kWarp);
+  if (mask == ~0u) trace::together(me.block->rank * kMaxThreads + first, kWarp);
   release(sync);
   meeting = warp.meetings[--warp.meeting_count];
   for (unsigned other = 0; other < kWarp; ++other)
-    if (mask >> other & 1 && other != lane) wake(device.threads[first + other]);
+    if (mask >> other & 1 && other != lane) wake(me.block->threads[first + other]);
+}
+
+void warp_barrier(unsigned mask, Where where) {
+  if (disabled(Sync::kSyncwarp)) return;
+  collective("__syncwarp", mask, &mask, [](const Lanes&) { ++device.current->block->epoch; }, where);
 }
 
 namespace {

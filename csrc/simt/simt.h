@@ -1,5 +1,5 @@
-// A CUDA device in software, for tests: runs kernels compiled by g++, one fiber for each CUDA thread of one block at a
-// time. Kernel sources reach it through cuda/launch.h and cuda/ptx.cuh; nothing else includes it.
+// A CUDA device in software, for tests: runs kernels compiled by g++, one fiber for each CUDA thread of one cluster of
+// blocks at a time. Kernel sources reach it through cuda/launch.h and cuda/ptx.cuh; nothing else includes it.
 //
 // It is adversarial where hardware may be. Shared memory starts as NaN and is fenced at both ends; asynchronous copies
 // land as late as allowed (in random schedules some at once); threads and blocks run in an order that the test chooses.
@@ -12,6 +12,8 @@
 #include <map>
 #include <source_location>
 #include <string>
+#include <type_traits>
+#include <vector>
 
 #include "trace.h"
 #include "vector_types.h"
@@ -38,8 +40,6 @@ namespace cnnops::simt {
 
 using Where = std::source_location;
 
-constexpr int kMultiprocessors = 3;  // few, so that small tests fill more than one wave
-
 enum class Order { kForward, kReversed, kRandom };
 
 struct Counters {
@@ -49,6 +49,40 @@ struct Counters {
 };
 
 void set_schedule(Order order, uint64_t seed);
+// What the device claims to be. Throws std::invalid_argument for an architecture that is not 80, 86 or 90.
+void set_device(int architecture, int multiprocessors);
+int architecture();
+int multiprocessors();  // 3 unless set: few, so that small tests fill more than one wave
+// Launches run only these blocks, by linear index (whole clusters): a part of a grid too large to run.
+void run_blocks(uint64_t first, uint64_t count);
+
+// What CUDA code synchronises with: every such wrapper of cuda/ptx.cuh and ptx_sm90.cuh, and CUDA's own. The names are
+// those that kernels call.
+enum class Sync {
+  kSyncthreads,
+  kSyncwarp,
+  kThreadfence,
+  kCommitAsync,
+  kWaitAsync,
+  kBarrierSync,
+  kBarrierArrive,
+  kMbarrierInit,
+  kFenceMbarrierInit,
+  kMbarrierArrive,
+  kMbarrierArriveRemote,
+  kMbarrierExpect,
+  kMbarrierWait,
+  kFenceProxyAsync,
+  kWgmmaFence,
+  kWgmmaCommit,
+  kWgmmaWait,
+  kClusterSync,
+};
+std::vector<std::string> sync_wrappers();
+// From here on this wrapper does nothing; "" restores all. Throws std::invalid_argument for an unknown name.
+void disable_sync(const std::string& name);
+bool disabled(Sync sync);
+
 Counters counters();
 void reset_counters();
 void count_accesses(bool on);
@@ -78,10 +112,29 @@ void copy_async(void* destination, const void* source, int bytes);
 void commit_async();
 void wait_async(int groups_left);
 
-// An ordinary instruction is about to write to shared memory.
-void ordinary_shared_write(const void* address, size_t bytes);
+// The values of half and bfloat16 numbers.
+__forceinline__ float bfloat16_value(uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+__forceinline__ float half_value(uint16_t bits) {
+  const float scaled = __builtin_bit_cast(float, static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t infinite = scaled >= 0x1p16f ? 0x7f800000u : 0;
+  return __builtin_bit_cast(
+      float, __builtin_bit_cast(uint32_t, scaled) | infinite | static_cast<uint32_t>(bits & 0x8000) << 16);
+}
 
 void block_barrier(Where where);
+void warp_barrier(unsigned mask, Where where);
+
+// Where an integer atomic reads and writes. A block that counts itself in must have published its results before:
+// without a __threadfence, it fails.
+void atomic_begins(void* p, Where where);
+void atomic_ends(void* p);
+void thread_fence();
+
+// What the trace of a kernel's memory accesses reports of its writes to shared memory: wgmma must not read these bytes
+// before the calling thread has executed fence_proxy_async. Other addresses are ignored.
+void ordinary_shared_write(const void* address, size_t bytes);
 
 // An instruction that the lanes of `mask` execute as one. Each hands in its operands; the last to arrive runs `combine`
 // on all of them, which leaves every lane's result there. Pointers of lanes outside the mask are null.
@@ -122,7 +175,7 @@ inline void __syncthreads(cnnops::simt::Where where = cnnops::simt::Where::curre
 }
 
 inline void __syncwarp(unsigned mask = ~0u, cnnops::simt::Where where = cnnops::simt::Where::current()) {
-  cnnops::simt::collective("__syncwarp", mask, &mask, [](const cnnops::simt::Lanes&) {}, where);
+  cnnops::simt::warp_barrier(mask, where);
 }
 
 // Lanes whose source falls outside their segment of `width` keep their own value, as on a device.
@@ -159,3 +212,32 @@ inline int __all_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnop
 
 __forceinline__ float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
 __forceinline__ unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+
+inline void __threadfence() { cnnops::simt::thread_fence(); }
+inline void __threadfence_block() {}
+
+template <class T>
+T atomicAdd(T* p, T value, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  static_assert(std::is_integral_v<T>, "sums of floating-point atomics depend on their order");
+  cnnops::simt::atomic_begins(p, where);
+  const T old = *p;
+  *p = old + value;
+  cnnops::simt::atomic_ends(p);
+  return old;
+}
+template <class T>
+T atomicExch(T* p, T value, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  cnnops::simt::atomic_begins(p, where);
+  const T old = *p;
+  *p = value;
+  cnnops::simt::atomic_ends(p);
+  return old;
+}
+template <class T>
+T atomicCAS(T* p, T compare, T value, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  cnnops::simt::atomic_begins(p, where);
+  const T old = *p;
+  if (old == compare) *p = value;
+  cnnops::simt::atomic_ends(p);
+  return old;
+}

@@ -334,8 +334,6 @@ void bulk_shared(size_t bytes) {
 
 }  // namespace trace
 
-__attribute__((weak)) void ordinary_shared_write(const void*, size_t) {}
-
 }  // namespace cnnops::simt
 
 #if !defined(__SANITIZE_THREAD__)
