@@ -142,23 +142,23 @@ void arrive_on_fresh_stack() {
 }
 
 #if defined(__SANITIZE_THREAD__)
-CNNOPS_SIMT_RUNTIME Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {
-  ++fiber_.hidden;
+CNNOPS_SIMT_RUNTIME Hidden::Hidden() {
+  ++running_fiber().hidden;
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 }
 CNNOPS_SIMT_RUNTIME Hidden::~Hidden() {
   AnnotateIgnoreWritesEnd("", 0);
   AnnotateIgnoreReadsEnd("", 0);
-  --fiber_.hidden;
+  --running_fiber().hidden;
 }
-CNNOPS_SIMT_RUNTIME Shown::Shown(Fiber& fiber) : fiber_(fiber) {
+CNNOPS_SIMT_RUNTIME Shown::Shown() {
   AnnotateIgnoreWritesEnd("", 0);
   AnnotateIgnoreReadsEnd("", 0);
-  --fiber_.hidden;
+  --running_fiber().hidden;
 }
 CNNOPS_SIMT_RUNTIME Shown::~Shown() {
-  ++fiber_.hidden;
+  ++running_fiber().hidden;
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 }
@@ -172,9 +172,9 @@ CNNOPS_SIMT_RUNTIME Agent::~Agent() { __tsan_switch_to_fiber(interrupted_, __tsa
 CNNOPS_SIMT_RUNTIME void note_read(const void* p, size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
 CNNOPS_SIMT_RUNTIME void note_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
 #else
-Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {}
+Hidden::Hidden() = default;
 Hidden::~Hidden() = default;
-Shown::Shown(Fiber& fiber) : fiber_(fiber) {}
+Shown::Shown() = default;
 Shown::~Shown() = default;
 Agent::Agent(void*) {}
 Agent::~Agent() = default;

@@ -64,6 +64,8 @@ CNNOPS_SIMT_RUNTIME uint64_t next_random() {  // xorshift64*
   return device.random * 0x2545f4914f6cdd1dULL;
 }
 
+CNNOPS_SIMT_RUNTIME Fiber& running_fiber() { return device.current->fiber; }
+
 CNNOPS_SIMT_RUNTIME bool coin() { return device.order == Order::kRandom && next_random() >> 63; }
 
 namespace {

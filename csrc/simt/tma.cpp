@@ -149,8 +149,8 @@ void issue(const char* name, TmaCopy copy, void* destination, uint16_t blocks) {
 }  // namespace
 
 bool land_one() {
+  const Hidden hidden;
   if (device.tma_copies.empty()) return false;
-  const Hidden hidden(device.current->fiber);
   const size_t count = device.tma_copies.size();
   const size_t which = device.order == Order::kForward    ? 0
                        : device.order == Order::kReversed ? count - 1
@@ -163,7 +163,7 @@ bool land_one() {
 
 void tma_load_tiled(void* destination, const TensorMap& map, uint64_t* barrier, const int* coordinates, uint16_t blocks,
                     Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   constexpr const char* kName = "tma_load";
   if (map.im2col) fail_at(kName, where, "the tensor map is one for columns of pixels");
   TmaCopy copy{map, {}, 0, 0, nullptr, 0, barrier, false, where, nullptr, true};
@@ -173,7 +173,7 @@ void tma_load_tiled(void* destination, const TensorMap& map, uint64_t* barrier, 
 
 void tma_load_im2col(void* destination, const TensorMap& map, uint64_t* barrier, int c, int w, int h, int n,
                      uint16_t offset_w, uint16_t offset_h, uint16_t blocks, Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   constexpr const char* kName = "tma_load_im2col";
   if (!map.im2col) fail_at(kName, where, "the tensor map is one for boxes");
   if (offset_w > 255 || offset_h > 255) fail_at(kName, where, "an offset exceeds 255");
