@@ -34,6 +34,8 @@ FAULTS = {
     "unseen_write_beyond_the_end": "a write beyond the end of y, at distance 1",
     "unseen_write_before_the_start": "a write before the start of y, at distance 1",
     "element_left_out": None,
+    "tma_load_beyond_the_end": "reads 76 bytes of global memory, up to 2 bytes " + BEYOND.format("x"),
+    "read_of_another_blocks_memory": "reads 2 bytes of another block's shared memory",
 }
 
 # The accesses that nothing reports, in the direction in which the page follows at once.
@@ -152,6 +154,18 @@ def test_traffic_is_counted_exactly(emulator: ModuleType, kernel: str, order: st
     counted = emulator.counters()["traffic"]
     assert counted.keys() == {kernel}
     assert {name: count for name, count in counted[kernel].items() if count} == TRAFFIC[kernel]
+
+
+def test_engines_are_counted(emulator: ModuleType) -> None:
+    """y [128, 64] = a [128, 256] * b [64, 256] by two blocks: TMA loads every number once, b for both by multicast."""
+    emulator.count_accesses(True)
+    assert emulator.run_fault("missing_full_wait", faulty=False)
+    moved = emulator.counters()["traffic"]["missing_full_wait"]
+    assert moved["flops"] == 2 * 128 * 64 * 256
+    assert moved["global_read_bytes"] == 2 * (128 + 64) * 256
+    assert moved["global_write_bytes"] == 4 * 128 * 64
+    loaded, multiplied = 2 * (128 + 2 * 64) * 256, 2 * (128 + 2 * 64) * 256
+    assert moved["shared_bytes"] == loaded + multiplied
 
 
 def test_traffic_adds_up_over_launches_and_starts_anew(emulator: ModuleType) -> None:

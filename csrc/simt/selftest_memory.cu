@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "../cuda/ptx.cuh"
+#include "../cuda/ptx_sm90.cuh"
 #include "guard.h"
 #include "selftest_memory.h"
 
@@ -121,6 +121,38 @@ __global__ void ldmatrix_beyond_shared_memory(const Half* x, Half* y) {
   cuda::ldmatrix_x4<false>(words, tile + (kFaulty && thread() == 31 ? 2 * kThreads : 0));
 }
 
+// The tensor map counts one half more than the row has. A device would not make it, but be given it.
+template <bool kFaulty>
+__global__ void tma_load_beyond_the_end(const Half* x, Half* y) {
+  CNNOPS_DYNAMIC_SHARED(Half, tile);
+  CNNOPS_SHARED(uint64_t, barrier);
+  twice(x, y);
+  if (thread() != 0) return;
+  const cuda::TensorMap map =
+      cuda::tensor_map(cuda::TiledTensor{DType::kHalf, 1, {kCount + (kFaulty ? 1 : 0)}, {1}, {40}, {1}}, x);
+  cuda::mbarrier_init(&barrier, 1);
+  cuda::fence_mbarrier_init();
+  cuda::mbarrier_expect(&barrier, 40 * sizeof(Half));
+  cuda::tma_load<1>(tile, &map, &barrier, {0});
+  cuda::mbarrier_wait(&barrier, 0);
+}
+
+const Half* first_blocks_memory;
+CNNOPS_UNTRACED void publish(const Half* memory) { first_blocks_memory = memory; }
+CNNOPS_UNTRACED const Half* published() { return first_blocks_memory; }
+
+template <bool kFaulty>
+__global__ void read_of_another_blocks_memory(const Half* x, Half* y) {
+  CNNOPS_DYNAMIC_SHARED(Half, row);
+  if (cuda::cluster_rank() == 0) {
+    twice(x, y);
+    if (thread() == 0) publish(row);
+  }
+  cuda::cluster_sync();
+  if (cuda::cluster_rank() == 1) touch(kFaulty ? published() : row, y, 0);
+  cuda::cluster_sync();
+}
+
 // These stand for accesses that nothing reports before they happen.
 template <bool kFaulty>
 __global__ CNNOPS_UNTRACED void unseen_write_beyond_the_end(const Half* x, Half* y) {
@@ -143,10 +175,10 @@ struct Fault {
   const char* name;
   void (*sound)(const Half* x, Half* y);
   void (*faulty)(const Half* x, Half* y);
+  unsigned cluster = 1;
 };
 
-#define CNNOPS_FAULT(name) \
-  Fault { #name, name<false>, name<true> }
+#define CNNOPS_FAULT(name) {#name, name<false>, name<true>}
 constexpr Fault kFaults[] = {
     CNNOPS_FAULT(read_beyond_the_end),
     CNNOPS_FAULT(read_before_the_start),
@@ -164,6 +196,8 @@ constexpr Fault kFaults[] = {
     CNNOPS_FAULT(unseen_write_beyond_the_end),
     CNNOPS_FAULT(unseen_write_before_the_start),
     CNNOPS_FAULT(element_left_out),
+    CNNOPS_FAULT(tma_load_beyond_the_end),
+    {"read_of_another_blocks_memory", read_of_another_blocks_memory<false>, read_of_another_blocks_memory<true>, 2},
 };
 #undef CNNOPS_FAULT
 
@@ -288,8 +322,9 @@ bool run_memory_fault(const std::string& name, bool faulty) {
     const auto* const from = static_cast<const Half*>(call.in("x", x, sizeof x));
     auto* const to = static_cast<Half*>(call.out("y", y, sizeof y));
     const auto kernel = faulty ? fault.faulty : fault.sound;
-    launch(fault.name, dim3(1), dim3(kThreads), 2 * kThreads * sizeof(Half),
-           [=]() CNNOPS_UNTRACED { kernel(from, to); });
+    launch(
+        fault.name, dim3(fault.cluster), dim3(kThreads), 2 * kThreads * sizeof(Half),
+        [=]() CNNOPS_UNTRACED { kernel(from, to); }, fault.cluster);
     call.finish();
     for (int t = 0; t < kCount; ++t)
       if (!(cuda::to_float(y[t]) == 2 * static_cast<float>(t))) return false;
