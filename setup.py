@@ -47,10 +47,10 @@ ISA_SOURCES = (
     "activation",
     "copy",
 )
-# Kernels report their accesses to csrc/simt/trace.cpp, which stands for ThreadSanitizer's runtime, one for each access in
-# the source: none are merged into a vector or a call of memcpy.
+# Kernels report their accesses to csrc/simt/trace.cpp, which stands for ThreadSanitizer's runtime, as the source has them:
+# neighbours are not merged into a vector, nor loops into a call of memcpy.
 TRACE_FLAGS = (
-    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 -DCNNOPS_TRACED "
+    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 "
     "-fno-tree-slp-vectorize -fno-tree-loop-distribute-patterns"
 )
 DEFAULT_ARCHES = "8.0;9.0a"
@@ -118,7 +118,7 @@ def simt_target(sanitize: str) -> Target:
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     suffix, extra, link = sanitizing(sanitize)
-    flags = f"-O2 -g -DCNNOPS_SIMT -ffp-contract=off{extra}"
+    flags = f"-O2 -g -DCNNOPS_SIMT {'' if sanitize else '-DCNNOPS_TRACED'} -ffp-contract=off{extra}"
     name = f"_native_simt{suffix}"
     target = Target(ROOT / f"cnnops/{name}.so", link_torch() + link)
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")

@@ -34,7 +34,7 @@ struct Site {
 };
 
 struct Warp {
-  std::unordered_map<uintptr_t, Site> sites;  // by address of the code and offset of a piece
+  std::unordered_map<uintptr_t, Site> sites;  // by the address in the code, piece and kind
   std::vector<Site*> open;                    // those that have requests
 };
 
@@ -184,8 +184,9 @@ void record(Kind kind, uintptr_t address, size_t bytes, const void* site) {
   Warp& warp = tracer.warps[thread / kWarp];
   const unsigned lane = thread % kWarp;
   for (size_t piece = 0; piece < bytes; piece += kLargestAccess) {
-    // An instruction of code has several bytes, so that pieces and kinds of one do not meet those of the next.
-    const uintptr_t key = (reinterpret_cast<uintptr_t>(site) << 16 | piece) * 4 + static_cast<unsigned>(kind);
+    // An address has 47 bits, and an access at most 4096 pieces.
+    const uintptr_t key =
+        reinterpret_cast<uintptr_t>(site) << 14 | piece / kLargestAccess << 2 | static_cast<unsigned>(kind);
     Site& at = warp.sites[key];
     if (at.requests.empty()) {
       at.kind = kind;
@@ -235,10 +236,10 @@ inline void access(const void* p, size_t bytes, bool write, const void* site) {
 namespace trace {
 
 bool available() {
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-  return false;
-#else
+#if defined(CNNOPS_TRACED)
   return true;
+#else
+  return false;
 #endif
 }
 
@@ -336,7 +337,7 @@ void bulk_shared(size_t bytes) {
 
 }  // namespace cnnops::simt
 
-#if !defined(__SANITIZE_THREAD__)
+#if defined(CNNOPS_TRACED)
 
 // What instrumented code calls, in place of ThreadSanitizer's runtime. Hidden in this library, like all that it does
 // not export, so that a runtime elsewhere in the process is not disturbed.

@@ -17,7 +17,7 @@
 #include "shared_memory.h"
 
 // On functions in kernel sources that stand for the device's circuits: what they touch is no access of a kernel. A
-// library for TSan itself has no CNNOPS_TRACED.
+// sanitized library has no CNNOPS_TRACED.
 #if defined(CNNOPS_TRACED)
 #define CNNOPS_UNTRACED __attribute__((no_sanitize("thread")))
 #else
@@ -94,7 +94,7 @@ void shared_write(const void* address, size_t bytes, const void* site);
 void matrix_read(const void* const (&rows)[32]);
 void product(int m, int n, int k);
 
-// By the device's own engines (TMA, wgmma), in one piece.
+// By the device's own engines (TMA, wgmma), in one piece. At least one byte.
 void bulk_global_read(const void* address, size_t bytes);
 void bulk_shared(size_t bytes);
 
