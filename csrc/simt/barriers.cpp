@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 
@@ -23,6 +24,7 @@ CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
   if (++block.at_barrier == device.thread_count) {
     block.at_barrier = 0;
     ++block.barriers_passed;
+    trace::together(block.rank * kMaxThreads, device.thread_count);
     ++block.epoch;
     for (unsigned i = 0; i < device.thread_count; ++i) wake(block.threads[i]);
     yield();

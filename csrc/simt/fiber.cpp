@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -55,7 +56,6 @@ namespace cnnops::simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStackBytes = 256 << 10;  // sanitized frames are several times the plain ones; pages commit on touch
 constexpr int kSavedRegisters = 6;
 
 #if defined(__SANITIZE_THREAD__)
@@ -64,16 +64,25 @@ void* agents[kAgents];
 unsigned agents_used;
 #endif
 
+// Sanitized frames are several times the plain ones; pages commit on touch.
+char* new_stack() {
+  void* const pages =
+      mmap(nullptr, 2 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  auto* const begin = static_cast<char*>(pages);
+  const size_t before = -reinterpret_cast<uintptr_t>(begin) % kStackBytes;
+  if (before) munmap(begin, before);
+  munmap(begin + before + kStackBytes, kStackBytes - before);
+  mprotect(begin + before, kPage, PROT_NONE);  // an overflow faults instead of running into the neighbour
+  return begin + before;
+}
+
 }  // namespace
 
 CNNOPS_SIMT_RUNTIME void restart(Fiber& fiber, void (*entry)()) {
   if (!fiber.stack) {
-    void* const pages =
-        mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) throw std::bad_alloc();
-    mprotect(pages, kPage, PROT_NONE);  // an overflow faults instead of running into the neighbour
-    fiber.stack = static_cast<char*>(pages) + kPage;
-    fiber.stack_bytes = kStackBytes;
+    fiber.stack = new_stack() + kPage;
+    fiber.stack_bytes = kStackBytes - kPage;
   }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);

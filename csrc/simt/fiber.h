@@ -15,6 +15,9 @@
 
 namespace cnnops::simt {
 
+// Each stack lies at a multiple of this, a page at its end that faults included.
+constexpr size_t kStackBytes = 256 << 10;
+
 struct Fiber {
   void* stack_pointer = nullptr;
   void* stack = nullptr;  // its lowest usable address

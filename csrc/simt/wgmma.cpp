@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 namespace {
@@ -126,6 +127,9 @@ void run(Product& product, const Block& block) {
                  [&](int row, int k, float v) { a[row * kDepth + k] = v; });
   read_operand(product, block, decode(in.b_descriptor, in.b_is_mn_major, in.n),
                [&](int column, int k, float v) { b[k * in.n + column] = v; });
+  trace::product(kRows, in.n, kDepth);
+  const int shared_columns = in.n + (product.from_registers ? 0 : kRows);
+  trace::bulk_shared(static_cast<size_t>(shared_columns * kDepth) * sizeof(uint16_t));
   multiply(product.from_registers ? product.a : a, b, product.accumulator->sums.get(), in.n, in.accumulate);
 }
 
