@@ -99,7 +99,7 @@ int64_t splits_of(int64_t terms, int64_t least_terms, int64_t tiles, int64_t wan
   return ceil_div(terms, each);
 }
 
-Conv2dPlan portable_forward(const Conv2dProblem& p, const Device& device) {
+Conv2dPlan plan_portable_forward(const Conv2dProblem& p, const Device& device) {
   const int64_t channels = p.C / p.groups;
   const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, int64_t{p.R} * p.S * channels, p.groups,
                   channels % vector_of(p) == 0};
@@ -113,14 +113,14 @@ Conv2dPlan portable_forward(const Conv2dProblem& p, const Device& device) {
   return plan;
 }
 
-Conv2dPlan portable_backward_input(const Conv2dProblem& p, const Device& device) {
+Conv2dPlan plan_portable_backward_input(const Conv2dProblem& p, const Device& device) {
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups;
   const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels,
                   int64_t{p.R} * p.S * filters, p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
   return plan_pixels(p, device, gemm);
 }
 
-Conv2dPlan portable_backward_weight(const Conv2dProblem& p, const Device& device) {
+Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& device) {
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups, pixels = int64_t{p.N} * p.P * p.Q;
   const Gemm gemm{filters, int64_t{p.R} * p.S * channels, pixels, p.groups,
                   channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
@@ -155,15 +155,15 @@ Conv2dPlan either(const Conv2dProblem& p, const Device& device, Hopper&& hopper,
 }  // namespace
 
 Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
-  return either(p, device, plan_forward_sm90, portable_forward);
+  return either(p, device, plan_forward_sm90, plan_portable_forward);
 }
 
 Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
-  return either(p, device, plan_backward_input_sm90, portable_backward_input);
+  return either(p, device, plan_backward_input_sm90, plan_portable_backward_input);
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
-  return either(p, device, plan_backward_weight_sm90, portable_backward_weight);
+  return either(p, device, plan_backward_weight_sm90, plan_portable_backward_weight);
 }
 
 std::string describe(const Conv2dPlan& plan) {
