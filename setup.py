@@ -55,6 +55,12 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -warn-spills,-warn-lmem-usage"
 )
 HOPPER = ("compute_90a", "sm_90a")
+# Kernels report their accesses to csrc/simt/trace.cpp, which stands for ThreadSanitizer's runtime, as the source has them:
+# neighbours are not merged into a vector, nor loops into a call of memcpy.
+TRACE_FLAGS = (
+    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 "
+    "-fno-tree-slp-vectorize -fno-tree-loop-distribute-patterns"
+)
 
 
 @dataclass
@@ -119,14 +125,16 @@ def simt_target(sanitize: str) -> Target:
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     suffix, extra, link = sanitizing(sanitize)
-    flags = f"-O2 -g -DCNNOPS_SIMT -DCNNOPS_SM90 -ffp-contract=off{extra}"
+    traced = "" if sanitize else "-DCNNOPS_TRACED"
+    flags = f"-O2 -g -DCNNOPS_SIMT -DCNNOPS_SM90 {traced} -ffp-contract=off{extra}"
     name = f"_native_simt{suffix}"
     target = Target(ROOT / f"cnnops/{name}.so", link_torch() + link)
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
     for source in sorted(CSRC.glob("simt/*.cpp")):
         target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")
+    traced = "" if sanitize else TRACE_FLAGS
     for source in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("simt/*.cu")]):
-        target.add(source, f"{flags} -x c++")
+        target.add(source, f"{flags} {traced} -x c++")
     return target
 
 

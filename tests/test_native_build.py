@@ -353,6 +353,19 @@ def test_devices_that_an_image_runs_on(
     assert [device for device in [*runs, *does_not] if cuda.runs_on(image, *device)] == runs
 
 
+def test_drivers_that_know_the_librarys_cuda() -> None:
+    assert (
+        cuda.driver_knows(13000, 13000).ok and cuda.driver_knows(13010, 13020).ok and cuda.driver_knows(14000, 13020).ok
+    )
+    refused = cuda.driver_knows(12080, 13000)
+    assert not refused.ok
+    assert (
+        refused.reason
+        == "the driver supports CUDA 12.8, but the library was built with 13.0, which needs r580 or later"
+    )
+    assert not cuda.driver_knows(0, 13000).ok, "there is no driver"
+
+
 def test_architectures_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     assert [image for _, image in setup_script()["images"]()] == ["sm_80", "sm_90a", "sm_120", "compute_120"]

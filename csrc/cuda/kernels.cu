@@ -6,6 +6,10 @@
 #include "launch.h"
 #include "launchers.h"
 
+#if defined(CNNOPS_SIMT)
+#include "../simt/guard.h"
+#endif
+
 // The architectures, the flags and what the sources were are the build's to know.
 #if !defined(CNNOPS_ARCHES)
 #define CNNOPS_ARCHES ""
@@ -105,6 +109,9 @@ const Kernels& kernels() {
     t.use_architecture = cuda::use_architecture;
     t.conv2d_statistics = true;
     t.tf32 = true;
+#if defined(CNNOPS_SIMT)
+    t = simt::guarded(t);
+#endif
     return t;
   }();
   return table;

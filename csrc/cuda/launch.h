@@ -19,7 +19,8 @@
 
 #include "../simt/simt.h"
 
-#define CNNOPS_UNROLL
+#define CNNOPS_UNROLL _Pragma("GCC unroll 8")
+#define CNNOPS_NO_UNROLL
 #define CNNOPS_SHARED(T, name)     \
   static const char name##_site{}; \
   T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
@@ -29,7 +30,7 @@
     static_cast<void>(stream);                                                                 \
     ::cnnops::simt::launch(                                                                    \
         ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-        [=] { kernel(__VA_ARGS__); }, (cluster));                                              \
+        [=]() CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));                            \
   } while (false)
 
 #else
@@ -37,6 +38,7 @@
 #include <cuda_runtime.h>
 
 #define CNNOPS_UNROLL _Pragma("unroll")
+#define CNNOPS_NO_UNROLL _Pragma("unroll 1")
 #define CNNOPS_SHARED(T, name) __shared__ T name
 #define CNNOPS_DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(1024) unsigned char cnnops_dynamic_shared[]; \

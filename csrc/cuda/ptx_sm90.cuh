@@ -103,13 +103,14 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives at the same barrier of the block `rank` of this cluster.
+// Arrives at the same barrier of the block `rank` of this cluster: to say that this one has read what the other will
+// write again. It does not release writes to the cluster, which would wait for all of the thread's stores.
 __device__ __forceinline__ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -120,12 +121,14 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* barrier, uint32_t byte
                : "memory");
 }
 // Waits until the phase of this parity has completed; a fresh barrier counts its phase -1, of parity 1, as complete.
+// What TMA has written, from whichever block, is then visible; acquiring from the cluster would invalidate the L1
+// cache.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
       "wait:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 complete, [%0], %1;\n"
       "@complete bra done;\n"
       "bra wait;\n"
       "done:\n"
@@ -168,7 +171,7 @@ __device__ __forceinline__ void tma_load(void* shared, const TensorMap* map, uin
 template <int kRank>
 __device__ __forceinline__ void tma_multicast(void* shared, const TensorMap* map, uint64_t* barrier,
                                               const int (&at)[kRank], uint16_t blocks) {
-  static_assert(kRank == 2 || kRank == 3);
+  static_assert(kRank >= 2 && kRank <= 4);
   if constexpr (kRank == 2)
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
@@ -180,6 +183,12 @@ __device__ __forceinline__ void tma_multicast(void* shared, const TensorMap* map
         "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
         "[%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_address(shared)),
         "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "h"(blocks)
+        : "memory");
+  if constexpr (kRank == 4)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "h"(blocks)
         : "memory");
 }
 
