@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
+#include "../cuda/tensor_map.h"
 #include "guard.h"
 #include "selftest.h"
 #include "selftest_memory.h"
@@ -76,6 +78,48 @@ void launch_empty(const Extents& grid, const Extents& block, size_t shared_bytes
   simt::launch("empty", dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, [] {});
 }
 
+using cnnops::DType;
+namespace cuda = cnnops::cuda;
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat;
+  if (name == "float64") return DType::kDouble;
+  if (name == "float16") return DType::kHalf;
+  if (name == "bfloat16") return DType::kBFloat16;
+  throw py::value_error("dtype must be float16, bfloat16, float32 or float64, but is '" + name + "'");
+}
+
+// Whether it fits is known without the base, and a misaligned one is refused all the same.
+template <class Tensor>
+bool check_map(const Tensor& tensor, uintptr_t base) {
+  const bool fits = cuda::fits(tensor);
+  cuda::tensor_map(tensor, reinterpret_cast<const void*>(base));
+  return fits;
+}
+
+bool check_tiled_map(const std::string& dtype, const std::vector<int64_t>& extent, const std::vector<int64_t>& stride,
+                     const std::vector<int>& box, const std::vector<int>& element_stride, uintptr_t base) {
+  cuda::TiledTensor tensor{dtype_of(dtype), static_cast<int>(extent.size()), {}, {}, {}, {}};
+  const size_t rank = extent.size();
+  if (stride.size() != rank || box.size() != rank || element_stride.size() != rank)
+    throw py::value_error("extent, stride, box and element_stride must be of one length");
+  for (size_t axis = 0; axis < std::min<size_t>(rank, 4); ++axis) {
+    tensor.extent[axis] = extent[axis];
+    tensor.stride[axis] = stride[axis];
+    tensor.box[axis] = box[axis];
+    tensor.element_stride[axis] = element_stride[axis];
+  }
+  return check_map(tensor, base);
+}
+
+bool check_im2col_map(const std::string& dtype, const std::array<int64_t, 4>& cwhn, int64_t pitch,
+                      const std::array<int, 2>& lower, const std::array<int, 2>& upper,
+                      const std::array<int, 2>& stride, int channels, int pixels, uintptr_t base) {
+  return check_map(cuda::Im2colTensor{dtype_of(dtype), cwhn[0], cwhn[1], cwhn[2], cwhn[3], pitch, lower[0], lower[1],
+                                      upper[0], upper[1], stride[0], stride[1], channels, pixels},
+                   base);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(CNNOPS_MODULE, m) {
@@ -107,6 +151,13 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("count_accesses", &count_accesses, py::arg("on"),
         "Count what kernels move from now on, or no more. Raises RuntimeError in a sanitized library, which cannot.");
   m.def("reset_counters", &simt::reset_counters, "Set every counter to zero.");
+  m.def("check_tiled_map", &check_tiled_map, py::arg("dtype"), py::arg("extent"), py::arg("stride"), py::arg("box"),
+        py::arg("element_stride"), py::arg("base") = 0,
+        "Describe this tensor (axes innermost first, strides in elements) to TMA. Returns True; raises RuntimeError "
+        "with what a driver would refuse.");
+  m.def("check_im2col_map", &check_im2col_map, py::arg("dtype"), py::arg("cwhn"), py::arg("pitch"), py::arg("lower"),
+        py::arg("upper"), py::arg("stride"), py::arg("channels"), py::arg("pixels"), py::arg("base") = 0,
+        "The same for columns of an NHWC tensor's pixels; corners and strides are (w, h).");
   m.def("fault_names", &simt::fault_names, "The faults that run_fault knows.");
   m.def("run_fault", &simt::run_fault, py::arg("name"), py::arg("faulty") = true,
         "Run a kernel that commits the named fault, or its sound twin. Returns whether its result was right; raises "

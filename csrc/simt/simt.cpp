@@ -444,9 +444,15 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
     if (mask >> other & 1 && other != lane) wake(me.block->threads[first + other]);
 }
 
+namespace {
+
+CNNOPS_SIMT_RUNTIME void begin_epoch() { ++device.current->block->epoch; }
+
+}  // namespace
+
 void warp_barrier(unsigned mask, Where where) {
   if (disabled(Sync::kSyncwarp)) return;
-  collective("__syncwarp", mask, &mask, [](const Lanes&) { ++device.current->block->epoch; }, where);
+  collective("__syncwarp", mask, &mask, [](const Lanes&) { begin_epoch(); }, where);
 }
 
 namespace {
