@@ -46,6 +46,7 @@ void tma_load(void* shared, const TensorMap* map, uint64_t* barrier, const int (
 template <int kRank>
 void tma_multicast(void* shared, const TensorMap* map, uint64_t* barrier, const int (&at)[kRank], uint16_t blocks,
                    simt::Where where = simt::Where::current()) {
+  if (!blocks) simt::fail("a multicast to no block");
   simt::tma_load_tiled(shared, *map, barrier, at, blocks, where);
 }
 inline void tma_load_im2col(void* shared, const TensorMap* map, uint64_t* barrier, int c, int w, int h, int n,

@@ -69,8 +69,8 @@ std::string refusal(const Im2colTensor& t) {
   const int64_t extents[] = {t.C, t.W, t.H, t.N, t.pitch};
   for (const int64_t each : extents)  // these first, so that products of them stay within 64 bits
     if (!within(each, 1, kMaxExtent)) return "an extent of " + std::to_string(each) + " is not from 1 to 2^32";
-  if (t.W > kMaxStrideBytes / t.pitch || t.pitch < t.C)
-    return "a pitch of " + std::to_string(t.pitch) + " elements is less than C or makes a row longer than 2^40 bytes";
+  if (t.pitch < t.C) return "a pitch of " + std::to_string(t.pitch) + " elements is less than C";
+  if (t.W > kMaxStrideBytes / t.pitch || t.H > kMaxStrideBytes / (t.pitch * t.W)) return "an image exceeds 2^40 bytes";
   const Axes axes(t);
   if (const auto why = refusal(t.dtype, 4, axes.extent, axes.stride, axes.element_stride); !why.empty()) return why;
   const int corners[] = {t.lower_w, t.lower_h, t.upper_w, t.upper_h};

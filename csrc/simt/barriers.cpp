@@ -277,7 +277,7 @@ void complete_bytes(const TmaCopy& copy, void* written, size_t written_bytes, si
   barrier.bytes -= static_cast<int64_t>(bytes);
   if (barrier.bytes < -kMaxBytes) fail_at("TMA", copy.where, "more bytes have landed than the barrier can count");
   {
-    const Agent agent(copy.sync);
+    const Agent agent(copy.sync, &device.end_sync);
     note_write(written, written_bytes);
     release(&barrier.syncs[barrier.phase % 2]);
   }

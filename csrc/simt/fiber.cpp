@@ -96,7 +96,9 @@ CNNOPS_SIMT_RUNTIME void restart(Fiber& fiber, void (*entry)()) {
       AnnotateIgnoreWritesEnd("", 0);
       AnnotateIgnoreReadsEnd("", 0);
     }
+    __tsan_release(&fiber);
     __tsan_switch_to_fiber(self, __tsan_switch_to_fiber_no_sync);
+    __tsan_acquire(&fiber);
     __tsan_destroy_fiber(fiber.tsan_fiber);
   }
   fiber.tsan_fiber = __tsan_create_fiber(0);
@@ -162,13 +164,16 @@ CNNOPS_SIMT_RUNTIME Shown::~Shown() {
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 }
-CNNOPS_SIMT_RUNTIME Agent::Agent(void* cause) : interrupted_(__tsan_get_current_fiber()) {
+CNNOPS_SIMT_RUNTIME Agent::Agent(void* cause, void* done) : done_(done), interrupted_(__tsan_get_current_fiber()) {
   void*& agent = agents[agents_used++ % kAgents];
   if (!agent) agent = __tsan_create_fiber(0);
   __tsan_switch_to_fiber(agent, __tsan_switch_to_fiber_no_sync);
   __tsan_acquire(cause);
 }
-CNNOPS_SIMT_RUNTIME Agent::~Agent() { __tsan_switch_to_fiber(interrupted_, __tsan_switch_to_fiber_no_sync); }
+CNNOPS_SIMT_RUNTIME Agent::~Agent() {
+  __tsan_release(done_);
+  __tsan_switch_to_fiber(interrupted_, __tsan_switch_to_fiber_no_sync);
+}
 CNNOPS_SIMT_RUNTIME void note_read(const void* p, size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
 CNNOPS_SIMT_RUNTIME void note_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
 #else
@@ -176,7 +181,7 @@ Hidden::Hidden() = default;
 Hidden::~Hidden() = default;
 Shown::Shown() = default;
 Shown::~Shown() = default;
-Agent::Agent(void*) {}
+Agent::Agent(void*, void* done) : done_(done) {}
 Agent::~Agent() = default;
 void note_read(const void*, size_t) {}
 void note_write(void*, size_t) {}

@@ -59,15 +59,17 @@ class Shown {
   Shown& operator=(const Shown&) = delete;
 };
 
-// While it lives, what runs is done by none of the device's threads, after all that came before release(cause).
+// While it lives, what runs is done by none of the device's threads, after all that came before release(cause) and
+// before all that comes after acquire(done).
 class Agent {
  public:
-  explicit Agent(void* cause);
+  Agent(void* cause, void* done);
   ~Agent();
   Agent(const Agent&) = delete;
   Agent& operator=(const Agent&) = delete;
 
  private:
+  [[maybe_unused]] void* const done_;
   [[maybe_unused]] void* interrupted_ = nullptr;
 };
 
