@@ -26,6 +26,10 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
   switch (plan.kernel) {
     case Conv2dKernel::kPortable:
       return kPortableConv2d;
+    case Conv2dKernel::kPacked:
+      return kPackedConv2d;
+    case Conv2dKernel::kStem:
+      return kStemConv2d;
     default:
       break;
   }

@@ -15,11 +15,15 @@ void for_numbers(const Conv2dProblem& p, F&& f) {
   for_dtype(p.dtype, f);
 }
 
-// The tiles. Exact floats have no more than 128 x 64: each of 128 threads owns 8 x 8 sums.
+// The tiles, all of 128 threads. Exact floats have no more than 128 x 64: each thread owns 8 x 8 sums.
+//
+// Instantiations are budgeted. With Half, BFloat16, Tf32 and float, the portable family has 11 kernels forward, 11 of
+// backward_input and 14 of backward_weight, the packed one 12, the stem 12, and 10 more add slabs, moments and biases:
+// 70. Epilogues are run-time switches.
 using SmallTile = Shape<64, 64, 2, 2, 3, false>;  // any alignment
 using TallTile = Shape<128, 64, 2, 2, 3, true>;
-using LargeTile = Shape<128, 128, 2, 4, 4, true>;
-using WideTile = Shape<64, 256, 1, 8, 4, true>;  // backward_weight: dy is read once for 256 taps and channels
+using LargeTile = Shape<128, 128, 2, 2, 4, true>;
+using WideTile = Shape<64, 256, 1, 4, 4, true>;  // backward_weight: dy is read once for 256 taps and channels
 
 // Which elements of a tensor the taps of a position read, along one spatial axis: tap t of position i reads element
 // origin + i * move + t * step; beyond the extent there are zeros. step >= 0.
@@ -265,6 +269,31 @@ __host__ __device__ inline int64_t largest_class(const Conv2dProblem& p) {
   return p.N * ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);
 }
 
+// One class of backward_input's pixels: of one parity along each axis, so that all of them have the same taps.
+struct InputClass {
+  Parity parity_h, parity_w;
+  Axis h, w;
+  int64_t pixels;
+
+  __device__ InputClass(const Conv2dProblem& p, int64_t index) {
+    const Split residue = split(index, classes(p.W, p.stride_w));
+    parity_h = parity(static_cast<int>(residue.quotient), p.R, p.stride_h, p.pad_h, p.dilation_h);
+    parity_w = parity(static_cast<int>(residue.remainder), p.S, p.stride_w, p.pad_w, p.dilation_w);
+    h = taps_of_inputs(parity_h, p.H, p.P, p.stride_h, p.pad_h, p.dilation_h);
+    w = taps_of_inputs(parity_w, p.W, p.Q, p.stride_w, p.pad_w, p.dilation_w);
+    pixels = int64_t{p.N} * h.positions * w.positions;
+  }
+
+  // The offset of a pixel of the class in dx, or -1 beyond the last.
+  __device__ int64_t row_of(const Conv2dProblem& p, int64_t pixel) const {
+    if (pixel >= pixels) return -1;
+    const Split column = split(pixel, w.positions), row = split(column.quotient, h.positions);
+    const int64_t in_image =
+        (parity_h.first + row.remainder * p.stride_h) * p.W + parity_w.first + column.remainder * p.stride_w;
+    return (row.quotient * p.H * p.W + in_image) * p.C;
+  }
+};
+
 // The portable family's passes, each in a file of its own.
 int64_t portable_forward_workspace(const Conv2dProblem&, const Conv2dPlan&, const Epilogue&);
 void portable_forward(const Conv2dProblem&, const Conv2dPlan&, const Epilogue&, const void* x, const void* weight,
@@ -274,6 +303,9 @@ void portable_backward_input(const Conv2dProblem&, const Conv2dPlan&, const Epil
 int64_t portable_backward_weight_workspace(const Conv2dProblem&, const Conv2dPlan&);
 void portable_backward_weight(const Conv2dProblem&, const Conv2dPlan&, const void* dy, const void* x, void* dweight,
                               void* workspace, Stream);
+
+// The most that a pass of the stem family, whose halo is of the problem's size, wants for a block.
+size_t stem_shared_bytes(const Conv2dProblem&);
 
 // f(Shape{}) for the one of these tiles that the plan names.
 template <class... Shapes, class F>

@@ -8,7 +8,7 @@ namespace {
 
 // slabs[slab][k][r,s,c] = the sum over pixels [slab * pixels_per_slab, ..).
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<T, Tile>)
     conv2d_backward_weight_kernel(Conv2dProblem p, int64_t pixels_per_slab, const Stored<T>* dy, const Stored<T>* x,
                                   float* slabs) {
   CNNOPS_DYNAMIC_SHARED(float, shared);
@@ -56,7 +56,7 @@ void portable_backward_weight(const Conv2dProblem& p, const Conv2dPlan& plan, co
     if constexpr (std::is_same_v<T, float>)
       with_tile<SmallTile, TallTile>(plan, run);
     else
-      with_tile<SmallTile, LargeTile, WideTile>(plan, run);
+      with_tile<SmallTile, TallTile, LargeTile, WideTile>(plan, run);
   });
   add_slabs(p.dtype, plan.splits, slab_size(p), slabs, dweight, stream);
 }

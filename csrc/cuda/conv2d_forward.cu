@@ -8,7 +8,7 @@ namespace {
 // Of one slab of the sum over (r,s,c). Where there are several, `slabs[slab][pixel][k]` has their sums; else y has the
 // result and `partial[tile][count, mean, m2][K]` its moments, if the epilogue wants them.
 template <class T, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResidentBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kResidentBlocks<T, Tile>)
     conv2d_forward_kernel(Conv2dProblem p, Epilogue epilogue, int64_t slab_size, const Stored<T>* x,
                           const Stored<T>* weight, Stored<T>* y, float* slabs, float* partial) {
   CNNOPS_DYNAMIC_SHARED(float, shared);
@@ -38,7 +38,7 @@ using SumTile = Shape<16, 64, 1, 4, 1, false>;
 
 // y = the epilogue of the sum over slabs of slabs[slab], in order, both [pixels][K].
 template <class T>
-__global__ void __launch_bounds__(SumTile::kThreads)
+__global__ void __launch_bounds__(SumTile::kThreads, 4)
     conv2d_add_slabs_kernel(Epilogue epilogue, int64_t pixels, int64_t K, int64_t slab_count, const float* slabs, T* y,
                             float* partial) {
   CNNOPS_DYNAMIC_SHARED(float, sums);

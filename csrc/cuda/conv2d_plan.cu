@@ -49,16 +49,46 @@ struct Gemm {
   }
 };
 
+// Channels or filters of a pack.
+int slots_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? kBlockK<float> : kBlockK<Half>; }
+
+// Groups that a pack has several of, or one that fills it.
+bool packs(const Conv2dProblem& p) {
+  constexpr int64_t kMostTaps = 1 << 20;  // so that a pack's filters are counted in 32 bits
+  return p.groups > 1 && p.C / p.groups <= slots_of(p) && p.K / p.groups <= slots_of(p) &&
+         int64_t{p.R} * p.S <= kMostTaps;
+}
+
+Row packed(const Conv2dProblem& p, int block_m, int block_n) {
+  return {packs(p), Conv2dKernel::kPacked, block_m, block_n, 3, "groups of few channels"};
+}
+
+// Whether the taps of all channels fit in the rows of an im2col matrix in shared memory.
+Row stem(const Conv2dProblem& p, const Device& device, int64_t least_taps, int64_t most_taps, int block_m,
+         int block_n) {
+  constexpr int kMostChannels = 4, kMostColumns = 1 << 28;
+  constexpr int64_t kMostReach = 256;  // of a tile's taps, so that the bytes are counted without overflow
+  const int64_t taps = int64_t{p.R} * p.S * p.C;
+  const bool near = int64_t{p.dilation_h} * p.R + 8 * int64_t{p.stride_h} <= kMostReach &&
+                    int64_t{p.dilation_w} * p.S + 8 * int64_t{p.stride_w} <= kMostReach;
+  const bool allowed = p.groups == 1 && p.C <= kMostChannels && p.W <= kMostColumns && taps >= least_taps &&
+                       taps <= most_taps && near && stem_shared_bytes(p) <= static_cast<size_t>(device.shared_bytes);
+  return {allowed, Conv2dKernel::kStem, block_m, block_n, 1, "few input channels"};
+}
+
 int vector_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? 4 : 8; }
 
-Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm) {
-  return first_of(
-      portable<LargeTile>(gemm.fits<LargeTile>(p, device) && gemm.n > TallTile::kN && gemm.fills<LargeTile>(device),
-                          "128 x 128 tiles fill the device"),
-      portable<TallTile>(gemm.fits<TallTile>(p, device) && gemm.fills<TallTile>(device),
-                         "128 x 64 tiles fill the device"),
-      portable<SmallTile>(gemm.aligned, "few tiles"),
-      portable<SmallTile>(true, "channels that 16 bytes do not divide"));
+// The passes whose rows are pixels; rows of one of them alone go before.
+template <class... Rows>
+Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm, const Rows&... before) {
+  const bool even = ceil_div(gemm.n, TallTile::kN) % 2 == 0;  // so that no half of a 128 x 128 tile is empty
+  return first_of(before..., packed(p, 128, 32),
+                  portable<LargeTile>(gemm.fits<LargeTile>(p, device) && even && gemm.fills<LargeTile>(device),
+                                      "128 x 128 tiles fill the device"),
+                  portable<TallTile>(gemm.fits<TallTile>(p, device) && gemm.fills<TallTile>(device),
+                                     "128 x 64 tiles fill the device"),
+                  portable<SmallTile>(gemm.aligned, "few tiles"),
+                  portable<SmallTile>(true, "channels that 16 bytes do not divide"));
 }
 
 // How many parts a sum of `terms` is cut into: enough for the device, each worth its slab's traffic.
@@ -71,11 +101,11 @@ int64_t splits_of(int64_t terms, int64_t least_terms, int64_t tiles, int64_t wan
 
 Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
   const int64_t channels = p.C / p.groups;
-  const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, p.R * p.S * channels, p.groups,
+  const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, int64_t{p.R} * p.S * channels, p.groups,
                   channels % vector_of(p) == 0};
-  Conv2dPlan plan = plan_pixels(p, device, gemm);
+  Conv2dPlan plan = plan_pixels(p, device, gemm, stem(p, device, 1, 160, 64, 64));
   const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
-  if (2 * count <= device.multiprocessors) {
+  if (plan.kernel == Conv2dKernel::kPortable && 2 * count <= device.multiprocessors) {
     constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
     plan.splits = splits_of(gemm.k, kLeastTerms, count, device.multiprocessors);
     if (plan.splits > 1) plan.reason = "few tiles of long sums, cut into slabs";
@@ -85,26 +115,30 @@ Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
 
 Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups;
-  const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels, p.R * p.S * filters,
-                  p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
+  const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels,
+                  int64_t{p.R} * p.S * filters, p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
   return plan_pixels(p, device, gemm);
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups, pixels = int64_t{p.N} * p.P * p.Q;
-  const Gemm gemm{filters, p.R * p.S * channels, pixels, p.groups,
+  const Gemm gemm{filters, int64_t{p.R} * p.S * channels, pixels, p.groups,
                   channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
-  const bool exact = p.dtype == DType::kFloat && !p.tf32;
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
-  Conv2dPlan plan =
-      first_of(portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
-               portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
-               portable<TallTile>(exact && gemm.fits<TallTile>(p, device) && filters > 64, "many filters"),
-               portable<SmallTile>(gemm.aligned, "few filters, taps and channels"),
-               portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
-  constexpr int64_t kLeastPixels = 256, kBlocksPerMultiprocessor = 4;
-  plan.splits = splits_of(pixels, kLeastPixels, tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n),
-                          kBlocksPerMultiprocessor * device.multiprocessors);
+  Conv2dPlan plan = first_of(
+      packed(p, 32, 128), stem(p, device, 1, 32, 64, 32), stem(p, device, 33, 160, 64, 160),
+      portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
+      portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
+      portable<TallTile>(gemm.fits<TallTile>(p, device) && filters > 64, "many filters, few taps and channels"),
+      portable<SmallTile>(gemm.aligned, "few filters, taps and channels"),
+      portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
+  constexpr int64_t kLeastPixels = 256;
+  const int64_t resident = plan.block_m * plan.block_n > 128 * 64 ? 2 : 4;  // blocks on a multiprocessor
+  int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
+  if (plan.kernel == Conv2dKernel::kPacked)
+    count = ceil_div(p.groups * std::max(channels, filters), slots_of(p)) * ceil_div(int64_t{p.R} * p.S, 4);
+  if (plan.kernel == Conv2dKernel::kStem) count = ceil_div(filters, plan.block_m);
+  plan.splits = splits_of(pixels, kLeastPixels, count, resident * device.multiprocessors);
   return plan;
 }
 

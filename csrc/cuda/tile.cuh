@@ -44,10 +44,15 @@ struct Shape {
   static constexpr int kM = kBlockM, kN = kBlockN, kWarpsM = kWarpRows, kWarpsN = kWarpColumns, kStages = kRingStages;
   static constexpr bool kAligned = kIsAligned;
   static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
-  // As many blocks as their sums leave registers for: said to the compiler, which otherwise saves registers for one
-  // more and spills.
-  static constexpr int kResidentBlocks = kThreads > 128 ? 2 : kM * kN > 64 * 64 ? 3 : 4;
 };
+
+// As many blocks as their sums and fragments leave registers for: said to the compiler, which otherwise saves registers
+// for one more and spills. Exact floats have wider fragments.
+template <class T, class Shape>
+constexpr int kResidentBlocks = (Shape::kM * Shape::kN / Shape::kThreads <= 32   ? 4
+                                 : Shape::kM * Shape::kN / Shape::kThreads <= 64 ? 3
+                                                                                 : 2) -
+                                (std::is_same_v<T, float> ? 1 : 0);
 
 // A tile of kLength rows m or n. The padding makes what a warp reads together start in different banks: rows of 80
 // bytes for ldmatrix along k; across k, rows that are 16 bytes off for ldmatrix and 8 words off for words of TF32.
@@ -56,16 +61,17 @@ struct Tile {
   static constexpr int kOuter = kInnerIsK ? kLength : kBlockK<T>, kInner = kInnerIsK ? kBlockK<T> : kLength;
   static constexpr int kPitch = kInner + (kInnerIsK ? kVectorOf<T> : 8);
   static constexpr int kElements = kOuter * kPitch;
-  static constexpr int kVectorsPerRow = kInner / kVectorOf<T>;
+  static constexpr int kVectorsPerRow = kInner / kVectorOf<T>, kThreadCount = kThreads;
   static constexpr int kRowsPerPass = kThreads / kVectorsPerRow;
   static constexpr int kPasses = kOuter / kRowsPerPass;
-  static_assert(kThreads % kVectorsPerRow == 0 && kOuter % kRowsPerPass == 0);
 };
 
 // Fills tiles of one operand, each further along k by kBlockK than the one before. A thread has the same column of
 // vectors in every pass.
 template <class T, class Tile, bool kInnerIsK, bool kAligned, class Operand>
 class Loader {
+  static_assert(Tile::kThreadCount % Tile::kVectorsPerRow == 0 && Tile::kOuter % Tile::kRowsPerPass == 0);
+
  public:
   __device__ Loader(const Operand& operand, int64_t first, int64_t k_begin)
       : operand_(operand),
@@ -167,7 +173,8 @@ class Product {
   using A = Tile<T, Shape::kThreads, Shape::kM, kAInnerIsK>;
   using B = Tile<T, Shape::kThreads, Shape::kN, kBInnerIsK>;
 
-  __device__ void multiply(const Stored<T>* a_tile, const Stored<T>* b_tile) {
+  template <class Needed>
+  __device__ void multiply(const Stored<T>* a_tile, const Stored<T>* b_tile, const Needed& needed) {
     using FragmentsA = Fragments<T, A::kPitch, kAInnerIsK>;
     using FragmentsB = Fragments<T, B::kPitch, kBInnerIsK>;
     CNNOPS_UNROLL
@@ -181,7 +188,8 @@ class Product {
       for (int i = 0; i < kDown; ++i) {
         CNNOPS_UNROLL
         for (int j = 0; j < kAcross; ++j)
-          FragmentsA::multiply(sum_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          if (needed(warp_m() + i * 16, warp_n() + j * 8, k))
+            FragmentsA::multiply(sum_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }
@@ -226,7 +234,8 @@ class Product<float, Shape, kAInnerIsK, kBInnerIsK> {
   using A = Tile<float, Shape::kThreads, Shape::kM, kAInnerIsK>;
   using B = Tile<float, Shape::kThreads, Shape::kN, kBInnerIsK>;
 
-  __device__ void multiply(const float* a_tile, const float* b_tile) {
+  template <class Needed>
+  __device__ void multiply(const float* a_tile, const float* b_tile, const Needed&) {
     CNNOPS_UNROLL
     for (int k = 0; k < kBlockK<float>; k += 4) {
       float a[kRows][4];
@@ -258,7 +267,7 @@ class Product<float, Shape, kAInnerIsK, kBInnerIsK> {
   }
 
  private:
-  static constexpr int kThreadsM = 16, kThreadsN = Shape::kThreads / kThreadsM;
+  static constexpr int kThreadsM = Shape::kM < 64 ? 8 : 16, kThreadsN = Shape::kThreads / kThreadsM;
   static constexpr int kRows = Shape::kM / kThreadsM, kColumns = Shape::kN / kThreadsN;
 
   static __device__ int thread_m() { return static_cast<int>(threadIdx.x) / kThreadsN; }
@@ -307,15 +316,16 @@ constexpr size_t shared_bytes() {
   return kRing > kSums ? kRing : kSums;
 }
 
-// Leaves the tile of D at (m, n), summed over k in [k_begin, k_end), in `shared` as rows of floats kSumsPitch apart,
-// for all threads to read. Operands are zero from k_end on.
-template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK, class A, class B>
-__device__ void multiply(const A& a, const B& b, int64_t m, int64_t n, int64_t k_begin, int64_t k_end, void* shared) {
+// Whether the fragments at m, n and k of a tile have products that count: here all of them.
+struct All {
+  __device__ constexpr bool operator()(int, int, int) const { return true; }
+};
+
+// Leaves the sum over `steps` tiles in `shared` as rows of floats kSumsPitch apart, for all threads to read.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK, class LoaderA, class LoaderB, class Needed>
+__device__ void multiply_tiles(LoaderA& a_loader, LoaderB& b_loader, int steps, void* shared, const Needed& needed) {
   using Product = Product<T, Shape, kAInnerIsK, kBInnerIsK>;
   constexpr int kStages = Shape::kStages;
-  Loader<T, typename Product::A, kAInnerIsK, Shape::kAligned, A> a_loader(a, m, k_begin);
-  Loader<T, typename Product::B, kBInnerIsK, Shape::kAligned, B> b_loader(b, n, k_begin);
-  const int steps = static_cast<int>(ceil_div(k_end - k_begin, kBlockK<T>));
   auto* const ring = static_cast<Stored<T>*>(shared);
   const auto a_tile = [&](int step) {
     return ring + step % kStages * kStageElements<T, Shape, kAInnerIsK, kBInnerIsK>;
@@ -336,11 +346,22 @@ __device__ void multiply(const A& a, const B& b, int64_t m, int64_t n, int64_t k
     // Now everyone's copies of this step have landed, and nobody reads the stage that is refilled below any more.
     __syncthreads();
     load(step + kStages - 1);
-    product.multiply(a_tile(step), b_tile(step));
+    product.multiply(a_tile(step), b_tile(step), needed);
   }
   __syncthreads();  // nobody reads the ring any more
   product.store(static_cast<float*>(shared), kSumsPitch<Shape>);
   __syncthreads();
+}
+
+// The tile of D at (m, n), summed over k in [k_begin, k_end). Operands are zero from k_end on.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK, class A, class B, class Needed = All>
+__device__ void multiply(const A& a, const B& b, int64_t m, int64_t n, int64_t k_begin, int64_t k_end, void* shared,
+                         const Needed& needed = {}) {
+  using Product = Product<T, Shape, kAInnerIsK, kBInnerIsK>;
+  Loader<T, typename Product::A, kAInnerIsK, Shape::kAligned, A> a_loader(a, m, k_begin);
+  Loader<T, typename Product::B, kBInnerIsK, Shape::kAligned, B> b_loader(b, n, k_begin);
+  const int steps = static_cast<int>(ceil_div(k_end - k_begin, kBlockK<T>));
+  multiply_tiles<T, Shape, kAInnerIsK, kBInnerIsK>(a_loader, b_loader, steps, shared, needed);
 }
 
 // Writes the sums that `multiply` left, those of column n to y[row_of(m) + k + n] for k + n < k_end, through the
