@@ -11,6 +11,7 @@ the plain one, as _native_<backend>_address.so.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -154,6 +155,12 @@ def images() -> list[tuple[str, str]]:
     return found
 
 
+def cuda_sources_hash() -> str:
+    """Of everything that the CUDA library is made of: build_info has it, so that a library can be told from another."""
+    sources = sorted([*CSRC.glob("*.h"), CSRC / "bind.cpp", *CSRC.glob("cuda/*")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
 def is_hopper_source(source: Path) -> bool:
     """Whether a source is for sm_90a alone. CNNOPS_SM90 tells the others that its kernels are in the library."""
     return source.stem.endswith("_sm90")
@@ -179,7 +186,10 @@ def cuda_target(home: Path) -> Target:
         made_for = [pair for pair in images() if pair == HOPPER or not is_hopper_source(source)]
         if made_for:
             gencode = " ".join(f"-gencode=arch={virtual},code={image}" for virtual, image in made_for)
-            target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'{hopper}", rule="nvcc")
+            flags = f"{gencode} --threads {threads}{hopper}"
+            if source.stem == "kernels":  # which says what was built
+                flags += f" '-DCNNOPS_ARCHES=\"{names}\"' '-DCNNOPS_SOURCES=\"{cuda_sources_hash()}\"'"
+            target.add(source, flags, rule="nvcc")
     return target
 
 

@@ -6,12 +6,15 @@
 #include "launch.h"
 #include "launchers.h"
 
-// The architectures and flags are the build's to know.
+// The architectures, the flags and what the sources were are the build's to know.
 #if !defined(CNNOPS_ARCHES)
 #define CNNOPS_ARCHES ""
 #endif
 #if !defined(CNNOPS_FLAGS)
 #define CNNOPS_FLAGS ""
+#endif
+#if !defined(CNNOPS_SOURCES)
+#define CNNOPS_SOURCES ""
 #endif
 
 namespace cnnops {
@@ -80,8 +83,8 @@ std::string describe() {
   for (const cuda::KernelEntry& each : cuda::launched_kernels())
     names += (names.empty() ? "" : ", ") + quoted(each.name);
   return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
-         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + names +
-         "], \"resources\": {" + resources() + "}" + versions() + "}";
+         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"sources\": " + quoted(CNNOPS_SOURCES) + ", \"arches\": [" +
+         arches() + "], \"kernels\": [" + names + "], \"resources\": {" + resources() + "}" + versions() + "}";
 }
 
 }  // namespace

@@ -35,6 +35,10 @@ py::dict counters() {
   out["block_barriers"] = now.block_barriers;
   out["warp_collectives"] = now.warp_collectives;
   out["kernels"] = now.kernels;
+  std::map<std::string, std::map<std::string, size_t>> configurations;
+  for (const auto& [kernel, most] : now.configurations)
+    configurations[kernel] = {{"threads", most.threads}, {"shared_bytes", most.shared_bytes}};
+  out["configurations"] = configurations;
   return out;
 }
 
@@ -65,7 +69,8 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
         "From here on the named wrapper does nothing; '' restores it. Raises ValueError for an unknown name.");
   m.def("counters", &counters,
         "What ran since reset_counters(): launches, blocks, switches (of threads), block_barriers and warp_collectives "
-        "(arrivals at them), and kernels, launches by name.");
+        "(arrivals at them), kernels (launches by name) and configurations (the most threads and dynamic shared_bytes "
+        "that a block of each kernel had).");
   m.def("reset_counters", &simt::reset_counters, "Set every counter to zero.");
   m.def("fault_names", &simt::fault_names, "The faults that run_fault knows.");
   m.def("run_fault", &simt::run_fault, py::arg("name"), py::arg("faulty") = true,

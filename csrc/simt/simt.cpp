@@ -313,6 +313,8 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   adopt_this_thread(device.host);
   ++device.counters.launches;
   ++device.counters.kernels[kernel];
+  Configuration& most = device.counters.configurations[kernel];
+  most = {std::max(most.threads, device.thread_count), std::max(most.shared_bytes, dynamic_shared_bytes)};
 
   device.error.clear();
   for (const uint64_t first : cluster_order(uint64_t{grid.x} * grid.y * grid.z)) {

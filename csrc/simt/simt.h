@@ -40,9 +40,15 @@ using Where = std::source_location;
 
 enum class Order { kForward, kReversed, kRandom };
 
+struct Configuration {
+  unsigned threads = 0;     // of a block
+  size_t shared_bytes = 0;  // dynamic
+};
+
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0, block_barriers = 0, warp_collectives = 0;
-  std::map<std::string, uint64_t> kernels;  // launches by name
+  std::map<std::string, uint64_t> kernels;              // launches by name
+  std::map<std::string, Configuration> configurations;  // by name, the most of all launches
 };
 
 void set_schedule(Order order, uint64_t seed);
