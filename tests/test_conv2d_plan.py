@@ -71,6 +71,26 @@ def test_every_pass_of_every_convolution_has_a_kernel(device: tuple[int, int, in
                 assert int(stages) >= 1
 
 
+CHOICES = {
+    "of many channels": (Conv2dCase("", 32, 256, 56, 56, 256, 3, 3, padding=(1, 1)), "portable", (128, 128)),
+    "of few filters": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1)), "portable", (128, 64)),
+    "of a small map": (Conv2dCase("", 1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), "portable", (64, 64)),
+    "of odd channels": (Conv2dCase("", 32, 63, 56, 56, 61, 3, 3, padding=(1, 1)), "portable", (64, 64)),
+    "depthwise": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=64), "packed", (128, 32)),
+    "of an image": (Conv2dCase("", 32, 3, 224, 224, 64, 7, 7, stride=(2, 2), padding=(3, 3)), "stem", (64, 64)),
+}
+
+
+@pytest.mark.parametrize(
+    "device", [device for device in DEVICES if device[0] != 90], ids=lambda device: f"sm_{device[0]}"
+)
+@pytest.mark.parametrize("layer", CHOICES)
+def test_choice_for_a_layer(layer: str, device: tuple[int, int, int]) -> None:
+    case, family, tile = CHOICES[layer]
+    [(_, _, chosen, rows, columns, _, _)] = plans("conv2d_forward", case, torch.bfloat16, device)
+    assert (chosen, int(rows), int(columns)) == (family, *tile)
+
+
 def test_precision_follows_torchs_switch() -> None:
     case = find(CONV2D, "3x3-pad-bias")
     for dtype, names in ((torch.float32, ("tf32", "float32")), (torch.bfloat16, ("bfloat16", "bfloat16"))):
