@@ -56,6 +56,9 @@ inline int64_t pixels_of(const ImplicitGemm& gemm, const PixelClass& at) {
   return int64_t{gemm.N} * at.h.positions * at.w.positions;
 }
 
+// What is beyond an int is beyond TMA, too.
+inline int saturated(int64_t value) { return static_cast<int>(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX)); }
+
 inline TapAxis forward_taps(int P, int R, int stride, int pad, int dilation) {
   return {P, 0, 1, -pad, stride, R, dilation, 0, 1};
 }
@@ -65,15 +68,17 @@ inline TapAxis forward_taps(int P, int R, int stride, int pad, int dilation) {
 inline TapAxis backward_taps(int first, int H, int R, int stride, int pad, int dilation) {
   int tap = 0, between = 0, taps = 0;
   for (int r = 0; r < R; ++r) {
-    if ((first + pad - r * dilation) % stride) continue;
+    if ((int64_t{first} + pad - int64_t{r} * dilation) % stride) continue;
     if (taps == 0) tap = r;
     if (taps == 1) between = r - tap;
     ++taps;
   }
-  const int last = tap + (taps - 1) * between, positions = static_cast<int>(ceil_div(H - first, stride));
+  const int positions = static_cast<int>(ceil_div(H - first, stride));
   if (taps == 0) return {positions, first, stride, 0, 1, 0, 0, 0, 0};
-  return {positions, first,   stride, (first + pad - last * dilation) / stride, 1, taps, between * dilation / stride,
-          last,      -between};
+  const int last = tap + (taps - 1) * between;
+  const int64_t base = (int64_t{first} + pad - int64_t{last} * dilation) / stride,
+                step = int64_t{between} * dilation / stride;
+  return {positions, first, stride, saturated(base), 1, taps, saturated(step), last, -between};
 }
 
 inline int steps_of(const PixelClass& at, int channels) {
@@ -170,7 +175,7 @@ inline bool reachable(const TapAxis& axis) {
 
 inline Im2colTensor a_tensor(const ImplicitGemm& gemm, const PixelClass& at) {
   const auto upper = [](const TapAxis& axis, int extent) {
-    return axis.base + (axis.positions - 1) * axis.move - (extent - 1);
+    return saturated(int64_t{axis.base} + int64_t{axis.positions - 1} * axis.move - (extent - 1));
   };
   return {gemm.dtype,
           gemm.a_channels,
