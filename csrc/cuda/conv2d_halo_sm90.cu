@@ -8,11 +8,11 @@
 // Ownership  One block owns tiles of 256 pixels, rows x columns, of all filters. It is persistent: the filters stay in
 //            its shared memory. They are on wgmma's M and pixels on its N, 128 of them for each warpgroup of
 //            consumers; a warpgroup of producers runs ahead into the next tile.
-// Traffic    A tap's pixels must begin at a period of the swizzle, 8 pixels, since the matrix descriptor's base offset
-//            would have to say otherwise, and what that does is not documented well enough to depend on it. Tiles are
-//            multiples of 8 columns wide, so that taps of other rows do; for those of other columns there are S copies
-//            of the tile, each begun one column later, with R - 1 rows more. So x is read S * (rows + R - 1) / rows
-//            times from L2 and not R * S times, and the filters once for each block.
+// Traffic    A tap's pixels must begin at a period of the swizzle, 8 pixels: elsewhere the matrix descriptor would need
+//            its base offset, which nobody has tried here on hardware. Tiles are multiples of 8 columns wide, so that
+//            the taps of one column of the filter all do; for the S columns there are S copies of the tile, each begun
+//            one column later, with R - 1 rows more. So x is read S * (rows + R - 1) / rows times from L2 and not R * S
+//            times, and the filters once for each block.
 
 #include "conv2d_halo_sm90.h"
 #include "conv2d_sm90.h"

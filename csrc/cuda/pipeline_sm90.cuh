@@ -13,7 +13,6 @@ constexpr int kConsumerThreads = 32 * kConsumerWarps, kRingThreads = kConsumerTh
 // what it does not need: 128 * 56 + 256 * 224 <= 65536.
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 constexpr int kRowBytes = 128;                        // of a tile in shared memory: what a swizzled row has
-constexpr int kBlockChannels = 64;                    // 16-bit numbers in it: one step along gemm_k
 constexpr int kGroupBytes = 8 * kRowBytes;            // of the swizzle's period
 constexpr int kConsumersBarrier = 1;                  // a named one, of all consumers
 constexpr size_t kSharedOfBlock = size_t{227} << 10;  // the most that a block of sm_90 may have
