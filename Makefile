@@ -17,8 +17,8 @@ help:
 	@echo "make check      lint, types and the quick tests (3 minutes on a built tree)"
 	@echo "make test-slow  full sweeps, sanitizers, Triton 3.6; resumable by part"
 	@echo "make bench      measure every kernel beside its peers; writes bench/results"
-	@echo "make docs       write the figures of bench/results into README.md and docs"
-	@echo "make gpu        build with this interpreter's CUDA torch and run the suite on the device"
+	@echo "make docs       write the figures of bench/results, and those of the built kernels, into README.md and docs"
+	@echo "make gpu        run the suite on the device, with this interpreter's CUDA torch; RESULTS=DIR: benchmarks too"
 
 # The environment. nvcc comes from the registry where the machine has none, so that CUDA compiles anywhere.
 $(READY): requirements.lock
@@ -61,14 +61,13 @@ test-slow: build-simt
 bench: build
 	$(BIN)/python -m pytest -q bench
 
-docs: build
+docs: build-simt
 	$(BIN)/python -m cnnops.bench.report README.md docs/benchmarks.md
+	$(BIN)/python -m cnnops.bench.kernels docs/kernels.md
 
-# The interpreter's own torch, no network and no .venv. RESULTS: the folder that result files go to.
+# The interpreter's own torch, no network and no .venv. RESULTS: run the benchmarks too; the folder for their files.
 gpu:
-	CNNOPS_BUILD=cuda $(PYTHON) -W ignore setup.py -q build_native
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q -m "not slow" -k "cuda or triton" tests
-	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -q bench $(if $(RESULTS),--results "$(RESULTS)")
+	@$(PYTHON) .ci/gpu $(if $(RESULTS),"$(RESULTS)")
 
 clean:
 	rm -rf build cnnops/*.so cnnops.egg-info

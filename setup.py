@@ -11,6 +11,7 @@ the plain one, as _native_<backend>_address.so.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -54,6 +55,12 @@ NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -Xptxas -warn-spills,-warn-lmem-usage"
 )
 HOPPER = ("compute_90a", "sm_90a")
+# Kernels report their accesses to csrc/simt/trace.cpp, which stands for ThreadSanitizer's runtime, as the source has them:
+# neighbours are not merged into a vector, nor loops into a call of memcpy.
+TRACE_FLAGS = (
+    "-fsanitize=thread --param tsan-instrument-func-entry-exit=0 "
+    "-fno-tree-slp-vectorize -fno-tree-loop-distribute-patterns"
+)
 
 
 @dataclass
@@ -118,14 +125,16 @@ def simt_target(sanitize: str) -> Target:
 
     python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
     suffix, extra, link = sanitizing(sanitize)
-    flags = f"-O2 -g -DCNNOPS_SIMT -DCNNOPS_SM90 -ffp-contract=off{extra}"
+    traced = "" if sanitize else "-DCNNOPS_TRACED"
+    flags = f"-O2 -g -DCNNOPS_SIMT -DCNNOPS_SM90 {traced} -ffp-contract=off{extra}"
     name = f"_native_simt{suffix}"
     target = Target(ROOT / f"cnnops/{name}.so", link_torch() + link)
     target.add(CSRC / "bind.cpp", f"{flags} {bind_flags('simt', 'CPU')}")
     for source in sorted(CSRC.glob("simt/*.cpp")):
         target.add(source, f"{flags} -DCNNOPS_MODULE={name} {python if source.stem == 'module' else ''}")
+    traced = "" if sanitize else TRACE_FLAGS
     for source in sorted([*CSRC.glob("cuda/*.cu"), *CSRC.glob("simt/*.cu")]):
-        target.add(source, f"{flags} -x c++")
+        target.add(source, f"{flags} {traced} -x c++")
     return target
 
 
@@ -154,6 +163,12 @@ def images() -> list[tuple[str, str]]:
     return found
 
 
+def cuda_sources_hash() -> str:
+    """Of everything that the CUDA library is made of: build_info has it, so that a library can be told from another."""
+    sources = sorted([*CSRC.glob("*.h"), CSRC / "bind.cpp", *CSRC.glob("cuda/*")])
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+
+
 def is_hopper_source(source: Path) -> bool:
     """Whether a source is for sm_90a alone. CNNOPS_SM90 tells the others that its kernels are in the library."""
     return source.stem.endswith("_sm90")
@@ -179,7 +194,10 @@ def cuda_target(home: Path) -> Target:
         made_for = [pair for pair in images() if pair == HOPPER or not is_hopper_source(source)]
         if made_for:
             gencode = " ".join(f"-gencode=arch={virtual},code={image}" for virtual, image in made_for)
-            target.add(source, f"{gencode} --threads {threads} '-DCNNOPS_ARCHES=\"{names}\"'{hopper}", rule="nvcc")
+            flags = f"{gencode} --threads {threads}{hopper}"
+            if source.stem == "kernels":  # which says what was built
+                flags += f" '-DCNNOPS_ARCHES=\"{names}\"' '-DCNNOPS_SOURCES=\"{cuda_sources_hash()}\"'"
+            target.add(source, flags, rule="nvcc")
     return target
 
 

@@ -171,9 +171,23 @@ def info(options: argparse.Namespace) -> int:
         for key, value in backend.get("built", {}).items():
             if key == "kernels":
                 value = f"{len(value)} (--json lists them)"
-            if value and key not in ("backend", "flags", "resources"):
+            if value and key not in ("backend", "flags", "resources", "sources"):
                 print(f"{'':8s}{key}: {', '.join(value) if isinstance(value, list) else value}")
+    _print_table(found["backends"]["cuda"])
     return 0
+
+
+def _print_table(cuda: dict[str, Any]) -> None:
+    """What each CUDA kernel takes of a multiprocessor, where that library is built."""
+    from cnnops import resources
+    from cnnops.bench.report import plain
+
+    if "table" in cuda:
+        rows = [resources.cells(resources.Row(**row)) for row in cuda["table"]]
+        print("\nCUDA kernels; on a device of this compute capability, blocks on a multiprocessor (occupancy):")
+        print(plain(resources.HEADINGS, rows))
+    elif "why_no_table" in cuda:
+        print(f"\nno table of the CUDA kernels: {cuda['why_no_table']}")
 
 
 def explain(options: argparse.Namespace) -> int:

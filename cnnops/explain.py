@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, settings
+from . import dispatch, resources, settings
 from .backends import Support, aten
 from .backends.native import Library, Problem
 from .ops.registry import observers
@@ -129,6 +129,11 @@ def info() -> dict[str, Any]:
             entry["library"] = library.path.name if library.path.exists() else "not built"
             if library.status().ok:
                 entry["built"] = json.loads(library.build_info())
+        if backend.NAME == "cuda" and entry["library"] != "not built":
+            try:
+                entry["table"] = [asdict(row) for row in resources.table(backend.library.path)]
+            except (FileNotFoundError, RuntimeError) as error:
+                entry["why_no_table"] = str(error)
         backends[backend.NAME] = entry
     return {
         "cnnops": __version__,

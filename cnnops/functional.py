@@ -169,7 +169,8 @@ def conv2d(
     the input, as in ``torch.nn.Conv2d``: "zeros", "reflect" (padding < extent), "replicate" or "circular" (padding <=
     extent). Returns [.., K, P, Q], P = floor((H + 2 padding - dilation (R - 1) - 1) / stride) + 1. Raises RuntimeError
     where shapes, dtypes or geometry do not fit, TypeError where an argument is of the wrong type, ValueError for another
-    padding_mode.
+    padding_mode. On CUDA this and the other convolutions multiply float32 as TF32 where torch's would, as
+    ``torch.backends.cudnn.conv.fp32_precision`` says.
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
         _check_tensor("conv2d", "input", input)

@@ -111,13 +111,13 @@ struct Kernels {
   // Which kernel computes a pass of a convolution ("forward", "backward_input", "backward_weight") on a device, and
   // why. An architecture of 0 stands for the device that a launch would go to.
   std::string (*conv2d_plan)(const std::string& direction, const Conv2dProblem&, int architecture, int multiprocessors,
-                             int shared_bytes);
+                             int shared_bytes) = nullptr;
   // Plan as for a device of at most this architecture; 0: as the device is. For tests and benchmarks.
-  void (*use_architecture)(int architecture);
+  void (*use_architecture)(int architecture) = nullptr;
 
-  bool conv2d_statistics;  // conv2d_forward fills Epilogue::mean and m2
-  bool tf32;               // convolutions look at Conv2dProblem::tf32
-  bool conv2d_in_float;    // conv2d wants half and bfloat16 widened to float by the caller
+  bool conv2d_statistics = false;  // conv2d_forward fills Epilogue::mean and m2
+  bool tf32 = false;               // convolutions look at Conv2dProblem::tf32
+  bool conv2d_in_float = false;    // conv2d wants half and bfloat16 widened to float by the caller
 };
 
 // Each library holds one backend and so defines this once.

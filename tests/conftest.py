@@ -5,7 +5,9 @@ Markers: `quick` is the subset for `make check`, `slow` the whole cross product 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -43,9 +45,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> Iterator[helpers.Backend]:
     """The backend that the test runs on, strictly: no call of ours can fall through to ATen."""
-    row = helpers.row(request.param)
+    row, variant = helpers.row(request.param), helpers.variant(request.param)
     usable = row.usable()
     if not usable.ok:
         pytest.fail(f"backend {row.NAME} is expected on this machine, but is not usable: {usable.reason}")
-    with cnnops.use_backend(row.NAME):
+    with cnnops.use_backend(row.NAME), variant, guarded(row.NAME, request.node.nodeid):
         yield helpers.Backend(row.NAME, helpers.device_of(row))
+
+
+@contextlib.contextmanager
+def guarded(name: str, test: str) -> Iterator[None]:
+    """The emulator's tensors flush against a page that faults: at their end in half of the tests, else at their start."""
+    if name != "simt":
+        yield
+        return
+    emulator = helpers.row(name).module()
+    emulator.guard_tensors(("end", "start")[zlib.crc32(test.encode()) % 2])
+    try:
+        yield
+    finally:
+        emulator.guard_tensors("")

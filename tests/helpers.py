@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +23,11 @@ from cases import (
     Unpool2dCase,
     pairwise,
 )
-from tolerance import assert_close, assert_exact, assert_same_layout, assert_same_non_finite
+from tolerance import as_tf32, assert_close, assert_exact, assert_same_layout, assert_same_non_finite
 from torch import Tensor
 
 from cnnops import dispatch
+from cnnops.backends.cuda import CONVOLUTIONS
 from cnnops.geometry import (
     PADDING_MODES,
     Conv2dProblem,
@@ -50,8 +53,8 @@ class Backend:
 
 
 def row(name: str) -> Any:
-    """The backend's row in the dispatch table. Raises KeyError."""
-    return {row.NAME: row for row in dispatch.BACKENDS}[name]
+    """The row in the dispatch table of a backend or of a variant of one. Raises KeyError."""
+    return {row.NAME: row for row in dispatch.BACKENDS}[name.split("-")[0]]
 
 
 def device_of(row: Any) -> str:
@@ -62,6 +65,41 @@ BACKENDS = tuple(
     row.NAME for row in dispatch.BACKENDS if row.NAME != "aten" and (row.NAME != "cuda" or torch.cuda.is_available())
 )
 """The rows that the tests cover: all but ATen, which is what they compare with. A row without its build fails."""
+
+VARIANTS = tuple(
+    f"{name}-sm80"
+    for name in BACKENDS
+    if name == "simt" or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+)
+"""The same on a device that claims to be of sm_80 alone, whose kernels would not be chosen elsewhere."""
+
+WITH_TF32 = tuple(name for name in (*BACKENDS, *VARIANTS) if name.startswith(("simt", "cuda")))
+
+
+@contextlib.contextmanager
+def variant(name: str) -> Iterator[None]:
+    """The device as the variant of a backend has it; nothing for a backend's plain name."""
+    if name not in VARIANTS:
+        yield
+        return
+    use_architecture = row(name).library.function("use_architecture")
+    use_architecture(int(name.split("-sm")[1]))
+    try:
+        yield
+    finally:
+        use_architecture(int(os.environ.get("CNNOPS_CUDA_ARCH", 0)))
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Let convolutions on CUDA multiply float32 as TF32. Tests do without unless they say so."""
+    switch = torch.backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
@@ -129,14 +167,15 @@ def claims(name: str, function: str, dtype: torch.dtype = torch.float32) -> bool
 
 
 def on(*functions: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The decorator that runs a test on each backend that has all these functions."""
-    names = [name for name in BACKENDS if all(claims(name, function, dtype) for function in functions)]
+    """The decorator that runs a test on each backend that has all these functions; of convolutions, on variants too."""
+    names = BACKENDS + (VARIANTS if set(functions) & set(CONVOLUTIONS) else ())
+    names = tuple(name for name in names if all(claims(name, function, dtype) for function in functions))
     return pytest.mark.parametrize("backend", names, indirect=True)
 
 
 def emulated(name: str) -> bool:
     """Whether a backend runs on this CPU in place of the device it is made for, and so takes small problems only."""
-    return name in EMULATED_FLOPS and device_of(row(name)) == "cpu"
+    return row(name).NAME in EMULATED_FLOPS and device_of(row(name)) == "cpu"
 
 
 Item = tuple[Any, torch.dtype, str]  # case, dtype, layout
@@ -160,18 +199,24 @@ def cross(
     cases: Sequence[Any],
     layouts: Sequence[str] = LAYOUTS,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    backends: Sequence[str] = BACKENDS + VARIANTS,
 ) -> list[Any]:
     """Parameters (backend, case, dtype, layout): the whole product on a native backend, pairwise subsets elsewhere.
 
     What a backend refuses is left out; test_dispatch.py holds what it may not refuse. The rest of an emulated backend's
-    product is marked slow; a pairwise subset of the CPU's is marked quick.
+    product is marked slow; a pairwise subset of the CPU's is marked quick. A variant has pairwise subsets alone.
     """
     parameters = []
-    for name in BACKENDS:
+    for name in backends:
+        if name in VARIANTS and function not in CONVOLUTIONS:
+            continue
         items: list[Item] = [
             item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
         ]
-        if emulated(name):
+        if name in VARIANTS:
+            small = [item for item in items if not emulated(name) or _emulated_flops(item[0]) <= EMULATED_FLOPS["simt"]]
+            items, usual, quick = pairwise(small, _case_features), pairwise(small, _item_features), []
+        elif emulated(name):
             items = [item for item in items if _emulated_flops(item[0]) <= 20 * EMULATED_FLOPS[name]]
             small = [item for item in items if _emulated_flops(item[0]) <= EMULATED_FLOPS[name]]
             # The emulator is quick enough for each case in each dtype and in each layout; the interpreter is not.
@@ -187,9 +232,15 @@ def cross(
     return parameters
 
 
-def over(function: str, cases: Sequence[Any], layouts: Sequence[str] = LAYOUTS, dtypes: Sequence[Any] = DTYPES) -> Any:
+def over(
+    function: str,
+    cases: Sequence[Any],
+    layouts: Sequence[str] = LAYOUTS,
+    dtypes: Sequence[Any] = DTYPES,
+    backends: Sequence[str] = BACKENDS + VARIANTS,
+) -> Any:
     """The decorator that runs a test over `cross`; "backend" goes through the fixture of that name."""
-    parameters = cross(function, cases, layouts, dtypes)
+    parameters = cross(function, cases, layouts, dtypes, backends)
     return pytest.mark.parametrize(("backend", "case", "dtype", "layout"), parameters, indirect=["backend"])
 
 
@@ -303,20 +354,29 @@ def check_multilinear(
     *tensors: Any,
     compute: Callable[..., list[Tensor]] = evaluate,
     length: float | None = None,
+    in_tf32: bool = False,
 ) -> None:
     """Compare compute(ours, *tensors) with torch's, where each result is a sum of products of the tensors' elements.
 
     The same sums over absolute values give each element's sum of magnitudes, and over ones its number of terms, borders
-    and strides included; length says it where the products are weighted (averages).
+    and strides included; length says it where the products are weighted (averages). in_tf32: ours may round what it
+    multiplies, activations and filters, to TF32; "dbias", which it only sums, it may not.
     """
     got, same_dtype = compute(ours, *tensors), compute(theirs, *tensors)
     reference = compute(theirs, *mapped(lambda t: t, tensors))
+    if in_tf32:
+        assert_same_layout(got[0], same_dtype[0], "y")
+        rounded = compute(theirs, *mapped(lambda t: as_tf32(t) if t.dim() == 4 else t, tensors))
+        same_dtype = [
+            exact if what == "dbias" else short.to(exact.dtype)
+            for what, exact, short in zip(names, same_dtype, rounded, strict=True)
+        ]
     magnitude = compute(theirs, *mapped(torch.abs, tensors))
     if length is None:
         lengths: Sequence[Any] = compute(theirs, *mapped(torch.ones_like, tensors))
     else:
         lengths = [length] * len(got)
-    if names[0] == "y":
+    if names[0] == "y" and not in_tf32:
         assert_same_layout(got[0], same_dtype[0], "y")
     for what, a, b, c, d, e in zip(names, got, same_dtype, reference, magnitude, lengths, strict=True):
         assert_close(a, b, c, d.abs(), e, what)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import cnnops
-from cnnops import cli, data, dispatch
+from cnnops import cli, data, dispatch, resources
+from cnnops.backends import cuda
 from cnnops.bench.verify import Mismatch
 from cnnops.models import list_models
 from cnnops.train import Reporter, Trainer
@@ -235,6 +236,24 @@ def test_info_says_what_is_built_and_what_is_missing(capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     for backend in cnnops.dispatch.BACKENDS:
         assert f"\n{backend.NAME} " in printed
+
+
+def test_info_has_a_table_of_the_cuda_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cuda.library.path.exists() or resources.find_cuobjdump() is None:
+        pytest.skip("no CUDA library, or no cuobjdump")
+    assert cli.main(["info", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["backends"]["cuda"]["table"]
+    forward = next(row for row in rows if row["kernel"].startswith("conv2d_forward_kernel") and row["image"] == "sm_80")
+    assert 32 < forward["registers"] <= 255 and forward["threads"] % 32 == 0
+    assert set(forward["blocks"]) == set(forward["occupancy"]) == {"8.0", "8.6", "8.9"}
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(row["kernel"] in printed for row in rows)
+    monkeypatch.setattr(resources, "find_cuobjdump", lambda: None)
+    assert cli.main(["info"]) == 0
+    assert "no table of the CUDA kernels: cuobjdump is not found" in capsys.readouterr().out
 
 
 def test_explain_names_the_backend_and_every_refusal(capsys: pytest.CaptureFixture[str]) -> None:

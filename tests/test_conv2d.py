@@ -28,10 +28,10 @@ def our_conv2d(case: Conv2dCase) -> helpers.Function:
     return lambda x, weight, bias: CF.conv2d(x, weight, bias, **case.arguments())
 
 
-def check(case: Conv2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None) -> None:
+def check(case: Conv2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None, in_tf32: bool = False) -> None:
     dy = helpers.gradient_for(torch_conv2d(case), inputs) if dy is None else dy
     names = helpers.result_names(NAMES, inputs)
-    helpers.check_multilinear(our_conv2d(case), torch_conv2d(case), names, inputs, dy)
+    helpers.check_multilinear(our_conv2d(case), torch_conv2d(case), names, inputs, dy, in_tf32=in_tf32)
 
 
 def check_twice(case: Conv2dCase, inputs: helpers.Tensors) -> None:
@@ -41,6 +41,42 @@ def check_twice(case: Conv2dCase, inputs: helpers.Tensors) -> None:
 @over("conv2d_forward", CORNERS)
 def test_forward_and_gradients(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+
+
+@over("conv2d_forward", CORNERS, dtypes=[torch.float32], backends=helpers.WITH_TF32)
+def test_in_tf32(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
+    with helpers.tf32():
+        check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device), in_tf32=True)
+
+
+# 1 + 2^-12 takes 12 bits of fraction. TF32, which has 10, takes it for 1, whether it rounds or cuts off.
+JUST_ABOVE_ONE = 1 + 2**-12
+
+
+@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+def test_products_are_tf32s_where_torch_allows_it(backend: Backend) -> None:
+    x = torch.full((2, 16, 4, 4), JUST_ABOVE_ONE, device=backend.device).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((16, 16, 1, 1), 1 / 16, device=backend.device)
+    for allowed in (False, True, False):
+        torch.backends.cudnn.allow_tf32 = allowed
+        try:
+            leaves = [t.detach().requires_grad_() for t in (x, weight)]
+            y = CF.conv2d(*leaves)
+            dx, dweight = torch.autograd.grad(y, leaves, x)
+        finally:
+            torch.backends.cudnn.allow_tf32 = False
+        one = 1 if allowed else JUST_ABOVE_ONE
+        assert (y == one).all() and (dx == one).all()
+        assert (dweight == 32 * one**2).all()
+
+
+@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+def test_a_bias_that_is_not_aligned(backend: Backend) -> None:
+    """Kernels take aligned operands for granted; views of x and weight are in the other tests."""
+    x, weight, bias = helpers.conv2d_inputs(KINDS[0], torch.float32, "channels_last", backend.device)
+    apart = torch.cat([bias[:1], bias])[1:]
+    assert apart.data_ptr() % 16
+    assert_same_bits(our_conv2d(KINDS[0])(x, weight, apart), our_conv2d(KINDS[0])(x, weight, bias))
 
 
 @over("conv2d_forward", [case.with_batch(1) for case in networks(CONV2D)], ["channels_last"], [torch.float32])
@@ -94,6 +130,9 @@ def test_integers_are_exact(backend: Backend, case: Conv2dCase, dtype: torch.dty
     inputs = (x, weight, make((case.K,), dtype, backend.device, random) if case.bias else None)
     dy = make(case.output_shape, dtype, backend.device, random)
     helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
+        with helpers.tf32():
+            helpers.check_exact(our_conv2d(case), torch_conv2d(case), NAMES, inputs, dy)
 
 
 @over("conv2d_forward", KINDS, LAYOUTS)

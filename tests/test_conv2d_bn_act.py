@@ -144,6 +144,8 @@ def test_parameters_with_strides(backend: Backend) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
     """With var + eps = 1/4 or 4 the scale is 2 or 1/2: eps counts in full, and nothing rounds on the way."""
+    if not helpers.claims(backend.name, FUNCTION, dtype):
+        return
     case, random = KINDS[0], helpers.generator("integers")
     shapes = (case.x_shape, case.weight_shape, (case.K,), case.output_shape)
     inputs = [helpers.integers(shape, dtype, backend.device, random, 1) for shape in shapes]
@@ -184,7 +186,7 @@ def test_the_sum_overflows_nowhere_on_the_way(backend: Backend) -> None:
     assert_exact(y.cpu(), torch.zeros(1, 1, 2, 2, dtype=torch.float64))
 
 
-@on(FUNCTION)
+@on(FUNCTION, "batch_norm_act_forward")
 def test_unbatched(backend: Backend) -> None:
     (x, weight, bias, residual, *affine), statistics = inputs_of(KINDS[0], torch.float32, "nchw", backend.device)
     for training in (False, True):
@@ -253,7 +255,7 @@ def test_nothing_is_kept_between_calls(backend: Backend) -> None:
         check(KINDS[0], inputs, statistics)
 
 
-@on(FUNCTION)
+@on(FUNCTION, "batch_norm_act_backward")
 def test_transforms_take_the_two_ops(backend: Backend) -> None:
     case = KINDS[0]
     inputs, statistics = inputs_of(case, torch.float32, "nchw", backend.device)
@@ -269,7 +271,7 @@ def test_transforms_take_the_two_ops(backend: Backend) -> None:
         assert_same_bits(a.contiguous(), b.contiguous())
 
 
-@on(FUNCTION)
+@on(FUNCTION, "batch_norm_act_backward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["inference", "gradient"])
 def test_autocast_casts_all_but_the_batch_norm(backend: Backend, layout: str, gradient: bool) -> None:
@@ -342,10 +344,9 @@ def test_flops_are_the_convolutions(backend: Backend) -> None:
 
 
 def test_who_takes_it() -> None:
-    """The cpu backend; the others leave it to torch, and explain says so, for inference and for gradients."""
-    assert helpers.claims("cpu", FUNCTION)
-    for name in ("simt", "triton"):
-        assert not helpers.claims(name, FUNCTION)
+    """Our native backends; explain says so, for inference and for gradients."""
+    assert helpers.claims("cpu", FUNCTION) and helpers.claims("simt", FUNCTION)
+    assert not helpers.claims("triton", FUNCTION)
     inputs, statistics = inputs_of(KINDS[0], torch.float32, "nchw", "cpu")
     x, weight, bias, residual, *affine = inputs
     explanation = cnnops.explain(CF.conv2d_bn_act, x, weight, bias, *statistics, *affine, padding=1, residual=residual)

@@ -36,9 +36,12 @@ def torchs(case: ConvTranspose2dCase) -> helpers.Function:
     return lambda x, weight, bias: F.conv_transpose2d(x, weight, bias, **case.arguments())
 
 
-def check(case: ConvTranspose2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None) -> None:
+def check(
+    case: ConvTranspose2dCase, inputs: helpers.Tensors, dy: torch.Tensor | None = None, in_tf32: bool = False
+) -> None:
     dy = helpers.gradient_for(torchs(case), inputs) if dy is None else dy
-    helpers.check_multilinear(ours(case), torchs(case), helpers.result_names(NAMES, inputs), inputs, dy)
+    names = helpers.result_names(NAMES, inputs)
+    helpers.check_multilinear(ours(case), torchs(case), names, inputs, dy, in_tf32=in_tf32)
 
 
 def check_twice(case: ConvTranspose2dCase, inputs: helpers.Tensors) -> None:
@@ -54,6 +57,12 @@ def test_the_cases_have_the_shapes_of_torch() -> None:
 @over("conv_transpose2d_forward", CORNERS)
 def test_forward_and_gradients(backend: Backend, case: ConvTranspose2dCase, dtype: torch.dtype, layout: str) -> None:
     check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+
+
+@over("conv_transpose2d_forward", CORNERS, dtypes=[torch.float32], backends=helpers.WITH_TF32)
+def test_in_tf32(backend: Backend, case: ConvTranspose2dCase, dtype: torch.dtype, layout: str) -> None:
+    with helpers.tf32():
+        check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device), in_tf32=True)
 
 
 @over("conv_transpose2d_forward", KINDS, VIEWS, [torch.float32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import helpers
 import pytest
@@ -86,11 +89,34 @@ def test_the_cpu_backend_refuses_nothing() -> None:
 
 @pytest.mark.parametrize(("name", "dtypes"), [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
 def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    for case in of_suite(CONV2D, "corner"):
-        for dtype in dtypes if case.C else ():
-            for layout in LAYOUTS:
-                for function in ("conv2d_forward", "conv2d_backward"):
-                    assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"
+    functions = FUNCTIONS["conv2d"] if name == "simt" else FUNCTIONS["conv2d"][:2]
+    asked = [(case, functions) for case in of_suite(CONV2D, "corner") if case.C]
+    if name == "simt":
+        asked += [(case, FUNCTIONS["conv_transpose2d"]) for case in of_suite(CONV_TRANSPOSE2D, "corner")]
+        asked += [(case, ("activation_backward",)) for case in of_suite(NORM, "corner")]
+    for (case, functions), dtype, layout in itertools.product(asked, dtypes, LAYOUTS):
+        for function in functions:
+            assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "reason"),
+    [
+        ("max_pool2d_forward", {}, "has no max_pool2d_forward kernel"),
+        ("conv_transpose2d_forward", {}, "has no conv_transpose2d_forward kernel"),  # for this kind of problem
+        ("conv2d_forward", {"dtype": torch.float64}, "torch.float64 is not one of float32, bfloat16, float16"),
+        ("conv2d_forward", {"pad_mode": "reflect"}, "pads with zeros alone, not by reflect"),
+        ("conv2d_forward", {"C": 0}, "nothing to sum"),
+        ("conv2d_forward", {"C": 2**28, "R": 3, "S": 3}, "a sum of 2415919104 terms is beyond"),
+        ("conv2d_backward", {"K": 2**28, "R": 3, "S": 3}, "a sum of 2415919104 terms is beyond"),
+        ("conv2d_forward", {"H": 2**31 - 1, "pad_h": 1}, "beyond 2147483647"),
+    ],
+)
+def test_the_cuda_kernels_say_what_they_do_not_take(function: str, changes: dict[str, Any], reason: str) -> None:
+    problem = helpers.problem_of("conv2d_forward", helpers.PLAINEST["conv2d"], torch.float32, "nchw", "cpu")
+    assert helpers.row("simt").supports("conv2d_forward", problem).ok
+    support = helpers.row("simt").supports(function, replace(problem, **changes))
+    assert not support.ok and reason in support.reason
 
 
 def test_named_only_backends_are_never_chosen() -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sass
 import setuptools
 import torch
 
 import cnnops
-import cnnops.functional as CF
+from cnnops import resources
 from cnnops.backends import cuda, simt
 
 pytestmark = pytest.mark.quick
@@ -115,24 +117,22 @@ def test_cuda_library_loads_with_every_symbol_bound() -> None:
     assert cuda_build_info()["backend"] == "cuda"
 
 
+@cuda_built
+def test_cuda_library_knows_its_sources() -> None:
+    assert cuda_build_info()["sources"] == setup_script()["cuda_sources_hash"]()
+
+
+@cache
 def cuobjdump(*flags: str) -> str:
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
-        pytest.skip("cuobjdump comes with triton, which is not installed")
-    return output(Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump", *flags, CUDA)
+    if resources.find_cuobjdump() is None:
+        pytest.skip("no cuobjdump: it comes with Triton and with the CUDA toolkit")
+    return resources.cuobjdump(CUDA, *flags)
 
 
-def by_kernel(listing: str) -> dict[tuple[str, str], str]:
-    """A listing cut into (architecture, kernel): text. Kernels are named as in build_info, without scopes."""
-    parts: dict[tuple[str, str], str] = {}
-    arch = ""
-    for part in re.split(r"^(?=Fatbin elf code:|\s*Function )", output("c++filt", stdin=listing), flags=re.M):
-        if found := re.search(r"^arch = (\w+)", part, re.M):
-            arch = found[1]
-        elif found := re.match(r"\s*Function(?: :)? void (.+)", part):
-            name = found[1].replace("(anonymous namespace)::", "")
-            parts[arch, re.sub(r"\w+::", "", name.split("(")[0])] = part
-    return parts
+@cache
+def machine_code() -> dict[tuple[str, str], str]:
+    """What is listed of each kernel, by (image, kernel)."""
+    return resources.by_kernel(cuobjdump("-sass"))
 
 
 def emulated_kernels() -> set[str]:
@@ -140,60 +140,198 @@ def emulated_kernels() -> set[str]:
     return set(json.loads(simt.library.build_info())["kernels"])
 
 
+@cache
+def hopper_kernels() -> set[str]:
+    """The kernels of the sources that are for sm_90a alone."""
+    sources = [path.read_text() for path in sorted((ROOT / "csrc/cuda").glob("*_sm90.cu"))]
+    return {re.search(r"\b(\w+_kernel)\(", part)[1] for text in sources for part in text.split("__global__")[1:]}
+
+
+def is_hopper(kernel: str) -> bool:
+    return kernel.split("<")[0] in hopper_kernels()
+
+
 @cuda_built
 def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     info = cuda_build_info()
     images = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf")))
     ptx = set(re.findall(r"PTX file.*\.sm_(\w+)\.ptx", cuobjdump("-lptx")))
-    claimed = set(info["arches"])
-    assert (
-        images | {f"compute_{number}" for number in ptx}
-        == claimed
-        == {image for _, image in setup_script()["images"]()}
-    )
-    kernels = set(info["kernels"])
-    assert set(by_kernel(cuobjdump("-res-usage"))) == {(arch, kernel) for arch in images for kernel in kernels}
-    assert kernels == emulated_kernels()
+    claimed = {image for _, image in setup_script()["images"]()}
+    assert images | {f"compute_{number}" for number in ptx} == set(info["arches"]) == claimed
+    expected = {
+        (image, kernel) for image in images for kernel in info["kernels"] if image == "sm_90a" or not is_hopper(kernel)
+    }
+    assert set(resources.by_kernel(cuobjdump("-res-usage"))) == expected
+    assert set(info["kernels"]) == emulated_kernels()
 
 
 @cuda_built
 def test_no_kernel_spills() -> None:
-    bad, most = {}, 0
-    for kernel, text in by_kernel(cuobjdump("-res-usage")).items():
-        used = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-        most = max(most, used["REG"])
-        if used["REG"] > 255 or used["STACK"] or used["LOCAL"]:
-            bad[kernel] = used
-    assert bad == {}
-    assert most > 32, "the convolutions keep their sums in registers"
+    cuobjdump("-lelf")  # or skip
+    used = resources.usage(CUDA)
+    assert {key: each for key, each in used.items() if each.stack_bytes or each.local_bytes} == {}
+    assert max(each.registers for each in used.values()) > 32, "the convolutions keep their sums in registers"
+    assert [key for key, text in machine_code().items() if "LDL" in text or "STL" in text] == []
+
+
+def test_without_hopper_nothing_is_missing() -> None:
+    """What other sources take of those for sm_90a, conv2d.cu has null where they are left out."""
+    objects = sorted((ROOT / "build/_native_cuda").rglob("*.o"))
+    of_hopper = [path for path in objects if "_sm90" in path.name]
+    if not of_hopper:
+        pytest.skip("the CUDA library was built elsewhere, or without them")
+
+    def symbols(which: str, paths: list[Path]) -> set[str]:
+        return set(re.findall(r"^\w+$", output("nm", "--format=just-symbols", which, *paths), re.M))
+
+    others = sorted(set(objects) - set(of_hopper))
+    taken = symbols("--undefined-only", others) & symbols("--defined-only", of_hopper)
+    missing = taken - symbols("--defined-only", others)
+    assert {resources.kernel_name(name) for name in missing} <= {"kWgmmaConv2d", "kHaloConv2d"}
+
+
+PASSES = ("forward", "backward_input", "backward_weight")
+PRODUCTS = {"float": set(), "Tf32": {"1688"}, "Half": {"16816"}, "BFloat16": {"16816"}}  # shapes of HMMA, by number
+MEMORY = ("LD", "LDG", "LDS", "LDSM", "LDL", "ST", "STG", "STS", "STSM", "STL")
+
+
+def not_fed_by_tma(code: list[sass.Instruction]) -> list[str]:
+    """What keeps a kernel from being one whose warpgroups multiply what TMA brings, and nothing else in between."""
+    faults = [] if sass.opcodes(code, "UTMALDG") else ["no copy by TMA"]
+    loops = sass.innermost(code, "HGMMA")
+    if not loops:
+        faults.append("no HGMMA in a loop")
+    for loop in loops:
+        if moved := sass.opcodes(loop, *MEMORY):
+            faults.append(f"{', '.join(moved)} in the loop of HGMMA")
+    return faults
+
+
+def code_of(pattern: str) -> Iterator[tuple[tuple[str, str], list[sass.Instruction]]]:
+    """((image, kernel), instructions) of the kernels whose names begin so."""
+    return ((key, sass.instructions(text)) for key, text in machine_code().items() if re.match(pattern, key[1]))
 
 
 @cuda_built
-def test_tensor_cores_multiply_half_and_bfloat16_alone() -> None:
-    count = {kernel: len(re.findall(r"\bHMMA\.", text)) for kernel, text in by_kernel(cuobjdump("-sass")).items()}
-    gemm = re.compile(r"conv2d_(forward|backward_input|backward_weight)_kernel<(\w+)")
+def test_hopper_kernels_multiply_what_tma_brings() -> None:
+    found = {key: code for key, code in code_of("conv2d_") if is_hopper(key[1])}
+    assert {key: faults for key, code in found.items() if (faults := not_fed_by_tma(code))} == {}
+    names = {re.search("|".join(PASSES), kernel)[0] for _, kernel in found}
+    assert names == set(PASSES)
+
+
+@cuda_built
+def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -> None:
+    """In a 16-bit format or in TF32; float32 is exact, on CUDA cores."""
     found = defaultdict(set)
-    for (arch, kernel), multiplies in count.items():
-        if parts := gemm.match(kernel):
-            found[arch, parts[2]].add(parts[1])
-            assert (multiplies > 0) == (parts[2] != "float"), (arch, kernel, multiplies)
-    passes = {"forward", "backward_input", "backward_weight"}
-    assert found == {(arch, T): passes for arch, _ in count for T in ("float", "Half", "BFloat16")}
+    for (image, kernel), code in code_of(r"conv2d_(packed_|stem_)?(forward|backward_input|backward_weight)_kernel<"):
+        if is_hopper(kernel):
+            continue
+        number = re.search(r"_kernel<(\w+)", kernel)[1]
+        products = {opcode for loop in sass.loops(code) for opcode in sass.opcodes(loop, "HMMA")}
+        assert {opcode.split(".")[1] for opcode in products} == PRODUCTS[number], (image, kernel, products)
+        assert sass.opcodes(code, "HMMA") == [] or products, (image, kernel)
+        for loop in sass.innermost(code, "HMMA"):
+            copying = code if "_stem_" in kernel else loop  # the stem rearranges in shared memory what has come
+            assert sass.opcodes(copying, "LDGSTS") and sass.opcodes(loop, "LDSM", "LDS"), (image, kernel)
+        found[image, number].add(re.search("|".join(PASSES), kernel)[0])
+    assert found == {(image, number): set(PASSES) for image in ("sm_80", "sm_90a") for number in PRODUCTS}
 
 
-def test_the_emulator_runs_every_kernel() -> None:
-    """All but the copies that nothing asks for yet: from one dtype to another, and of float64."""
-    emulator = simt.module()
-    emulator.reset_counters()
-    with cnnops.use_backend("simt"):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            shapes = ((1, 4, 6, 6), (5, 4, 3, 3), (5,))
-            x, weight, bias = (torch.ones(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-            CF.conv2d(x, weight, bias).sum().backward()
-    ran = set(emulator.counters()["kernels"])
-    built = emulated_kernels()
-    unused = {name for name in built if re.match(r"copy_kernel<(?!(float|Half|BFloat16), \1>)", name)}
-    assert ran == built - unused
+def listing(*lines: str) -> list[sass.Instruction]:
+    """Machine code, of which each line is 16 bytes."""
+    text = "\n".join(f"        /*{16 * i:04x}*/   {line} ;   /* 0x0000000000007918 */" for i, line in enumerate(lines))
+    code = sass.instructions(text)
+    assert len(code) == len(lines)
+    return code
+
+
+WAIT = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3"
+PRODUCER = ("UTMALDG.4D [UR8], [UR4]", "@P2 EXIT")
+HGMMA = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24"
+
+
+@pytest.mark.parametrize(
+    ("lines", "faults"),
+    [
+        ((*PRODUCER, WAIT, HGMMA, "@P1 BRA 0x20", "EXIT"), []),
+        # A wait that failed tries again behind the loop, and comes back into its middle; sums are stored behind it.
+        (
+            (
+                *PRODUCER,
+                "@!P0 BRA 0x70",
+                HGMMA,
+                "@P1 BRA 0x20",
+                "STG.E [R2], R24",
+                "EXIT",
+                WAIT,
+                "@!P0 BRA 0x70",
+                "BRA 0x30",
+            ),
+            [],
+        ),
+        # Tiles one after another: what a tile ends with is in the outer loop alone.
+        ((*PRODUCER, "MOV R1, R2", HGMMA, "@P1 BRA 0x30", "STS [R2], R24", "@P3 BRA 0x20", "EXIT"), []),
+        ((*PRODUCER, HGMMA, "IADD3 R1, R1, 0x1, RZ", "@P1 BRA 0x30", "EXIT"), ["no HGMMA in a loop"]),
+        ((*PRODUCER, HGMMA, "BRA 0x40", "EXIT"), ["no HGMMA in a loop"]),
+        ((HGMMA, "@P1 BRA 0x0", "EXIT"), ["no copy by TMA"]),
+        ((*PRODUCER, "LDS R4, [R2]", HGMMA, "@P1 BRA 0x20", "EXIT"), ["LDS in the loop of HGMMA"]),
+        (
+            (*PRODUCER, "@P4 BRA 0x60", HGMMA, "@P1 BRA 0x20", "EXIT", "LDL R4, [R2]", "STS.128 [R2], R4", "BRA 0x30"),
+            ["LDL, STS.128 in the loop of HGMMA"],
+        ),
+        # A loop that is left by a call which does not return.
+        (
+            (*PRODUCER, "LDG.E R4, [R2.64]", HGMMA, "@P1 CALL.REL.NOINC 0x60", "BRA 0x20", "EXIT"),
+            ["LDG.E in the loop of HGMMA"],
+        ),
+        # A jump through a table, from behind the loop.
+        ((*PRODUCER, HGMMA, "@P1 BRA 0x20", "BRX R2 -0x40", "STG.E [R2], R24", "EXIT", "STG.E [R2], R25", "EXIT"), []),
+    ],
+)
+def test_a_loop_that_is_not_fed_by_tma_is_noticed(lines: tuple[str, ...], faults: list[str]) -> None:
+    assert not_fed_by_tma(listing(*lines)) == faults
+
+
+@cuda_built
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("sums[0] += 1;  // between products", "wgmma.mma_async instructions are serialized"),
+        ("sums[threadIdx.x] += 1;  // registers have no index", "Local memory used"),
+    ],
+)
+def test_the_build_refuses(fault: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ptxas mentions in passing, and what does not fit the registers."""
+    script = setup_script()
+    if script["find_cuda"]() is None:
+        pytest.skip("no nvcc on this machine")
+    source = tmp_path / "kernel_sm90.cu"
+    program = """
+#include "SOURCES/ptx_sm90.cuh"
+using namespace cnnops::cuda;
+__global__ void kernel(uint64_t a, uint64_t b, int steps, float* out) {
+  float sums[32];
+  for (int i = 0; i < 32; ++i) sums[i] = out[i];
+  wgmma_fence();
+  for (int step = 0; step < steps; ++step) {
+    wgmma<BFloat16, 64, false, false>(sums, a + step, b + step, true);
+    FAULT
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+  for (int i = 0; i < 32; ++i) out[i * 128 + threadIdx.x] = sums[i];
+}
+"""
+    source.write_text(program.replace("SOURCES", str(ROOT / "csrc/cuda")).replace("FAULT", fault))
+    target = script["Target"](tmp_path / "library.so")
+    target.objects.append((source, "nvcc", "-gencode=arch=compute_90a,code=sm_90a", "kernel.o"))
+    with monkeypatch.context() as patch:
+        patch.setitem(script["write_ninja"].__globals__, "BUILD", tmp_path)
+        path = script["write_ninja"]([target], script["find_cuda"]())
+    ninja = shutil.which("ninja") or Path(sys.executable).with_name("ninja")
+    done = subprocess.run([ninja, "-f", path, tmp_path / "kernel.o"], capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -213,6 +351,19 @@ def test_devices_that_an_image_runs_on(
     image: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]
 ) -> None:
     assert [device for device in [*runs, *does_not] if cuda.runs_on(image, *device)] == runs
+
+
+def test_drivers_that_know_the_librarys_cuda() -> None:
+    assert (
+        cuda.driver_knows(13000, 13000).ok and cuda.driver_knows(13010, 13020).ok and cuda.driver_knows(14000, 13020).ok
+    )
+    refused = cuda.driver_knows(12080, 13000)
+    assert not refused.ok
+    assert (
+        refused.reason
+        == "the driver supports CUDA 12.8, but the library was built with 13.0, which needs r580 or later"
+    )
+    assert not cuda.driver_knows(0, 13000).ok, "there is no driver"
 
 
 def test_architectures_are_named_as_torch_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

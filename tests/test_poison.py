@@ -38,7 +38,7 @@ struct Nothing {
 const Kernels& kernels() {
   static const Kernels table = [] {
     Kernels k{};
-    k.conv2d_forward_workspace = [](const Conv2dProblem& p) -> int64_t {
+    k.conv2d_forward_workspace = [](const Conv2dProblem& p, const Epilogue&) -> int64_t {
       return p.N == 1 ? (int64_t{256} << 20) + 1 : int64_t{4} * p.N * p.K * p.P * p.Q;
     };
     k.conv2d_forward = [](const Conv2dProblem& p, const Epilogue&, const void*, const void*, void* y, void* workspace,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, of_suite
 from helpers import Backend, on
+from test_dispatch import python
 from tolerance import assert_same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -710,6 +711,25 @@ def test_private_names_of_torch() -> None:
         assert not (x * 2).requires_grad
     with torch.autocast("cpu", torch.bfloat16), torch_private.exclude_keys(torch_private.autocast_keys("CPU")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_the_tf32_switch() -> None:
+    """Either of torch's switches, the one that raises where the other is set included; TF32 is torch's default."""
+    program = (
+        "import torch\n"
+        "from cnnops.torch_private import tf32_allowed\n"
+        "cudnn, found = torch.backends.cudnn, [tf32_allowed()]\n"
+        "for allowed in (False, True):\n"
+        "    cudnn.allow_tf32 = allowed\n"
+        "    found.append(tf32_allowed())\n"
+        "for precision in ('ieee', 'tf32'):\n"
+        "    cudnn.conv.fp32_precision = precision\n"
+        "    found.append(tf32_allowed())\n"
+        "    assert (cudnn.conv.fp32_precision == 'tf32') == found[-1]\n"
+        "print(found)"
+    )
+    done = python(program)
+    assert done.stdout.strip() == "[True, False, True, False, True]", done.stderr
 
 
 def test_watched_modules() -> None:

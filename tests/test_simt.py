@@ -47,8 +47,12 @@ FAULTS = {
     "misaligned_tile": "not aligned to 1024 bytes",
     "too_little_shared": "not an aligned word of this block's shared memory",
     "missing_mbarrier_init": "the barrier was never initialised",
+    "missing_tile_wait": "the block exits, and no thread of it has waited for this copy",
+    "missing_arrival": r"deadlock.*waiting in mbarrier_wait of parity 0 .*, phase 0, 1 of 32 arrivals",
+    "missing_handover_wait": "deadlock.*waiting in mbarrier_wait",
+    "arrival_beyond_count": "more arrivals than the barrier's count of 1",
     "missing_init_fence": "no fence_mbarrier_init follows",
-    "missing_first_cluster_sync": "no fence_mbarrier_init and cluster_sync lie between",
+    "missing_first_cluster_sync": "no fence_mbarrier_init and cluster_sync lie between|was never initialised",
     "missing_last_cluster_sync": "the block exits while another may still arrive|block [01] of the cluster has exited",
     "wrong_multicast_mask": r"deadlock.*waiting in mbarrier_wait of parity 0 \(barrier at offset \d+, phase 0, 0 of 1 "
     r"arrivals and 8192 bytes still to come\) at selftest_sm90.cu:\d+: thread 0\.\.127",
@@ -78,6 +82,9 @@ def emulator() -> Iterator[ModuleType]:
     module = simt.module()
     yield module
     module.set_schedule("forward")
+    module.set_device()
+    module.run_blocks()
+    module.disable_sync()
 
 
 def test_the_list_of_faults_is_whole(emulator: ModuleType) -> None:
@@ -165,3 +172,179 @@ def test_every_conv2d_kernel_runs_and_is_counted(emulator: ModuleType) -> None:
     assert {"conv2d_forward_kernel<float>", "conv2d_backward_weight_kernel<BFloat16>"} <= built
     assert counters["launches"] == sum(counters["kernels"].values())
     assert all(counters[each] > 0 for each in ("blocks", "switches", "block_barriers", "warp_collectives"))
+
+
+# Each with the sound kernels that it stops, or whose result it spoils, when it does nothing.
+SYNC_WRAPPERS = {
+    "__syncthreads": {"missing_barrier", "early_refill", "missing_arrival"},
+    "__syncwarp": {"shifted_box"},
+    "__threadfence": {"missing_threadfence"},
+    "commit_async": {"missing_async_wait"},
+    "wait_async": {"missing_async_wait"},
+    "barrier_sync": {"missing_barrier_sync", "missing_proxy_fence"},
+    "barrier_arrive": {"missing_barrier_sync"},
+    "mbarrier_init": {"missing_full_wait", "shifted_box", "missing_arrival"},
+    "fence_mbarrier_init": {"missing_full_wait", "shifted_box"},
+    "mbarrier_arrive": {"missing_arrival"},
+    "mbarrier_arrive_remote": {"missing_full_wait"},
+    "mbarrier_expect": {"missing_full_wait", "shifted_box"},
+    "mbarrier_wait": {"missing_full_wait", "shifted_box", "missing_arrival"},
+    "fence_proxy_async": {"missing_proxy_fence"},
+    "wgmma_fence": {"missing_full_wait", "missing_proxy_fence", "wrong_tap"},
+    "wgmma_commit": {"missing_full_wait", "missing_proxy_fence", "wrong_tap"},
+    "wgmma_wait": {"missing_full_wait", "missing_proxy_fence", "wrong_tap"},
+    "cluster_sync": {"missing_full_wait"},
+}
+
+
+def sound(emulator: ModuleType, name: str) -> bool:
+    """Whether the sound kernel of this name still gives the right result."""
+    try:
+        return bool(emulator.run_fault(name, faulty=False))
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.parametrize("order", [order for order, seed in SCHEDULES if seed < 2])
+@pytest.mark.parametrize("name", FAULTS)
+def test_sound_kernel_is_right(emulator: ModuleType, name: str, order: str) -> None:
+    for seed in range(3 if order == "random" else 1):
+        emulator.set_schedule(order, seed)
+        assert emulator.run_fault(name, faulty=False), seed
+
+
+def test_the_list_of_wrappers_is_whole(emulator: ModuleType) -> None:
+    assert set(emulator.sync_wrappers()) == set(SYNC_WRAPPERS)
+
+
+@pytest.mark.parametrize("wrapper", SYNC_WRAPPERS)
+def test_kernels_need_every_wrapper(emulator: ModuleType, wrapper: str) -> None:
+    """A fault in none of them: the wrapper itself does nothing."""
+    emulator.set_schedule("reversed")
+    assert all(sound(emulator, name) for name in SYNC_WRAPPERS[wrapper])
+    emulator.disable_sync(wrapper)
+    assert not any(sound(emulator, name) for name in SYNC_WRAPPERS[wrapper])
+    emulator.disable_sync()
+    assert all(sound(emulator, name) for name in SYNC_WRAPPERS[wrapper])
+
+
+def test_schedules_are_replayed(emulator: ModuleType) -> None:
+    def switches(seed: int) -> int:
+        emulator.set_schedule("random", seed)
+        emulator.reset_counters()
+        assert sound(emulator, "early_release")
+        return int(emulator.counters()["switches"])
+
+    counts = [switches(seed) for seed in range(8)]
+    assert counts == [switches(seed) for seed in range(8)]
+    assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [(80, 163), (86, 99), (90, 227)])
+def test_device_has_its_architecture(emulator: ModuleType, architecture: int, limit: int) -> None:
+    emulator.set_device(architecture, multiprocessors=5)
+    emulator.launch_empty((1, 1, 1), (32, 1, 1), limit * 1024)
+    with pytest.raises(RuntimeError, match=f"shared memory is limited to {limit} KB"):
+        emulator.launch_empty((1, 1, 1), (32, 1, 1), limit * 1024 + 1)
+    if architecture < 90:
+        with pytest.raises(RuntimeError, match="clusters need sm_90"):
+            emulator.run_fault("missing_full_wait", faulty=False)
+        with pytest.raises(RuntimeError, match=f"needs sm_90, and the device is sm_{architecture}"):
+            emulator.run_fault("swapped_strides", faulty=False)
+
+
+def test_unknown_device_and_wrapper_are_refused(emulator: ModuleType) -> None:
+    with pytest.raises(ValueError, match="80, 86 or 90, not 70"):
+        emulator.set_device(70)
+    with pytest.raises(ValueError, match="at least one multiprocessor"):
+        emulator.set_device(90, multiprocessors=0)
+    with pytest.raises(ValueError, match="no such wrapper: sleep"):
+        emulator.disable_sync("sleep")
+
+
+def test_only_the_blocks_asked_for_run(emulator: ModuleType) -> None:
+    emulator.run_blocks(2**31 - 10, 4)
+    emulator.reset_counters()
+    emulator.launch_empty((2**31 - 1, 1, 1), (32, 1, 1))
+    assert emulator.counters()["blocks"] == 4
+    emulator.run_blocks(1, 2)
+    with pytest.raises(RuntimeError, match="run_blocks cuts a cluster of missing_full_wait apart"):
+        emulator.run_fault("missing_full_wait", faulty=False)
+
+
+TILED = {
+    "dtype": "bfloat16",
+    "extent": [64, 9, 7],
+    "stride": [1, 64, 576],
+    "box": [64, 8, 4],
+    "element_stride": [1, 2, 3],
+}
+IM2COL = {
+    "dtype": "float16",
+    "cwhn": (40, 13, 15, 2),
+    "pitch": 40,
+    "lower": (-1, -2),
+    "upper": (-1, 0),
+    "stride": (2, 1),
+    "channels": 64,
+    "pixels": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": "float32", "box": [32, 8, 4]}, None),
+        ({"extent": [2**32, 1, 1]}, None),
+        ({"box": [64, 128, 85]}, None),
+        ({"dtype": "float64"}, "float64 is not loaded by TMA"),
+        ({"base": 8}, "the base is not aligned to 16 bytes"),
+        ({"extent": [64, 0, 7]}, r"extent\[1\]=0 is not from 1 to 2\^32"),
+        ({"extent": [64, 9, 2**32 + 1]}, r"extent\[2\]=4294967297 is not"),
+        ({"stride": [2, 64, 576]}, r"stride\[0\]=2 is not 1"),
+        ({"stride": [1, 60, 576]}, r"stride\[1\]=60 elements are no multiple of 16 bytes"),
+        ({"stride": [1, 64, 2**39]}, "less than 2\\^40 bytes"),
+        ({"box": [72, 8, 4]}, "144 bytes along axis 0 exceed the swizzle's 128"),
+        ({"box": [60, 8, 4]}, "120 bytes along axis 0 are no multiple of 16"),
+        ({"box": [64, 129, 4]}, r"box\[1\]=129 elements, element_stride\[1\]=2 apart, are not from 1 to 256"),
+        ({"box": [64, 0, 4]}, r"box\[1\]=0"),
+        ({"element_stride": [2, 2, 3]}, "TMA takes every element of axis 0"),
+        ({"element_stride": [1, 9, 3]}, r"element_stride\[1\]=9 is not from 1 to 8"),
+        ({key: [1] * 5 for key in ("extent", "stride", "box", "element_stride")}, "rank 5 is not from 1 to 4"),
+    ],
+)
+def test_tiled_tensor_map(emulator: ModuleType, change: dict[str, object], reason: str | None) -> None:
+    if reason is None:
+        assert emulator.check_tiled_map(**TILED | change)
+    else:
+        with pytest.raises(RuntimeError, match=f"tensor map: .*{reason}"):
+            emulator.check_tiled_map(**TILED | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"lower": (-128, 127), "upper": (127, 127)}, None),
+        ({"channels": 32, "dtype": "float32", "pixels": 1024}, None),
+        ({"base": 24}, "the base is not aligned to 16 bytes"),
+        ({"lower": (-129, 0)}, "a corner of -129 is not from -128 to 127"),
+        ({"upper": (0, 128)}, "a corner of 128 is not"),
+        ({"lower": (0, 5), "upper": (0, -10)}, "the bounding box is empty"),
+        ({"channels": 72}, "144 bytes along axis 0 exceed"),
+        ({"channels": 257}, "257 channels are not from 1 to 256"),
+        ({"pixels": 1025}, "1025 pixels are not from 1 to 1024"),
+        ({"stride": (9, 1)}, r"element_stride\[1\]=9 is not from 1 to 8"),
+        ({"pitch": 36, "cwhn": (36, 13, 15, 2)}, r"stride\[1\]=36 elements are no multiple of 16 bytes"),
+        ({"pitch": 32}, "a pitch of 32 elements is less than C"),
+        ({"cwhn": (40, 13, 15, 0)}, "an extent of 0 is not"),
+        ({"cwhn": (40, 2**32, 2**32, 2), "pitch": 2**32}, "makes a row longer than 2\\^40 bytes"),
+    ],
+)
+def test_im2col_tensor_map(emulator: ModuleType, change: dict[str, object], reason: str | None) -> None:
+    if reason is None:
+        assert emulator.check_im2col_map(**IM2COL | change)
+    else:
+        with pytest.raises(RuntimeError, match=f"tensor map: .*{reason}"):
+            emulator.check_im2col_map(**IM2COL | change)

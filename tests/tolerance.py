@@ -9,6 +9,9 @@ can do. The other terms are the floor below which no demand makes sense: the rou
 unit in the last place (u), and the rounding of a sum of `length` products made in the accumulation type (u_acc), whose
 worst case for a pairwise sum is log2(length) times the sum of the products' magnitudes.
 
+Where a convolution of float32 may be one of TF32, torch's own result is in its place that of exact arithmetic on
+operands rounded to TF32, which has the error of that format and no other.
+
 Fused ops store an intermediate in the activations' dtype, and may store another one than torch does. Its roundings,
 half a unit each and independent, add 4 u magnitude / sqrt(length): four standard deviations of their sum.
 """
@@ -24,6 +27,15 @@ from torch import Tensor
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums over `dtype` are made in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_tf32(t: Tensor) -> Tensor:
+    """t, of float32 values, with the 10 bits of fraction that TF32 has: the nearest, of two as near the larger one.
+
+    What the conversion that CUDA calls cvt.rna.tf32 does, in t's own dtype.
+    """
+    bits = t.float().view(torch.int32)
+    return torch.where(t.isfinite(), ((bits + 0x1000) & ~0x1FFF).view(torch.float32), t.float()).to(t.dtype)
 
 
 def bound(

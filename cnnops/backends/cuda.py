@@ -1,4 +1,7 @@
-"""CUDA C++ kernels, for the architectures they were compiled for."""
+"""CUDA C++ kernels, for the architectures they were compiled for.
+
+CNNOPS_CUDA_ARCH=80, read with the first launch, has them chosen as for a device of no higher architecture.
+"""
 
 from __future__ import annotations
 

@@ -26,12 +26,14 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
   switch (plan.kernel) {
     case Conv2dKernel::kPortable:
       return kPortableConv2d;
+    case Conv2dKernel::kPacked:
+      return kPackedConv2d;
+    case Conv2dKernel::kStem:
+      return kStemConv2d;
     case Conv2dKernel::kWgmma:
       return kWgmmaConv2d;
     case Conv2dKernel::kHalo:
       return kHaloConv2d;
-    default:
-      break;
   }
   throw std::runtime_error("conv2d: a plan without a kernel");
 }

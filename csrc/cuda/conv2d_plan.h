@@ -21,9 +21,10 @@ enum class Conv2dKernel : int {
 struct Conv2dPlan {
   Conv2dKernel kernel;
   int block_m, block_n, stages;
-  int cluster;         // blocks that share their filters' tiles by multicast
-  int64_t splits;      // slabs that a sum is cut into; 1: none
-  const char* reason;  // of the choice, for people
+  int cluster;                    // blocks that share their filters' tiles by multicast
+  int64_t splits;                 // slabs that a sum is cut into; 1: none
+  const char* reason;             // of the choice, for people
+  const char* refusal = nullptr;  // why Hopper's kernels do not take the problem, where they do not
 };
 
 Conv2dPlan plan_forward(const Conv2dProblem&, const Device&);

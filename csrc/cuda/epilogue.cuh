@@ -60,17 +60,17 @@ struct Affine {
   }
 };
 
-// Writes `rows` rows of kColumns sums, `pitch` floats apart in shared memory, to y at row_of(row) + k, row_of giving
-// the offset of a row's first filter or -1 for a row that is none. Columns from k_end on are none either. `aligned`:
-// every row_of() and k are multiples of kVector. All lanes of a warp call this; what they wrote to `stage` is visible.
-// With kMoments, adds what was written to `moments`, of kVector columns each lane; columns of this lane begin at
-// column_of<T, kColumns>().
+// The first of this lane's columns, of which it has kVector.
 template <class T, int kColumns>
 __device__ __forceinline__ int column_of() {
   constexpr int kLanes = kColumns / kVector<T>;
   return static_cast<int>(threadIdx.x) % 32 % kLanes * kVector<T>;
 }
 
+// Writes `rows` rows of kColumns sums, `pitch` floats apart in shared memory (a multiple of 4), to y at row_of(row) +
+// k, row_of giving the offset of a row's first filter or -1 for a row that is none. Columns from k_end on are none
+// either. `aligned`: every row_of() and k are multiples of kVector. All lanes of a warp call this; what they wrote to
+// `stage` is visible. With kMoments, adds what was written to `moments`, of this lane's columns.
 template <class T, int kColumns, bool kMoments, class RowOf>
 __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pitch, int rows, const RowOf& row_of,
                            int64_t k, int64_t k_end, bool aligned, T* y, Moments (&moments)[kVector<T>]) {
@@ -99,8 +99,13 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
     }
     float value[kVector<T>];
     CNNOPS_UNROLL
+    for (int i = 0; i < kVector<T>; i += 4) {
+      const float4 sums = *reinterpret_cast<const float4*>(stage + row * pitch + column + i);
+      value[i] = sums.x, value[i + 1] = sums.y, value[i + 2] = sums.z, value[i + 3] = sums.w;
+    }
+    CNNOPS_UNROLL
     for (int i = 0; i < kVector<T>; ++i) {
-      value[i] = stage[row * pitch + column + i] * affine.scale[i] + affine.shift[i];
+      value[i] = value[i] * affine.scale[i] + affine.shift[i];
       if (residual) value[i] += to_float(out.at[i]);
     }
     with_activation(epilogue.activation, [&](auto activate) {

@@ -6,12 +6,19 @@
 #include "launch.h"
 #include "launchers.h"
 
-// The architectures and flags are the build's to know.
+#if defined(CNNOPS_SIMT)
+#include "../simt/guard.h"
+#endif
+
+// The architectures, the flags and what the sources were are the build's to know.
 #if !defined(CNNOPS_ARCHES)
 #define CNNOPS_ARCHES ""
 #endif
 #if !defined(CNNOPS_FLAGS)
 #define CNNOPS_FLAGS ""
+#endif
+#if !defined(CNNOPS_SOURCES)
+#define CNNOPS_SOURCES ""
 #endif
 
 namespace cnnops {
@@ -80,8 +87,8 @@ std::string describe() {
   for (const cuda::KernelEntry& each : cuda::launched_kernels())
     names += (names.empty() ? "" : ", ") + quoted(each.name);
   return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
-         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"arches\": [" + arches() + "], \"kernels\": [" + names +
-         "], \"resources\": {" + resources() + "}" + versions() + "}";
+         ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"sources\": " + quoted(CNNOPS_SOURCES) + ", \"arches\": [" +
+         arches() + "], \"kernels\": [" + names + "], \"resources\": {" + resources() + "}" + versions() + "}";
 }
 
 }  // namespace
@@ -102,6 +109,9 @@ const Kernels& kernels() {
     t.use_architecture = cuda::use_architecture;
     t.conv2d_statistics = true;
     t.tf32 = true;
+#if defined(CNNOPS_SIMT)
+    t = simt::guarded(t);
+#endif
     return t;
   }();
   return table;

@@ -19,7 +19,7 @@
 
 #include "../simt/simt.h"
 
-#define CNNOPS_UNROLL
+#define CNNOPS_UNROLL _Pragma("GCC unroll 8")
 #define CNNOPS_NO_UNROLL
 #define CNNOPS_SHARED(T, name)     \
   static const char name##_site{}; \
@@ -30,7 +30,7 @@
     static_cast<void>(stream);                                                                 \
     ::cnnops::simt::launch(                                                                    \
         ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-        [=] { kernel(__VA_ARGS__); }, (cluster));                                              \
+        [=]() CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));                            \
   } while (false)
 
 #else

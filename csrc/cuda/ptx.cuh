@@ -15,8 +15,10 @@ namespace cnnops::cuda {
 
 #if defined(CNNOPS_SIMT)
 
-inline float to_float(Half v) { return simt::half_value(v.bits); }
-inline void from_float(float v, Half& out) { out.bits = std::bit_cast<uint16_t>(static_cast<_Float16>(v)); }
+__forceinline__ float to_float(Half v) { return simt::half_value(v.bits); }
+__forceinline__ void from_float(float v, Half& out) {
+  out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(v));
+}
 
 inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
@@ -37,10 +39,12 @@ struct LdMatrix {
 };
 
 template <bool kTransposed>
-void ldmatrix_x4(const simt::Lanes& operands) {
-  const auto element = [&](int matrix, int row, int column) -> uint32_t {
-    const void* const address = static_cast<const LdMatrix*>(operands[matrix * 8 + row])->row;
-    return static_cast<const uint16_t*>(address)[column];
+CNNOPS_UNTRACED void ldmatrix_x4(const simt::Lanes& operands) {
+  const void* rows[32];
+  for (int lane = 0; lane < 32; ++lane) rows[lane] = static_cast<const LdMatrix*>(operands[lane])->row;
+  simt::trace::matrix_read(rows);
+  const auto element = [&](int matrix, int row, int column) CNNOPS_UNTRACED -> uint32_t {
+    return static_cast<const uint16_t*>(rows[matrix * 8 + row])[column];
   };
   for (int lane = 0; lane < 32; ++lane)
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -59,8 +63,10 @@ struct Mma {
 
 // The operands' places are those of the PTX manual's figures for mma.m16n8k16.
 template <class T>
-void mma_m16n8k16(const simt::Lanes& operands) {
-  const auto number = [](uint32_t pair, int half) { return to_float(T{static_cast<uint16_t>(pair >> 16 * half)}); };
+CNNOPS_UNTRACED void mma_m16n8k16(const simt::Lanes& operands) {
+  simt::trace::product(16, 8, 16);
+  const auto number = [](uint32_t pair, int half)
+                          CNNOPS_UNTRACED { return to_float(T{static_cast<uint16_t>(pair >> 16 * half)}); };
   float a[16][16], b[16][8], d[16][8] = {};
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& in = *static_cast<const Mma*>(operands[lane]);
@@ -81,13 +87,14 @@ void mma_m16n8k16(const simt::Lanes& operands) {
 
 // Round to nearest, ties away from zero, to ten bits of fraction (cvt.rna).
 inline uint32_t to_tf32(float v) {
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
 
 // As above for mma.m16n8k8: one number a register, of which the device reads the upper 19 bits.
-inline void mma_m16n8k8_tf32(const simt::Lanes& operands) {
-  const auto number = [](uint32_t word) { return std::bit_cast<float>(word & 0xffffe000u); };
+CNNOPS_UNTRACED inline void mma_m16n8k8_tf32(const simt::Lanes& operands) {
+  simt::trace::product(16, 8, 8);
+  const auto number = [](uint32_t word) CNNOPS_UNTRACED { return __builtin_bit_cast(float, word & 0xffffe000u); };
   float a[16][8], b[8][8], d[16][8] = {};
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& in = *static_cast<const Mma*>(operands[lane]);

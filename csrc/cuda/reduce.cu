@@ -3,7 +3,9 @@
 //   add_slabs        out[i] = sum over slabs of slabs[slab][i]
 //   finish_moments   Chan's formula over the tiles' moments of each filter
 //
-// Ownership  One thread owns one output, so that every schedule gives the same bits.
+// Ownership  One thread owns one of add_slabs's outputs, and one block eight of finish_moments', whose parts its
+// threads
+//            share and then merge in pairs: every schedule gives the same bits.
 // Traffic    The parts once, and the outputs.
 
 #include "conv2d_kernels.h"
@@ -26,17 +28,31 @@ __global__ void __launch_bounds__(kAddThreads)
   from_float(sum, out[i]);
 }
 
-__global__ void __launch_bounds__(kAddThreads)
+// A block of finish_moments: as many filters as a sector holds, and as many threads for each as share its tiles.
+constexpr int kMomentFilters = 8, kMomentShares = 64;
+using MomentParts = Moments[kMomentShares][kMomentFilters];
+
+__global__ void __launch_bounds__(kMomentFilters* kMomentShares)
     finish_moments_kernel(int64_t tiles, int64_t K, const float* partial, float* mean, float* m2) {
-  const int64_t k = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
-  if (k >= K) return;
+  CNNOPS_SHARED(MomentParts, parts);
+  const int filter = static_cast<int>(threadIdx.x) % kMomentFilters;
+  const int share = static_cast<int>(threadIdx.x) / kMomentFilters;
+  const int64_t k = int64_t{blockIdx.x} * kMomentFilters + filter;
   Moments all;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const float* const part = partial + tile * 3 * K + k;
-    all.merge({part[0], part[K], part[2 * K]});
+  if (k < K) {
+    for (int64_t tile = share; tile < tiles; tile += kMomentShares) {
+      const float* const part = partial + tile * 3 * K + k;
+      all.merge({part[0], part[K], part[2 * K]});
+    }
   }
-  mean[k] = all.mean;
-  m2[k] = all.m2;
+  parts[share][filter] = all;
+  for (int half = kMomentShares / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (share < half) parts[share][filter].merge(parts[share + half][filter]);
+  }
+  if (share > 0 || k >= K) return;
+  mean[k] = parts[0][filter].mean;
+  m2[k] = parts[0][filter].m2;
 }
 
 }  // namespace
@@ -51,8 +67,8 @@ void add_slabs(DType dtype, int64_t count, int64_t size, const float* slabs, voi
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream) {
   auto* const mean = static_cast<float*>(epilogue.mean);
   auto* const m2 = static_cast<float*>(epilogue.m2);
-  CNNOPS_LAUNCH(finish_moments_kernel, blocks(ceil_div(K, kAddThreads)), kAddThreads, 0, stream, tiles, K, partial,
-                mean, m2);
+  CNNOPS_LAUNCH(finish_moments_kernel, blocks(ceil_div(K, kMomentFilters)), kMomentFilters * kMomentShares, 0, stream,
+                tiles, K, partial, mean, m2);
 }
 
 }  // namespace cnnops::cuda

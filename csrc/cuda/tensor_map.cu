@@ -67,9 +67,9 @@ struct Axes {
 
 std::string refusal(const Im2colTensor& t) {
   const int64_t extents[] = {t.C, t.W, t.H, t.N, t.pitch};
-  for (const int64_t each : extents)  // so that the products of strides stay within 64 bits
+  for (const int64_t each : extents)  // these first, so that products of them stay within 64 bits
     if (!within(each, 1, kMaxExtent)) return "an extent of " + std::to_string(each) + " is not from 1 to 2^32";
-  if (t.pitch * t.W > kMaxStrideBytes || t.pitch < t.C)
+  if (t.W > kMaxStrideBytes / t.pitch || t.pitch < t.C)
     return "a pitch of " + std::to_string(t.pitch) + " elements is less than C or makes a row longer than 2^40 bytes";
   const Axes axes(t);
   if (const auto why = refusal(t.dtype, 4, axes.extent, axes.stride, axes.element_stride); !why.empty()) return why;

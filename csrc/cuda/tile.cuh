@@ -1,190 +1,274 @@
-// The tiled matrix product under every dense kernel: D[m,n] = sum over k of A[m,k] * B[n,k], for one 64 x 64 tile of D.
+// The tiled matrix product under every dense kernel: D[m,n] = sum over k of A[m,k] * B[n,k], for one tile of D.
 //
-// A and B are read through operands, which know where an element lies in memory and which ones are zero. An operand is
-// a matrix [outer][inner] whose consecutive inner elements are consecutive in memory:
+// A and B are read through operands, which know where an element lies in memory and which ones are zero. One of an
+// operand's axes is k, along which the tiles walk without a division; elements that are consecutive along its inner
+// axis, which is k or the other one, are consecutive in memory:
 //
-//   Outer outer(int64_t i), Inner inner(int64_t i)   what all elements of a row, of a column have in common
-//   Inner next(Inner)                                the column after
-//   const T* at(Outer, Inner)                        the element's address, or null for a zero
-//   bool vectorised                                  whether kVector elements from a multiple of kVector on are all
-//                                                    zeros or all in memory, aligned to 16 bytes
-//   const T* readable                                any address, for copies that read nothing
+//   Fixed fixed(int64_t i)        what all elements of a row m of A, or n of B, have in common
+//   Walk walk(int64_t k)          a place on the axis k; advance(Walk&, int by) goes on from there
+//   const T* at(Fixed, Walk)      the element's address, or null for a zero
+//   bool vectorised               whether kVector elements from a multiple of kVector on along the inner axis are all
+//                                 zeros or all in memory, aligned to 16 bytes
+//   const T* readable             any address, for copies that read nothing
 //
 // Tiles go through a ring in shared memory, filled by cp.async where the operand is vectorised and element by element
-// where it is not. The inner axis is k or the other one, and the tile keeps memory's order: [64][k] or [k][64].
+// where it is not. A tile keeps memory's order: [m or n][k], or [k][m or n].
 #pragma once
 
 #include "epilogue.cuh"
 
 namespace cnnops::cuda {
 
-constexpr int kBlock = 64;     // rows and columns of D that one thread block owns
-constexpr int kThreads = 128;  // of one thread block
-constexpr int kStages = 3;     // of the ring: two steps in flight while one is multiplied
+// Floats that are multiplied in TF32. Exact floats are `float`.
+struct Tf32 {};
 
 template <class T>
-constexpr int kBlockK = 4 * kVector<T>;
+struct StoredAs {
+  using Type = T;
+};
+template <>
+struct StoredAs<Tf32> {
+  using Type = float;
+};
+template <class T>
+using Stored = typename StoredAs<T>::Type;
 
-// A padding of one vector a row makes the rows that a warp reads together start in different banks.
-template <class T, bool kInnerIsK>
-struct Tile {
-  static constexpr int kOuter = kInnerIsK ? kBlock : kBlockK<T>, kInner = kInnerIsK ? kBlockK<T> : kBlock;
-  static constexpr int kPitch = kInner + kVector<T>;
-  static constexpr int kElements = kOuter * kPitch;
-  static constexpr int kVectorsPerRow = kInner / kVector<T>;
-  static constexpr int kVectorsPerThread = kOuter * kVectorsPerRow / kThreads;
-  static constexpr int kRowsPerPass = kThreads / kVectorsPerRow;
-  static_assert(kThreads % kVectorsPerRow == 0 && kOuter % kRowsPerPass == 0);
+template <class T>
+constexpr int kVectorOf = kVector<Stored<T>>;
+template <class T>
+constexpr int kBlockK = 4 * kVectorOf<T>;
+
+// A tile of D, how warps share it, and how many steps of k the ring holds. kAligned: both operands are vectorised.
+template <int kBlockM, int kBlockN, int kWarpRows, int kWarpColumns, int kRingStages, bool kIsAligned>
+struct Shape {
+  static constexpr int kM = kBlockM, kN = kBlockN, kWarpsM = kWarpRows, kWarpsN = kWarpColumns, kStages = kRingStages;
+  static constexpr bool kAligned = kIsAligned;
+  static constexpr int kWarps = kWarpsM * kWarpsN, kThreads = 32 * kWarps;
 };
 
-// Fills tiles of one operand. Each thread has the same column of vectors in every pass, so what depends on the axis
-// that is not k is worked out once.
-template <class T, bool kInnerIsK, class Operand>
-class Loader {
- public:
-  using Shape = Tile<T, kInnerIsK>;
+// As many blocks as their sums and fragments leave registers for: said to the compiler, which otherwise saves registers
+// for one more and spills. Exact floats have wider fragments.
+template <class T, class Shape>
+constexpr int kResidentBlocks = (Shape::kM * Shape::kN / Shape::kThreads <= 32   ? 4
+                                 : Shape::kM * Shape::kN / Shape::kThreads <= 64 ? 3
+                                                                                 : 2) -
+                                (std::is_same_v<T, float> ? 1 : 0);
 
-  __device__ Loader(const Operand& operand, int64_t first)
+// A tile of kLength rows m or n. The padding makes what a warp reads together start in different banks: rows of 80
+// bytes for ldmatrix along k; across k, rows that are 16 bytes off for ldmatrix and 8 words off for words of TF32.
+template <class T, int kThreads, int kLength, bool kInnerIsK>
+struct Tile {
+  static constexpr int kOuter = kInnerIsK ? kLength : kBlockK<T>, kInner = kInnerIsK ? kBlockK<T> : kLength;
+  static constexpr int kPitch = kInner + (kInnerIsK ? kVectorOf<T> : 8);
+  static constexpr int kElements = kOuter * kPitch;
+  static constexpr int kVectorsPerRow = kInner / kVectorOf<T>, kThreadCount = kThreads;
+  static constexpr int kRowsPerPass = kThreads / kVectorsPerRow;
+  static constexpr int kPasses = kOuter / kRowsPerPass;
+};
+
+// Fills tiles of one operand, each further along k by kBlockK than the one before. A thread has the same column of
+// vectors in every pass.
+template <class T, class Tile, bool kInnerIsK, bool kAligned, class Operand>
+class Loader {
+  static_assert(Tile::kThreadCount % Tile::kVectorsPerRow == 0 && Tile::kOuter % Tile::kRowsPerPass == 0);
+
+ public:
+  __device__ Loader(const Operand& operand, int64_t first, int64_t k_begin)
       : operand_(operand),
-        row_(static_cast<int>(threadIdx.x) / Shape::kVectorsPerRow),
-        column_(static_cast<int>(threadIdx.x) % Shape::kVectorsPerRow * kVector<T>) {
-    if constexpr (kInnerIsK) {
-      CNNOPS_UNROLL
-      for (int i = 0; i < Shape::kVectorsPerThread; ++i)
-        rows_[i] = operand.outer(first + row_ + i * Shape::kRowsPerPass);
-    } else {
-      inner_ = operand.inner(first + column_);
-    }
+        row_(static_cast<int>(threadIdx.x) / Tile::kVectorsPerRow),
+        column_(static_cast<int>(threadIdx.x) % Tile::kVectorsPerRow * kVectorOf<T>),
+        first_(first + column_),
+        walk_(operand.walk(k_begin + (kInnerIsK ? column_ : row_))) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < kFixed; ++i)
+      fixed_[i] = operand.fixed(kInnerIsK ? first + row_ + i * Tile::kRowsPerPass : first + column_);
   }
 
-  __device__ void load(T* tile, int64_t k) const {
-    if constexpr (kInnerIsK) {
-      const auto inner = operand_.inner(k + column_);
-      CNNOPS_UNROLL
-      for (int i = 0; i < Shape::kVectorsPerThread; ++i) put(tile, i, rows_[i], inner);
-    } else {
-      CNNOPS_UNROLL
-      for (int i = 0; i < Shape::kVectorsPerThread; ++i)
-        put(tile, i, operand_.outer(k + row_ + i * Shape::kRowsPerPass), inner_);
+  __device__ void load(Stored<T>* tile) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < Tile::kPasses; ++i) {
+      put(tile + (row_ + i * Tile::kRowsPerPass) * Tile::kPitch + column_, fixed_[kInnerIsK ? i : 0]);
+      if constexpr (!kInnerIsK) operand_.advance(walk_, Tile::kRowsPerPass);
     }
+    if constexpr (kInnerIsK) operand_.advance(walk_, kBlockK<T>);
   }
 
  private:
-  __device__ void put(T* tile, int pass, typename Operand::Outer outer, typename Operand::Inner inner) const {
-    T* const to = tile + (row_ + pass * Shape::kRowsPerPass) * Shape::kPitch + column_;
-    if (operand_.vectorised) {
-      const T* const from = operand_.at(outer, inner);
+  static constexpr int kFixed = kInnerIsK ? Tile::kPasses : 1;
+
+  __device__ void put(Stored<T>* to, const typename Operand::Fixed& fixed) const {
+    if (kAligned || operand_.vectorised) {
+      const Stored<T>* const from = operand_.at(fixed, walk_);
       copy_async_16(to, from ? from : operand_.readable, from != nullptr);
       return;
     }
-    for (int e = 0; e < kVector<T>; ++e, inner = operand_.next(inner)) {
-      const T* const from = operand_.at(outer, inner);
-      to[e] = from ? *from : T{};
+    typename Operand::Walk walk = walk_;
+    for (int e = 0; e < kVectorOf<T>; ++e) {
+      const Stored<T>* const from = operand_.at(kInnerIsK ? fixed : operand_.fixed(first_ + e), walk);
+      to[e] = from ? *from : Stored<T>{};
+      if (kInnerIsK) operand_.advance(walk, 1);
     }
   }
 
   const Operand& operand_;
   const int row_, column_;
-  typename Operand::Outer rows_[kInnerIsK ? Shape::kVectorsPerThread : 1];
-  typename Operand::Inner inner_;
+  const int64_t first_;
+  typename Operand::Walk walk_;
+  typename Operand::Fixed fixed_[kFixed];
 };
 
-// This thread's part of D, and how it multiplies two tiles. Sixteen-bit numbers go to the tensor cores: each of four
-// warps owns a 32 x 32 quarter of D, as 2 x 4 fragments of 16 x 8.
-template <class T, bool kAInnerIsK, bool kBInnerIsK>
-class Product {
- public:
-  __device__ void multiply(const T* a_tile, const T* b_tile) {
-    CNNOPS_UNROLL
-    for (int k = 0; k < kBlockK<T>; k += 16) {
-      uint32_t a[2][4], b[2][4];
-      CNNOPS_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        load_a(a[i], a_tile, warp_m() + i * 16, k);
-        load_b(b[i], b_tile, warp_n() + i * 16, k);
-      }
-      CNNOPS_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        CNNOPS_UNROLL
-        for (int j = 0; j < 4; ++j) mma_m16n8k16<T>(sum_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-      }
+// Fragments of mma.sync in tiles of either order. Half an operand's k, of 16 or in TF32 of 8 numbers, is 16 bytes.
+template <class T, int kPitch, bool kInnerIsK>
+struct Fragments {
+  // A's 16 rows from m on, as quarters in mma's order: down m first, then along k.
+  static __device__ void load_a(uint32_t (&a)[4], const Stored<T>* tile, int m, int k) {
+    const int l = static_cast<int>(threadIdx.x) % 32;
+    if constexpr (kInnerIsK) {
+      ldmatrix_x4<false>(a, tile + (m + l % 16) * kPitch + k + l / 16 * kVectorOf<T>);
+      round(a);
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+      words(a, tile + (k + l % 4) * kPitch + m + l / 4, 8, 4 * kPitch);
+    } else {
+      ldmatrix_x4<true>(a, tile + (k + l / 16 * 8 + l % 8) * kPitch + m + l / 8 % 2 * 8);
+    }
+  }
+  // B's 16 rows from n on: two fragments of 8, each as its halves along k.
+  static __device__ void load_b(uint32_t (&b)[4], const Stored<T>* tile, int n, int k) {
+    const int l = static_cast<int>(threadIdx.x) % 32;
+    if constexpr (kInnerIsK) {
+      ldmatrix_x4<false>(b, tile + (n + l / 16 * 8 + l % 8) * kPitch + k + l / 8 % 2 * kVectorOf<T>);
+      round(b);
+    } else if constexpr (std::is_same_v<T, Tf32>) {
+      words(b, tile + (k + l % 4) * kPitch + n + l / 4, 4 * kPitch, 8);
+    } else {
+      ldmatrix_x4<true>(b, tile + (k + l / 8 % 2 * 8 + l % 8) * kPitch + n + l / 16 * 8);
     }
   }
 
-  // f(row(m), n, sum) for every element that this thread holds, m and n within the tile; row once for each m.
-  template <class Row, class F>
-  __device__ void for_each(Row&& row, F&& f) const {
-    CNNOPS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const auto at = row(warp_m() + i * 8 + lane() / 4);
-      CNNOPS_UNROLL
-      for (int j = 0; j < 8; ++j)
-        f(at, warp_n() + j / 2 * 8 + lane() % 4 * 2 + j % 2, sum_[i / 2][j / 2][i % 2 * 2 + j % 2]);
-    }
+  static __device__ void multiply(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, Tf32>)
+      mma_m16n8k8_tf32(sum, a, b0, b1);
+    else
+      mma_m16n8k16<T>(sum, a, b0, b1);
   }
 
  private:
-  using A = Tile<T, kAInnerIsK>;
-  using B = Tile<T, kBInnerIsK>;
-
-  static __device__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  static __device__ int warp_m() { return static_cast<int>(threadIdx.x) / 64 * 32; }
-  static __device__ int warp_n() { return static_cast<int>(threadIdx.x) / 32 % 2 * 32; }
-
-  // The 16 x 16 fragment's quarters in mma's order: down m first, then along k.
-  static __device__ void load_a(uint32_t (&a)[4], const T* tile, int m, int k) {
-    const int l = lane();
-    if constexpr (kAInnerIsK)
-      ldmatrix_x4<false>(a, tile + (m + l % 16) * A::kPitch + k + l / 16 * 8);
-    else
-      ldmatrix_x4<true>(a, tile + (k + l / 16 * 8 + l % 8) * A::kPitch + m + l / 8 % 2 * 8);
+  static __device__ void round(uint32_t (&words)[4]) {
+    if constexpr (std::is_same_v<T, Tf32>) {
+      CNNOPS_UNROLL
+      for (uint32_t& word : words) word = to_tf32(__uint_as_float(word));
+    }
   }
-  // Two fragments of 16 x 8, each as its two quarters along k.
-  static __device__ void load_b(uint32_t (&b)[4], const T* tile, int n, int k) {
-    const int l = lane();
-    if constexpr (kBInnerIsK)
-      ldmatrix_x4<false>(b, tile + (n + l / 16 * 8 + l % 8) * B::kPitch + k + l / 8 % 2 * 8);
-    else
-      ldmatrix_x4<true>(b, tile + (k + l / 8 % 2 * 8 + l % 8) * B::kPitch + n + l / 16 * 8);
+  static __device__ void words(uint32_t (&out)[4], const float* at, int next, int after_next) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = to_tf32(at[i % 2 * next + i / 2 * after_next]);
   }
-
-  float sum_[2][4][4] = {};
 };
 
-// Floats go to the CUDA cores, exactly: each thread owns 4 x 8 elements and reads four steps of k at a time.
-template <bool kAInnerIsK, bool kBInnerIsK>
-class Product<float, kAInnerIsK, kBInnerIsK> {
+// This thread's part of D on the tensor cores, and how it multiplies two tiles: each warp owns a kM/kWarpsM x
+// kN/kWarpsN part of D as fragments of 16 x 8.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK>
+class Product {
  public:
-  __device__ void multiply(const float* a_tile, const float* b_tile) {
+  using A = Tile<T, Shape::kThreads, Shape::kM, kAInnerIsK>;
+  using B = Tile<T, Shape::kThreads, Shape::kN, kBInnerIsK>;
+
+  template <class Needed>
+  __device__ void multiply(const Stored<T>* a_tile, const Stored<T>* b_tile, const Needed& needed) {
+    using FragmentsA = Fragments<T, A::kPitch, kAInnerIsK>;
+    using FragmentsB = Fragments<T, B::kPitch, kBInnerIsK>;
     CNNOPS_UNROLL
-    for (int k = 0; k < kBlockK<float>; k += 4) {
-      float a[kRows][4], b[kColumns][4];
-      load<kAInnerIsK, kRows, kThreadsM>(a, a_tile, thread_m(), k);
-      load<kBInnerIsK, kColumns, kThreadsN>(b, b_tile, thread_n(), k);
+    for (int k = 0; k < kBlockK<T>; k += 2 * kVectorOf<T>) {
+      uint32_t a[kDown][4], b[kAcross / 2][4];
       CNNOPS_UNROLL
-      for (int kk = 0; kk < 4; ++kk) {
+      for (int i = 0; i < kDown; ++i) FragmentsA::load_a(a[i], a_tile, warp_m() + i * 16, k);
+      CNNOPS_UNROLL
+      for (int j = 0; j < kAcross / 2; ++j) FragmentsB::load_b(b[j], b_tile, warp_n() + j * 16, k);
+      CNNOPS_UNROLL
+      for (int i = 0; i < kDown; ++i) {
         CNNOPS_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          CNNOPS_UNROLL
-          for (int j = 0; j < kColumns; ++j) sum_[i][j] += a[i][kk] * b[j][kk];
+        for (int j = 0; j < kAcross; ++j)
+          if (needed(warp_m() + i * 16, warp_n() + j * 8, k))
+            FragmentsA::multiply(sum_[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Writes the sums to rows of kM x kN floats, `pitch` apart.
+  __device__ void store(float* rows, int pitch) const {
+    const int l = static_cast<int>(threadIdx.x) % 32;
+    CNNOPS_UNROLL
+    for (int i = 0; i < kDown; ++i) {
+      CNNOPS_UNROLL
+      for (int j = 0; j < kAcross; ++j) {
+        CNNOPS_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float* const to = rows + (warp_m() + i * 16 + half * 8 + l / 4) * pitch + warp_n() + j * 8 + l % 4 * 2;
+          *reinterpret_cast<Pair*>(to) = {sum_[i][j][half * 2], sum_[i][j][half * 2 + 1]};
         }
       }
     }
   }
 
-  template <class Row, class F>
-  __device__ void for_each(Row&& row, F&& f) const {
+ private:
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  static constexpr int kDown = Shape::kM / Shape::kWarpsM / 16, kAcross = Shape::kN / Shape::kWarpsN / 8;
+  static_assert(kDown > 0 && kAcross % 2 == 0);
+
+  static __device__ int warp_m() {
+    return static_cast<int>(threadIdx.x) / 32 / Shape::kWarpsN * (Shape::kM / Shape::kWarpsM);
+  }
+  static __device__ int warp_n() {
+    return static_cast<int>(threadIdx.x) / 32 % Shape::kWarpsN * (Shape::kN / Shape::kWarpsN);
+  }
+
+  float sum_[kDown][kAcross][4] = {};
+};
+
+// Floats go to the CUDA cores, exactly: each thread owns kRows x kColumns elements and reads four steps of k at a time.
+template <class Shape, bool kAInnerIsK, bool kBInnerIsK>
+class Product<float, Shape, kAInnerIsK, kBInnerIsK> {
+ public:
+  using A = Tile<float, Shape::kThreads, Shape::kM, kAInnerIsK>;
+  using B = Tile<float, Shape::kThreads, Shape::kN, kBInnerIsK>;
+
+  template <class Needed>
+  __device__ void multiply(const float* a_tile, const float* b_tile, const Needed&) {
+    CNNOPS_UNROLL
+    for (int k = 0; k < kBlockK<float>; k += 4) {
+      float a[kRows][4];
+      load<kAInnerIsK, A::kPitch, kRows, kThreadsM>(a, a_tile, thread_m(), 0, k);
+      CNNOPS_UNROLL
+      for (int j = 0; j < kColumns; j += 4) {
+        float b[4][4];
+        load<kBInnerIsK, B::kPitch, 4, kThreadsN>(b, b_tile, thread_n(), j, k);
+        CNNOPS_UNROLL
+        for (int kk = 0; kk < 4; ++kk) {
+          CNNOPS_UNROLL
+          for (int i = 0; i < kRows; ++i) {
+            CNNOPS_UNROLL
+            for (int jj = 0; jj < 4; ++jj) sum_[i][j + jj] += a[i][kk] * b[jj][kk];
+          }
+        }
+      }
+    }
+  }
+
+  __device__ void store(float* rows, int pitch) const {
     CNNOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const auto at = row(place<kAInnerIsK, kThreadsM>(thread_m(), i));
       CNNOPS_UNROLL
-      for (int j = 0; j < kColumns; ++j) f(at, place<kBInnerIsK, kThreadsN>(thread_n(), j), sum_[i][j]);
+      for (int j = 0; j < kColumns; ++j)
+        rows[place<kAInnerIsK, kThreadsM>(thread_m(), i) * pitch + place<kBInnerIsK, kThreadsN>(thread_n(), j)] =
+            sum_[i][j];
     }
   }
 
  private:
-  static constexpr int kThreadsM = 16, kThreadsN = kThreads / kThreadsM;
-  static constexpr int kRows = kBlock / kThreadsM, kColumns = kBlock / kThreadsN;
+  static constexpr int kThreadsM = Shape::kM < 64 ? 8 : 16, kThreadsN = Shape::kThreads / kThreadsM;
+  static constexpr int kRows = Shape::kM / kThreadsM, kColumns = Shape::kN / kThreadsN;
 
   static __device__ int thread_m() { return static_cast<int>(threadIdx.x) / kThreadsN; }
   static __device__ int thread_n() { return static_cast<int>(threadIdx.x) % kThreadsN; }
@@ -195,12 +279,11 @@ class Product<float, kAInnerIsK, kBInnerIsK> {
     return kInnerIsK ? thread + i * kAcross : (i / 4 * kAcross + thread) * 4 + i % 4;
   }
 
-  template <bool kInnerIsK, int kCount, int kAcross>
-  static __device__ void load(float (&out)[kCount][4], const float* tile, int thread, int k) {
-    constexpr int kPitch = Tile<float, kInnerIsK>::kPitch;
+  template <bool kInnerIsK, int kPitch, int kCount, int kAcross>
+  static __device__ void load(float (&out)[kCount][4], const float* tile, int thread, int first, int k) {
     CNNOPS_UNROLL
     for (int i = 0; i < kCount; i += kInnerIsK ? 1 : 4) {
-      const int row = place<kInnerIsK, kAcross>(thread, i);
+      const int row = place<kInnerIsK, kAcross>(thread, first + i);
       if constexpr (kInnerIsK) {
         const float4 four = *reinterpret_cast<const float4*>(tile + row * kPitch + k);
         out[i][0] = four.x, out[i][1] = four.y, out[i][2] = four.z, out[i][3] = four.w;
@@ -217,39 +300,102 @@ class Product<float, kAInnerIsK, kBInnerIsK> {
   float sum_[kRows][kColumns] = {};
 };
 
-template <class T, bool kAInnerIsK, bool kBInnerIsK>
-constexpr int kStageElements = Tile<T, kAInnerIsK>::kElements + Tile<T, kBInnerIsK>::kElements;
-template <class T, bool kAInnerIsK, bool kBInnerIsK>
-constexpr size_t kRingBytes = kStages * kStageElements<T, kAInnerIsK, kBInnerIsK> * sizeof(T);
+// The sums of a tile lie in the ring's memory once the ring is done with.
+template <class Shape>
+constexpr int kSumsPitch = Shape::kN + 4;
 
-// The tile of D at (m, n), summed over k in [k_begin, k_end). Operands are zero from k_end on. `ring` has kRingBytes.
-template <class T, bool kAInnerIsK, bool kBInnerIsK, class A, class B>
-__device__ Product<T, kAInnerIsK, kBInnerIsK> multiply(const A& a, const B& b, int64_t m, int64_t n, int64_t k_begin,
-                                                       int64_t k_end, T* ring) {
-  const Loader<T, kAInnerIsK, A> a_loader(a, m);
-  const Loader<T, kBInnerIsK, B> b_loader(b, n);
-  const int steps = static_cast<int>(ceil_div(k_end - k_begin, kBlockK<T>));
-  const auto a_tile = [&](int step) { return ring + step % kStages * kStageElements<T, kAInnerIsK, kBInnerIsK>; };
-  const auto b_tile = [&](int step) { return a_tile(step) + Tile<T, kAInnerIsK>::kElements; };
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK>
+constexpr int kStageElements = Tile<T, Shape::kThreads, Shape::kM, kAInnerIsK>::kElements +
+                               Tile<T, Shape::kThreads, Shape::kN, kBInnerIsK>::kElements;
+
+// The dynamic shared memory that `multiply` wants.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK>
+constexpr size_t shared_bytes() {
+  constexpr size_t kRing = Shape::kStages * kStageElements<T, Shape, kAInnerIsK, kBInnerIsK> * sizeof(Stored<T>);
+  constexpr size_t kSums = Shape::kM * kSumsPitch<Shape> * sizeof(float);
+  return kRing > kSums ? kRing : kSums;
+}
+
+// Whether the fragments at m, n and k of a tile have products that count: here all of them.
+struct All {
+  __device__ constexpr bool operator()(int, int, int) const { return true; }
+};
+
+// Leaves the sum over `steps` tiles in `shared` as rows of floats kSumsPitch apart, for all threads to read.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK, class LoaderA, class LoaderB, class Needed>
+__device__ void multiply_tiles(LoaderA& a_loader, LoaderB& b_loader, int steps, void* shared, const Needed& needed) {
+  using Product = Product<T, Shape, kAInnerIsK, kBInnerIsK>;
+  constexpr int kStages = Shape::kStages;
+  auto* const ring = static_cast<Stored<T>*>(shared);
+  const auto a_tile = [&](int step) {
+    return ring + step % kStages * kStageElements<T, Shape, kAInnerIsK, kBInnerIsK>;
+  };
+  const auto b_tile = [&](int step) { return a_tile(step) + Product::A::kElements; };
   const auto load = [&](int step) {
     if (step < steps) {
-      const int64_t k = k_begin + int64_t{step} * kBlockK<T>;
-      a_loader.load(a_tile(step), k);
-      b_loader.load(b_tile(step), k);
+      a_loader.load(a_tile(step));
+      b_loader.load(b_tile(step));
     }
     commit_async();  // also when empty, so that a step's group is always the same number of groups back
   };
 
-  Product<T, kAInnerIsK, kBInnerIsK> product;
+  Product product;
   for (int step = 0; step < kStages - 1; ++step) load(step);
   for (int step = 0; step < steps; ++step) {
     wait_async<kStages - 2>();
     // Now everyone's copies of this step have landed, and nobody reads the stage that is refilled below any more.
     __syncthreads();
     load(step + kStages - 1);
-    product.multiply(a_tile(step), b_tile(step));
+    product.multiply(a_tile(step), b_tile(step), needed);
   }
-  return product;
+  __syncthreads();  // nobody reads the ring any more
+  product.store(static_cast<float*>(shared), kSumsPitch<Shape>);
+  __syncthreads();
+}
+
+// The tile of D at (m, n), summed over k in [k_begin, k_end). Operands are zero from k_end on.
+template <class T, class Shape, bool kAInnerIsK, bool kBInnerIsK, class A, class B, class Needed = All>
+__device__ void multiply(const A& a, const B& b, int64_t m, int64_t n, int64_t k_begin, int64_t k_end, void* shared,
+                         const Needed& needed = {}) {
+  using Product = Product<T, Shape, kAInnerIsK, kBInnerIsK>;
+  Loader<T, typename Product::A, kAInnerIsK, Shape::kAligned, A> a_loader(a, m, k_begin);
+  Loader<T, typename Product::B, kBInnerIsK, Shape::kAligned, B> b_loader(b, n, k_begin);
+  const int steps = static_cast<int>(ceil_div(k_end - k_begin, kBlockK<T>));
+  multiply_tiles<T, Shape, kAInnerIsK, kBInnerIsK>(a_loader, b_loader, steps, shared, needed);
+}
+
+// Writes the sums that `multiply` left, those of column n to y[row_of(m) + k + n] for k + n < k_end, through the
+// epilogue. With kMoments, the moments of what was written go to partial[count, mean, m2][K], at filter k + n.
+template <class T, class Shape, bool kMoments, class RowOf>
+__device__ void write_tile(const Epilogue& epilogue, void* shared, const RowOf& row_of, int64_t k, int64_t k_end,
+                           bool aligned, T* y, float* partial, int64_t K) {
+  constexpr int kColumns = Shape::kN < 32 * kVector<T> ? Shape::kN : 32 * kVector<T>;
+  constexpr int kRows = Shape::kM / Shape::kWarps;
+  const int warp = static_cast<int>(threadIdx.x) / 32, first = warp * kRows;
+  const auto* const sums = static_cast<const float*>(shared) + first * kSumsPitch<Shape>;
+  const auto row = [&](int m) { return row_of(first + m); };
+  Moments moments[kVector<T>];
+  for (int n = 0; n < Shape::kN; n += kColumns)
+    write_rows<T, kColumns, kMoments>(epilogue, sums + n, kSumsPitch<Shape>, kRows, row, k + n, k_end, aligned, y,
+                                      moments);
+  if constexpr (kMoments) {
+    static_assert(kColumns == Shape::kN);
+    merge_lanes<T, kColumns>(moments);
+    __syncthreads();  // the sums were read: each warp's moments take their place
+    auto* const parts = static_cast<Moments*>(shared);
+    if (static_cast<int>(threadIdx.x) % 32 < kColumns / kVector<T>) {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kVector<T>; ++i) parts[warp * kColumns + column_of<T, kColumns>() + i] = moments[i];
+    }
+    __syncthreads();
+    for (int n = static_cast<int>(threadIdx.x); n < kColumns && k + n < k_end; n += Shape::kThreads) {
+      Moments all;
+      for (int i = 0; i < Shape::kWarps; ++i) all.merge(parts[i * kColumns + n]);
+      partial[k + n] = all.count;
+      partial[K + k + n] = all.mean;
+      partial[2 * K + k + n] = all.m2;
+    }
+  }
 }
 
 }  // namespace cnnops::cuda

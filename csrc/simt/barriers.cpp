@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 
@@ -23,6 +24,7 @@ CNNOPS_SIMT_RUNTIME void block_barrier(Where where) {
   if (++block.at_barrier == device.thread_count) {
     block.at_barrier = 0;
     ++block.barriers_passed;
+    trace::together(block.rank * kMaxThreads, device.thread_count);
     ++block.epoch;
     for (unsigned i = 0; i < device.thread_count; ++i) wake(block.threads[i]);
     yield();
@@ -162,7 +164,7 @@ void mark_foreign(Mbarrier& barrier) {
 
 void mbarrier_init(uint64_t* word, uint32_t arrivals, Where where) {
   if (disabled(Sync::kMbarrierInit)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   const Thread& me = *device.current;
   Block& block = *me.block;
   require_sm90("mbarrier_init", where);
@@ -182,7 +184,7 @@ void mbarrier_init(uint64_t* word, uint32_t arrivals, Where where) {
 
 void fence_mbarrier_init(Where) {
   if (disabled(Sync::kFenceMbarrierInit)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   const Thread& me = *device.current;
   for (Mbarrier& barrier : me.block->mbarriers) {
     if (barrier.fenced || barrier.initialiser != me.index) continue;
@@ -193,7 +195,7 @@ void fence_mbarrier_init(Where) {
 
 void mbarrier_arrive(uint64_t* word, Where where) {
   if (disabled(Sync::kMbarrierArrive)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   arrive("mbarrier_arrive", find_own("mbarrier_arrive", word, where), where);
 }
 
@@ -221,7 +223,7 @@ Mbarrier& find_for_async(const char* name, Block& target, uint64_t* own_word, Wh
 
 void mbarrier_arrive_remote(uint64_t* word, uint32_t rank, Where where) {
   if (disabled(Sync::kMbarrierArriveRemote)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   if (rank >= device.cluster)
     fail_at("mbarrier_arrive_remote", where, "the cluster has no block " + std::to_string(rank));
   Block& target = device.blocks[rank];
@@ -232,7 +234,7 @@ void mbarrier_arrive_remote(uint64_t* word, uint32_t rank, Where where) {
 
 void mbarrier_expect(uint64_t* word, uint32_t bytes, Where where) {
   if (disabled(Sync::kMbarrierExpect)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   Mbarrier& barrier = find_own("mbarrier_expect", word, where);
   barrier.bytes += bytes;
   if (barrier.bytes > kMaxBytes) fail_at("mbarrier_expect", where, "more than 2^20 - 1 bytes in one phase");
@@ -241,8 +243,8 @@ void mbarrier_expect(uint64_t* word, uint32_t bytes, Where where) {
 
 void mbarrier_wait(uint64_t* word, uint32_t parity, Where where) {
   if (disabled(Sync::kMbarrierWait)) return;
+  const Hidden hidden;
   Thread& me = *device.current;
-  const Hidden hidden(me.fiber);
   Mbarrier& barrier = find_own("mbarrier_wait", word, where);
   if (parity > 1) fail_at("mbarrier_wait", where, "a parity of " + std::to_string(parity));
   // Woken late, it may find the next phase complete too, and must then wait as the device's thread would.
@@ -283,7 +285,7 @@ void complete_bytes(const TmaCopy& copy, void* written, size_t written_bytes, si
 }
 
 void check_block_exit(Block& block) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   check_warpgroup_exit(block);
   for (const Landing& each : block.landings)
     fail_at("TMA", each.where, "the block exits, and no thread of it has waited for this copy");
@@ -322,12 +324,12 @@ CNNOPS_SIMT_RUNTIME void atomic_begins(void* p, Where where) {
 }
 CNNOPS_SIMT_RUNTIME void atomic_ends(void* p) { release(p); }
 
-void ordinary_shared_write(const void* address, size_t bytes) {
+CNNOPS_SIMT_RUNTIME void ordinary_shared_write(const void* address, size_t bytes) {
   if (!device.current || !bytes) return;
   Thread& me = *device.current;
   Block& block = *me.block;
   if (!block.memory.dynamic_holds(address, bytes)) return;
-  const Hidden hidden(me.fiber);
+  const Hidden hidden;
   const size_t begin = block.memory.offset(address) - kWindowBase;
   block.any_chunk = true;
   for (size_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk) {
@@ -340,8 +342,8 @@ void ordinary_shared_write(const void* address, size_t bytes) {
 
 void fence_proxy_async(Where) {
   if (disabled(Sync::kFenceProxyAsync)) return;
+  const Hidden hidden;
   Thread& me = *device.current;
-  const Hidden hidden(me.fiber);
   for (const uint32_t each : me.unfenced_chunks) {
     Chunk& chunk = me.block->chunks[each];
     if (chunk.writer != me.index + 1) continue;

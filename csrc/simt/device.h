@@ -134,6 +134,7 @@ struct TmaCopy {
   bool foreign;        // issued by another block
   Where where;
   char* sync;
+  bool reads;  // of the copies of one multicast, one reads for all
 };
 
 // Who wrote a 16-byte chunk of dynamic memory by ordinary instructions. wgmma may read it once the writer has executed

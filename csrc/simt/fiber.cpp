@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <cstdint>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -55,7 +56,6 @@ namespace cnnops::simt {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kStackBytes = 256 << 10;  // sanitized frames are several times the plain ones; pages commit on touch
 constexpr int kSavedRegisters = 6;
 
 #if defined(__SANITIZE_THREAD__)
@@ -64,16 +64,25 @@ void* agents[kAgents];
 unsigned agents_used;
 #endif
 
+// Sanitized frames are several times the plain ones; pages commit on touch.
+char* new_stack() {
+  void* const pages =
+      mmap(nullptr, 2 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  auto* const begin = static_cast<char*>(pages);
+  const size_t before = -reinterpret_cast<uintptr_t>(begin) % kStackBytes;
+  if (before) munmap(begin, before);
+  munmap(begin + before + kStackBytes, kStackBytes - before);
+  mprotect(begin + before, kPage, PROT_NONE);  // an overflow faults instead of running into the neighbour
+  return begin + before;
+}
+
 }  // namespace
 
 CNNOPS_SIMT_RUNTIME void restart(Fiber& fiber, void (*entry)()) {
   if (!fiber.stack) {
-    void* const pages =
-        mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) throw std::bad_alloc();
-    mprotect(pages, kPage, PROT_NONE);  // an overflow faults instead of running into the neighbour
-    fiber.stack = static_cast<char*>(pages) + kPage;
-    fiber.stack_bytes = kStackBytes;
+    fiber.stack = new_stack() + kPage;
+    fiber.stack_bytes = kStackBytes - kPage;
   }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
@@ -133,23 +142,23 @@ void arrive_on_fresh_stack() {
 }
 
 #if defined(__SANITIZE_THREAD__)
-CNNOPS_SIMT_RUNTIME Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {
-  ++fiber_.hidden;
+CNNOPS_SIMT_RUNTIME Hidden::Hidden() {
+  ++running_fiber().hidden;
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 }
 CNNOPS_SIMT_RUNTIME Hidden::~Hidden() {
   AnnotateIgnoreWritesEnd("", 0);
   AnnotateIgnoreReadsEnd("", 0);
-  --fiber_.hidden;
+  --running_fiber().hidden;
 }
-CNNOPS_SIMT_RUNTIME Shown::Shown(Fiber& fiber) : fiber_(fiber) {
+CNNOPS_SIMT_RUNTIME Shown::Shown() {
   AnnotateIgnoreWritesEnd("", 0);
   AnnotateIgnoreReadsEnd("", 0);
-  --fiber_.hidden;
+  --running_fiber().hidden;
 }
 CNNOPS_SIMT_RUNTIME Shown::~Shown() {
-  ++fiber_.hidden;
+  ++running_fiber().hidden;
   AnnotateIgnoreReadsBegin("", 0);
   AnnotateIgnoreWritesBegin("", 0);
 }
@@ -163,9 +172,9 @@ CNNOPS_SIMT_RUNTIME Agent::~Agent() { __tsan_switch_to_fiber(interrupted_, __tsa
 CNNOPS_SIMT_RUNTIME void note_read(const void* p, size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
 CNNOPS_SIMT_RUNTIME void note_write(void* p, size_t bytes) { __tsan_write_range(p, bytes); }
 #else
-Hidden::Hidden(Fiber& fiber) : fiber_(fiber) {}
+Hidden::Hidden() = default;
 Hidden::~Hidden() = default;
-Shown::Shown(Fiber& fiber) : fiber_(fiber) {}
+Shown::Shown() = default;
 Shown::~Shown() = default;
 Agent::Agent(void*) {}
 Agent::~Agent() = default;

@@ -15,6 +15,9 @@
 
 namespace cnnops::simt {
 
+// Each stack lies at a multiple of this, a page at its end that faults included.
+constexpr size_t kStackBytes = 256 << 10;
+
 struct Fiber {
   void* stack_pointer = nullptr;
   void* stack = nullptr;  // its lowest usable address
@@ -36,28 +39,24 @@ void switch_fiber(Fiber& from, Fiber& to);
 // The first thing that an entry function calls.
 void arrive_on_fresh_stack();
 
-// While it lives, TSan does not see what this fiber reads and writes. `fiber` is the one that runs.
+Fiber& running_fiber();  // which this library's scheduler knows
+
+// While it lives, TSan does not see what the running fiber reads and writes.
 class Hidden {
  public:
-  explicit Hidden(Fiber& fiber);
+  Hidden();
   ~Hidden();
   Hidden(const Hidden&) = delete;
   Hidden& operator=(const Hidden&) = delete;
-
- private:
-  [[maybe_unused]] Fiber& fiber_;
 };
 
 // Lifts that within it.
 class Shown {
  public:
-  explicit Shown(Fiber& fiber);
+  Shown();
   ~Shown();
   Shown(const Shown&) = delete;
   Shown& operator=(const Shown&) = delete;
-
- private:
-  [[maybe_unused]] Fiber& fiber_;
 };
 
 // While it lives, what runs is done by none of the device's threads, after all that came before release(cause).

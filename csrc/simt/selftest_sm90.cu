@@ -55,6 +55,7 @@ enum class Ring {
   kMaskBeyondCluster,
   kMissingRelease,
   kExtraArrival,
+  kArrivalBeyondCount,
   kDivergentWarpgroup,
   kWrongRegisterCount,
 };
@@ -91,6 +92,7 @@ void ring(const TensorMap& a_map, const TensorMap& b_map, float* y) {
           cuda::mbarrier_arrive(full + slot);
         else
           cuda::mbarrier_expect(full + slot, 2 * kTileBytes);
+        if (kFault == Ring::kArrivalBeyondCount) cuda::mbarrier_arrive(full + slot);
         constexpr int kShift = kFault == Ring::kMisalignedTile ? 512 : 0;
         cuda::tma_load<2>(tile(slot, 0) + kShift, &a_map, full + slot, {step * kTile, rank * kTile});
         constexpr uint16_t kMask = kFault == Ring::kWrongMask ? 1 : kFault == Ring::kMaskBeyondCluster ? 7 : 3;
@@ -139,7 +141,8 @@ bool run_ring(const char* name) {
   std::vector<float> y(kRingRows * kTile, -1);
   // Too little by a slot and more: the barriers fit, the second slot's tiles do not.
   const size_t bytes = kFault == Ring::kTooLittleShared ? kRingBytes - 64 : kRingBytes;
-  launch(name, dim3(2), dim3(160), bytes, [&] { ring<kFault>(a_map, b_map, y.data()); }, 2);
+  launch(
+      name, dim3(2), dim3(160), bytes, [&, out = y.data()]() CNNOPS_UNTRACED { ring<kFault>(a_map, b_map, out); }, 2);
   for (int m = 0; m < kRingRows; ++m)
     for (int n = 0; n < kTile; ++n) {
       float sum = 0;
@@ -321,7 +324,7 @@ bool run_conv(const char* name) {
 
 // ---- A tile of every second row and every third column of a plane that it overlaps on all sides.
 
-enum class Box { kSound, kShifted, kBeyondShared };
+enum class Box { kSound, kShifted, kBeyondShared, kMissingWait };
 
 template <Box kFault>
 void box(const TensorMap& map, BFloat16* y) {
@@ -334,7 +337,7 @@ void box(const TensorMap& map, BFloat16* y) {
     cuda::tma_load<3>(shared, &map, &full, {8, kFault == Box::kShifted ? -1 : -2, -3});
   }
   __syncwarp();
-  cuda::mbarrier_wait(&full, 0);
+  if (kFault != Box::kMissingWait) cuda::mbarrier_wait(&full, 0);
   for (int i = static_cast<int>(threadIdx.x); i < 32 * 32; i += 32) {
     const int row = i / 32, column = i % 32;
     y[i] = reinterpret_cast<BFloat16*>(shared)[row * 64 + ((column / 8) ^ row % 8) * 8 + column % 8];
@@ -362,6 +365,47 @@ bool run_box(const char* name) {
   return true;
 }
 
+// ---- One warp hands rows to another through one slot, written by ordinary instructions.
+
+enum class Handover { kSound, kMissingArrival, kMissingWait };
+
+constexpr int kRounds = 4;
+
+template <Handover kFault>
+void handover(float* y) {
+  CNNOPS_DYNAMIC_SHARED(unsigned char, shared);
+  auto* const full = reinterpret_cast<uint64_t*>(shared);
+  uint64_t* const empty = full + 1;
+  auto* const slot = reinterpret_cast<float*>(full + 2);
+  if (threadIdx.x == 0) {
+    cuda::mbarrier_init(full, 32);
+    cuda::mbarrier_init(empty, 32);
+  }
+  __syncthreads();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  for (int round = 0; round < kRounds; ++round) {
+    const auto parity = static_cast<uint32_t>(round % 2);
+    if (threadIdx.x < 32) {
+      if (kFault != Handover::kMissingWait) cuda::mbarrier_wait(empty, parity ^ 1);
+      slot[lane] = static_cast<float>(round * 32 + lane);
+      if (kFault != Handover::kMissingArrival || lane) cuda::mbarrier_arrive(full);
+    } else {
+      cuda::mbarrier_wait(full, parity);
+      y[round * 32 + lane] = slot[31 - lane];
+      cuda::mbarrier_arrive(empty);
+    }
+  }
+}
+
+template <Handover kFault>
+bool run_handover(const char* name) {
+  float y[kRounds * 32] = {};
+  launch(name, dim3(1), dim3(64), 2 * sizeof(uint64_t) + 32 * sizeof(float), [&] { handover<kFault>(y); });
+  for (int i = 0; i < kRounds * 32; ++i)
+    if (!(y[i] == static_cast<float>(i / 32 * 32 + 31 - i % 32))) return false;
+  return true;
+}
+
 template <auto kFault>
 bool run(const char* name) {
   using Kind = decltype(kFault);
@@ -370,6 +414,7 @@ bool run(const char* name) {
   if constexpr (std::is_same_v<Kind, Registers>) return run_registers<kFault>(name);
   if constexpr (std::is_same_v<Kind, Conv>) return run_conv<kFault>(name);
   if constexpr (std::is_same_v<Kind, Box>) return run_box<kFault>(name);
+  if constexpr (std::is_same_v<Kind, Handover>) return run_handover<kFault>(name);
 }
 
 template <auto kFault>
@@ -402,6 +447,7 @@ std::vector<Fault> sm90_faults() {
       fault<Ring::kMaskBeyondCluster>("mask_beyond_cluster"),
       fault<Ring::kMissingRelease>("missing_release"),
       fault<Ring::kExtraArrival>("extra_arrival"),
+      fault<Ring::kArrivalBeyondCount>("arrival_beyond_count"),
       fault<Ring::kDivergentWarpgroup>("divergent_warpgroup"),
       fault<Ring::kWrongRegisterCount>("wrong_register_count"),
       fault<Transposed::kSwappedStrides>("swapped_strides"),
@@ -417,6 +463,9 @@ std::vector<Fault> sm90_faults() {
       fault<Conv::kMissingStride>("missing_element_stride"),
       fault<Box::kShifted>("shifted_box"),
       fault<Box::kBeyondShared>("box_beyond_shared"),
+      fault<Box::kMissingWait>("missing_tile_wait"),
+      fault<Handover::kMissingArrival>("missing_arrival"),
+      fault<Handover::kMissingWait>("missing_handover_wait"),
   };
 }
 

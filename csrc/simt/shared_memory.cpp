@@ -1,10 +1,10 @@
 #include "shared_memory.h"
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 
 #include "device.h"
+#include "poison.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 namespace {
@@ -12,16 +12,7 @@ namespace {
 constexpr size_t kFence = 1024;                          // bytes around dynamic memory
 constexpr size_t kVariableFence = 64;                    // bytes around each variable
 constexpr size_t kVariableArena = 2 * kMaxStaticShared;  // room for the variables, their fences and alignment
-
-// NaN in float, half and bfloat16, and no value that a kernel is likely to write.
-constexpr uint16_t kPoison = 0xffa5;
-
-unsigned char poison_at(size_t offset) { return static_cast<unsigned char>(kPoison >> (offset % 2 ? 8 : 0)); }
-
-void poison(unsigned char* begin, size_t bytes) {
-  for (size_t i = 0; i + 1 < bytes; i += 2) std::memcpy(begin + i, &kPoison, 2);
-  if (bytes % 2) begin[bytes - 1] = poison_at(bytes - 1);
-}
+constexpr size_t kArena = kVariableArena + kFence + kMaxShared + kFence;
 
 // `origin` is where the poisoning began.
 bool poisoned(const unsigned char* begin, const unsigned char* end, const unsigned char* origin) {
@@ -36,7 +27,8 @@ size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 void SharedMemory::prepare(size_t dynamic_bytes) {
   if (!arena_) {
-    arena_.reset(new (std::align_val_t{kAlignment}) unsigned char[kVariableArena + kFence + kMaxShared + kFence]);
+    arena_.reset(new (std::align_val_t{kAlignment}) unsigned char[kArena]);
+    trace::add_arena(arena_.get(), kArena);
     variables_begin_ = variables_end_ = arena_.get();
     dynamic_ = variables_begin_ + kVariableArena + kFence;
     poison(variables_begin_, kVariableArena);
@@ -70,14 +62,24 @@ CNNOPS_SIMT_RUNTIME void* SharedMemory::variable(const void* site, size_t bytes,
   return variables_begin_ + begin;
 }
 
+bool SharedMemory::in_a_variable(uintptr_t address, size_t bytes) const {
+  return std::any_of(variables_, variables_ + variable_count_, [&](const Variable& each) {
+    const size_t offset = address - reinterpret_cast<uintptr_t>(each.begin);
+    return offset < each.bytes && bytes <= each.bytes - offset;
+  });
+}
+
+std::string SharedMemory::misplaced(uintptr_t address, size_t bytes) const {
+  const auto arena = reinterpret_cast<uintptr_t>(arena_.get()), dynamic = reinterpret_cast<uintptr_t>(dynamic_);
+  if (address - arena >= kArena || holds(address, bytes)) return "";
+  if (address < arena + kVariableArena) return "outside a shared variable";
+  return address < dynamic ? "before the start of dynamic shared memory"
+                           : "beyond the " + std::to_string(dynamic_bytes_) + " bytes of dynamic shared memory";
+}
+
 bool SharedMemory::dynamic_holds(const void* p, size_t bytes) const {
   const auto* const begin = static_cast<const unsigned char*>(p);
   return begin >= dynamic_ && begin + bytes <= dynamic_ + dynamic_bytes_;
-}
-
-bool SharedMemory::holds(const void* p, size_t bytes) const {
-  const auto* const begin = static_cast<const unsigned char*>(p);
-  return dynamic_holds(p, bytes) || (begin >= variables_begin_ && begin + bytes <= variables_end_);
 }
 
 std::string SharedMemory::broken_fence() const {

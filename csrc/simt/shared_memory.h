@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <string>
@@ -21,9 +22,8 @@ class SharedMemory {
 
   unsigned char* dynamic() const { return dynamic_; }
   size_t dynamic_bytes() const { return dynamic_bytes_; }
-  // Whether these bytes lie in dynamic memory; whether in it or a variable.
+  // Whether these bytes lie in dynamic memory.
   bool dynamic_holds(const void* p, size_t bytes) const;
-  bool holds(const void* p, size_t bytes) const;
   // Offsets in the window of dynamic memory.
   size_t offset(const void* p) const {
     return kWindowBase + static_cast<size_t>(static_cast<const unsigned char*>(p) - dynamic_);
@@ -33,12 +33,23 @@ class SharedMemory {
   // The variable that stands for a declaration, made when a block's first thread reaches it.
   void* variable(const void* site, size_t bytes, size_t alignment);
 
+  // Whether these bytes are dynamic memory that the launch asked for, or of one variable.
+  bool holds(uintptr_t address, size_t bytes) const {
+    const size_t offset = address - reinterpret_cast<uintptr_t>(dynamic_);
+    return (offset < dynamic_bytes_ && bytes <= dynamic_bytes_ - offset) || in_a_variable(address, bytes);
+  }
+  bool holds(const void* p, size_t bytes) const { return holds(reinterpret_cast<uintptr_t>(p), bytes); }
+  // Where else in this memory they are, in words; empty if they are not in it.
+  std::string misplaced(uintptr_t address, size_t bytes) const;
+
   // Which fence was written to, in words; empty if none was.
   std::string broken_fence() const;
 
  private:
   static constexpr size_t kAlignment = 1024;  // what TMA wants of a swizzled tile
   static constexpr size_t kMaxVariables = 64;
+
+  bool in_a_variable(uintptr_t address, size_t bytes) const;
 
   struct Variable {
     const void* site;

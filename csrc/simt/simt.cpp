@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 
@@ -62,6 +63,8 @@ CNNOPS_SIMT_RUNTIME uint64_t next_random() {  // xorshift64*
   device.random ^= device.random >> 27;
   return device.random * 0x2545f4914f6cdd1dULL;
 }
+
+CNNOPS_SIMT_RUNTIME Fiber& running_fiber() { return device.current->fiber; }
 
 CNNOPS_SIMT_RUNTIME bool coin() { return device.order == Order::kRandom && next_random() >> 63; }
 
@@ -185,6 +188,7 @@ void run_cluster(uint64_t first_block) {
   switch_fiber(device.host, first->fiber);
   acquire(&device.end_sync);
   device.current = nullptr;
+  for (const Block& block : device.blocks) trace::together(block.rank * kMaxThreads, device.thread_count);
   device.counters.blocks += device.cluster;
   if (device.error.empty() && device.exited < total_threads())
     device.error = place(device.blocks[0]) + ": deadlock: no thread can run" + roll_call();
@@ -248,12 +252,20 @@ void set_schedule(Order order, uint64_t seed) {
 
 Counters counters() {
   const std::lock_guard lock(device.mutex);
-  return device.counters;
+  Counters now = device.counters;
+  now.traffic = trace::traffic();
+  return now;
 }
 
 void reset_counters() {
   const std::lock_guard lock(device.mutex);
   device.counters = {};
+  trace::reset();
+}
+
+void count_accesses(bool on) {
+  const std::lock_guard lock(device.mutex);
+  trace::count(on);
 }
 
 void set_device(int architecture, int multiprocessors) {
@@ -313,8 +325,11 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   adopt_this_thread(device.host);
   ++device.counters.launches;
   ++device.counters.kernels[kernel];
+  Configuration& most = device.counters.configurations[kernel];
+  most = {std::max(most.threads, device.thread_count), std::max(most.shared_bytes, dynamic_shared_bytes)};
 
   device.error.clear();
+  const trace::Launch traced(kernel, thread, cluster == 1 ? &device.blocks[0].memory : nullptr);
   for (const uint64_t first : cluster_order(uint64_t{grid.x} * grid.y * grid.z)) {
     run_cluster(first);
     if (!device.error.empty()) {
@@ -326,11 +341,16 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   }
 }
 
-CNNOPS_SIMT_RUNTIME const dim3& thread_index() { return device.current->position; }
-CNNOPS_SIMT_RUNTIME const dim3& block_index() { return device.current->block->index; }
-CNNOPS_SIMT_RUNTIME const dim3& block_dim() { return device.block; }
-CNNOPS_SIMT_RUNTIME const dim3& grid_dim() { return device.grid; }
+CNNOPS_SIMT_RUNTIME dim3 thread_index() { return device.current->position; }
+CNNOPS_SIMT_RUNTIME dim3 block_index() { return device.current->block->index; }
+CNNOPS_SIMT_RUNTIME dim3 block_dim() { return device.block; }
+CNNOPS_SIMT_RUNTIME dim3 grid_dim() { return device.grid; }
 CNNOPS_SIMT_RUNTIME int lane() { return static_cast<int>(device.current->index % kWarp); }
+
+CNNOPS_SIMT_RUNTIME unsigned trace::running_thread() {
+  return device.current->block->rank * kMaxThreads + device.current->index;
+}
+CNNOPS_SIMT_RUNTIME const SharedMemory& trace::running_shared_memory() { return device.current->block->memory; }
 
 CNNOPS_SIMT_RUNTIME void fail(const std::string& what) {
   Thread& me = *device.current;
@@ -360,6 +380,8 @@ CNNOPS_SIMT_RUNTIME Thread& current_thread() { return *device.current; }
 void copy_async(void* destination, const void* source, int bytes) {
   if (reinterpret_cast<uintptr_t>(destination) % 16 || (bytes && reinterpret_cast<uintptr_t>(source) % 16))
     fail("an asynchronous copy of 16 bytes is not aligned to 16");
+  if (bytes) trace::global_read(source, static_cast<size_t>(bytes), __builtin_return_address(0));
+  trace::shared_write(destination, 16, __builtin_return_address(0));
   Thread& me = current_thread();
   const AsyncCopy copy{destination, source, bytes, me.committed_groups};
   if (coin())
@@ -413,16 +435,26 @@ CNNOPS_SIMT_RUNTIME void collective(const char* name, unsigned mask, void* opera
     return;
   }
   acquire(sync);
-  combine(meeting.operands);
+  {
+    const trace::Instruction instruction;
+    combine(meeting.operands);
+  }
+  if (mask == ~0u) trace::together(me.block->rank * kMaxThreads + first, kWarp);
   release(sync);
   meeting = warp.meetings[--warp.meeting_count];
   for (unsigned other = 0; other < kWarp; ++other)
     if (mask >> other & 1 && other != lane) wake(me.block->threads[first + other]);
 }
 
+namespace {
+
+CNNOPS_SIMT_RUNTIME void begin_epoch() { ++device.current->block->epoch; }
+
+}  // namespace
+
 void warp_barrier(unsigned mask, Where where) {
   if (disabled(Sync::kSyncwarp)) return;
-  collective("__syncwarp", mask, &mask, [](const Lanes&) { ++device.current->block->epoch; }, where);
+  collective("__syncwarp", mask, &mask, [](const Lanes&) { begin_epoch(); }, where);
 }
 
 namespace {

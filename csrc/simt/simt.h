@@ -6,7 +6,6 @@
 // Plain `__shared__` is left undefined: shared variables go through CNNOPS_SHARED, so that they lie in that memory.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -15,6 +14,9 @@
 #include <string>
 #include <type_traits>
 #include <vector>
+
+#include "trace.h"
+#include "vector_types.h"
 
 #define __global__
 #define __device__
@@ -40,16 +42,23 @@ using Where = std::source_location;
 
 enum class Order { kForward, kReversed, kRandom };
 
+struct Configuration {
+  unsigned threads = 0;     // of a block
+  size_t shared_bytes = 0;  // dynamic
+};
+
 struct Counters {
   uint64_t launches = 0, blocks = 0, switches = 0, block_barriers = 0, warp_collectives = 0;
-  std::map<std::string, uint64_t> kernels;  // launches by name
+  std::map<std::string, uint64_t> kernels;              // launches by name
+  std::map<std::string, Configuration> configurations;  // by name, the most of all launches
+  std::map<std::string, Traffic> traffic;               // by kernel, of launches while accesses were counted
 };
 
 void set_schedule(Order order, uint64_t seed);
 // What the device claims to be. Throws std::invalid_argument for an architecture that is not 80, 86 or 90.
 void set_device(int architecture, int multiprocessors);
 int architecture();
-size_t max_shared();  // bytes a block
+size_t max_shared();    // bytes a block
 int multiprocessors();  // 3 unless set: few, so that small tests fill more than one wave
 // Launches run only these blocks, by linear index (whole clusters): a part of a grid too large to run.
 void run_blocks(uint64_t first, uint64_t count);
@@ -83,6 +92,7 @@ bool disabled(Sync sync);
 
 Counters counters();
 void reset_counters();
+void count_accesses(bool on);
 
 // Runs `thread` once for each thread of the grid. Throws std::runtime_error, naming kernel, block and threads, for a
 // launch that a device would refuse, a deadlock, a misused intrinsic, or a write beyond shared memory; the next launch
@@ -90,10 +100,11 @@ void reset_counters();
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
             unsigned cluster = 1);
 
-const dim3& thread_index();
-const dim3& block_index();
-const dim3& block_dim();
-const dim3& grid_dim();
+// By value: reading them is no access to memory.
+dim3 thread_index();
+dim3 block_index();
+dim3 block_dim();
+dim3 grid_dim();
 int lane();
 
 // Ends the launch with an error that names the calling thread.
@@ -109,11 +120,14 @@ void commit_async();
 void wait_async(int groups_left);
 
 // The values of half and bfloat16 numbers.
-inline float bfloat16_value(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-inline float half_value(uint16_t bits) {
-  const float scaled = std::bit_cast<float>(static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;
+__forceinline__ float bfloat16_value(uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+__forceinline__ float half_value(uint16_t bits) {
+  const float scaled = __builtin_bit_cast(float, static_cast<uint32_t>(bits & 0x7fff) << 13) * 0x1p112f;
   const uint32_t infinite = scaled >= 0x1p16f ? 0x7f800000u : 0;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | infinite | static_cast<uint32_t>(bits & 0x8000) << 16);
+  return __builtin_bit_cast(
+      float, __builtin_bit_cast(uint32_t, scaled) | infinite | static_cast<uint32_t>(bits & 0x8000) << 16);
 }
 
 void block_barrier(Where where);
@@ -146,7 +160,7 @@ T shuffle(const char* name, unsigned mask, T value, int source, Where where) {
   Shuffle<T> mine{value, value, source};
   collective(
       name, mask, &mine,
-      [](const Lanes& operands) {
+      [](const Lanes& operands) CNNOPS_UNTRACED {
         for (void* each : operands) {
           if (!each) continue;
           auto& reader = *static_cast<Shuffle<T>*>(each);
@@ -203,6 +217,9 @@ inline int __all_sync(unsigned mask, int vote, cnnops::simt::Where where = cnnop
   return cnnops::simt::ballot("__all_sync", mask, vote != 0, where) == mask;
 }
 
+__forceinline__ float __uint_as_float(unsigned bits) { return __builtin_bit_cast(float, bits); }
+__forceinline__ unsigned __float_as_uint(float value) { return __builtin_bit_cast(unsigned, value); }
+
 inline void __threadfence() { cnnops::simt::thread_fence(); }
 inline void __threadfence_block() {}
 
@@ -231,10 +248,3 @@ T atomicCAS(T* p, T compare, T value, cnnops::simt::Where where = cnnops::simt::
   cnnops::simt::atomic_ends(p);
   return old;
 }
-
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
-inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 namespace {
@@ -23,7 +24,8 @@ uint32_t row_elements(const TensorMap& map) { return map.im2col ? map.channels :
 size_t tile_bytes(const TensorMap& map) { return row_count(map) * row_elements(map) * map.stride_bytes[0]; }
 
 // The row of elements from `at` on along axis 0, and zeros beside the tensor.
-void read_row(const TensorMap& map, const int64_t* at, unsigned char* row) {
+void read_row(const TmaCopy& copy, const int64_t* at, unsigned char* row) {
+  const TensorMap& map = copy.map;
   std::memset(row, 0, kRow);
   const auto* source = static_cast<const unsigned char*>(map.base);
   for (int axis = 1; axis < map.rank; ++axis) {
@@ -34,6 +36,8 @@ void read_row(const TensorMap& map, const int64_t* at, unsigned char* row) {
   const int64_t end = std::min<int64_t>(at[0] + row_elements(map), static_cast<int64_t>(map.extent[0]));
   if (begin >= end) return;
   const uint64_t size = map.stride_bytes[0];
+  if (copy.reads)
+    trace::bulk_global_read(source + static_cast<uint64_t>(begin) * size, static_cast<uint64_t>(end - begin) * size);
   std::memcpy(row + static_cast<uint64_t>(begin - at[0]) * size, source + static_cast<uint64_t>(begin) * size,
               static_cast<uint64_t>(end - begin) * size);
 }
@@ -56,7 +60,7 @@ void read_tiled(const TmaCopy& copy) {
       at[axis] = copy.at[axis] + static_cast<int64_t>(rest % map.box[axis]) * map.element_stride[axis];
       rest /= map.box[axis];
     }
-    read_row(map, at, row);
+    read_row(copy, at, row);
     write_row(*copy.target, copy.destination + i * kRow, row, bytes);
   }
 }
@@ -71,7 +75,7 @@ void read_im2col(const TmaCopy& copy) {
   unsigned char row[kRow];
   for (size_t i = 0; i < map.pixels; ++i) {
     const int64_t at[] = {copy.at[0], w + copy.offset_w, h + copy.offset_h, n};
-    read_row(map, at, row);
+    read_row(copy, at, row);
     write_row(*copy.target, copy.destination + i * kRow, row, bytes);
     w += map.element_stride[1];
     if (w <= last_w) continue;
@@ -86,6 +90,7 @@ void read_im2col(const TmaCopy& copy) {
 void land(TmaCopy& copy) {
   Block& target = *copy.target;
   const size_t rows_bytes = row_count(copy.map) * kRow;
+  trace::bulk_shared(tile_bytes(copy.map));
   copy.map.im2col ? read_im2col(copy) : read_tiled(copy);
   const size_t first = (copy.destination - kWindowBase) / kChunk;
   std::fill_n(target.chunks.begin() + static_cast<std::ptrdiff_t>(first), rows_bytes / kChunk, Chunk{});
@@ -133,6 +138,7 @@ void issue(const char* name, TmaCopy copy, void* destination, uint16_t blocks) {
     copy.foreign = &target != &mine;
     copy.sync = reinterpret_cast<char*>(counted.word) + 1;
     release(copy.sync);
+    copy.reads = &target == &device.blocks[__builtin_ctz(mask)];
     target.landings.push_back({copy.destination, copy.destination + bytes, counted.word, false, 0, where});
     device.tma_copies.push_back(copy);
   }
@@ -143,8 +149,8 @@ void issue(const char* name, TmaCopy copy, void* destination, uint16_t blocks) {
 }  // namespace
 
 bool land_one() {
+  const Hidden hidden;
   if (device.tma_copies.empty()) return false;
-  const Hidden hidden(device.current->fiber);
   const size_t count = device.tma_copies.size();
   const size_t which = device.order == Order::kForward    ? 0
                        : device.order == Order::kReversed ? count - 1
@@ -157,17 +163,17 @@ bool land_one() {
 
 void tma_load_tiled(void* destination, const TensorMap& map, uint64_t* barrier, const int* coordinates, uint16_t blocks,
                     Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   constexpr const char* kName = "tma_load";
   if (map.im2col) fail_at(kName, where, "the tensor map is one for columns of pixels");
-  TmaCopy copy{map, {}, 0, 0, nullptr, 0, barrier, false, where, nullptr};
+  TmaCopy copy{map, {}, 0, 0, nullptr, 0, barrier, false, where, nullptr, true};
   std::copy_n(coordinates, map.rank, copy.at);
   issue(kName, copy, destination, blocks);
 }
 
 void tma_load_im2col(void* destination, const TensorMap& map, uint64_t* barrier, int c, int w, int h, int n,
                      uint16_t offset_w, uint16_t offset_h, uint16_t blocks, Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   constexpr const char* kName = "tma_load_im2col";
   if (!map.im2col) fail_at(kName, where, "the tensor map is one for boxes");
   if (offset_w > 255 || offset_h > 255) fail_at(kName, where, "an offset exceeds 255");
@@ -175,7 +181,7 @@ void tma_load_im2col(void* destination, const TensorMap& map, uint64_t* barrier,
       h > static_cast<int64_t>(map.extent[2]) - 1 + map.upper[1])
     fail_at(kName, where,
             "the base pixel (" + std::to_string(w) + ", " + std::to_string(h) + ") is beside the map's bounding box");
-  issue(kName, {map, {c, w, h, n}, offset_w, offset_h, nullptr, 0, barrier, false, where, nullptr}, destination,
+  issue(kName, {map, {c, w, h, n}, offset_w, offset_h, nullptr, 0, barrier, false, where, nullptr, true}, destination,
         blocks);
 }
 

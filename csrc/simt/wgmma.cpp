@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "trace.h"
 
 namespace cnnops::simt {
 namespace {
@@ -126,6 +127,9 @@ void run(Product& product, const Block& block) {
                  [&](int row, int k, float v) { a[row * kDepth + k] = v; });
   read_operand(product, block, decode(in.b_descriptor, in.b_is_mn_major, in.n),
                [&](int column, int k, float v) { b[k * in.n + column] = v; });
+  trace::product(kRows, in.n, kDepth);
+  const int shared_columns = in.n + (product.from_registers ? 0 : kRows);
+  trace::bulk_shared(static_cast<size_t>(shared_columns * kDepth) * sizeof(uint16_t));
   multiply(product.from_registers ? product.a : a, b, product.accumulator->sums.get(), in.n, in.accumulate);
 }
 
@@ -250,7 +254,7 @@ void run_all(Warpgroup& group, int groups) {
     if (product.done) continue;
     const Block& block = *device.current->block;
     for_each_group(product, [&](size_t begin) {
-      const Shown shown(device.current->fiber);
+      const Shown shown;
       note_read(block.memory.at(begin), kGroup);
     });
     run(product, block);
@@ -273,13 +277,13 @@ void hand_back(Warpgroup& group) {
 
 void wgmma_fence(Where where) {
   if (disabled(Sync::kWgmmaFence)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   take_step("wgmma_fence", 0, where);
   my_warpgroup().fenced = true;
 }
 
 void wgmma(const WarpgroupProduct& in, Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   Step& step = take_step("wgmma", static_cast<uint64_t>(in.n), where);
   if (!step.product)
     step.product = &first_of_product(in, where);
@@ -291,14 +295,14 @@ void wgmma(const WarpgroupProduct& in, Where where) {
 
 void wgmma_commit(Where where) {
   if (disabled(Sync::kWgmmaCommit)) return;
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   if (take_step("wgmma_commit", 0, where).arrived == 1) ++my_warpgroup().committed;
 }
 
 void wgmma_wait(int groups_left, Where where) {
   if (disabled(Sync::kWgmmaWait)) return;
+  const Hidden hidden;
   Thread& me = *device.current;
-  const Hidden hidden(me.fiber);
   Warpgroup& group = my_warpgroup();
   void* const sync = &group.syncs[group.waits % 2];
   if (take_step("wgmma_wait", static_cast<uint64_t>(groups_left), where).arrived < kWarpgroup) {
@@ -326,7 +330,7 @@ void wgmma_wait(int groups_left, Where where) {
 }
 
 void set_max_registers(int registers, bool increase, Where where) {
-  const Hidden hidden(device.current->fiber);
+  const Hidden hidden;
   const char* const name = increase ? "increase_registers" : "decrease_registers";
   if (registers < 24 || registers > 256 || registers % 8)
     fail_at(name, where, std::to_string(registers) + " is no multiple of 8 from 24 to 256");

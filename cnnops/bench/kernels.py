@@ -1,0 +1,168 @@
+"""The page of CUDA kernels: what each takes of a multiprocessor, and how many of its blocks fit on one.
+
+``python -m cnnops.bench.kernels docs/kernels.md`` runs every kernel once under the emulator, to see how it is launched,
+writes that to cnnops/launches.json, and writes the page of it and of the built CUDA library. ``--check`` changes nothing
+and fails where either file says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnnops import resources
+from cnnops.backends import cuda, simt
+from cnnops.backends.native import Library
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A convolution, in some dtypes and on a device of some architecture, whose passes run kernels that no other one
+    of `REACH` runs. `tf32`: float32 is multiplied in TF32."""
+
+    x: tuple[int, int, int, int]
+    weight: tuple[int, int, int, int]
+    stride: int = 1
+    pad: int = 1
+    dilation: int = 1
+    groups: int = 1
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    tf32: bool = False
+    architecture: int = 80
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """As the native ops take it."""
+        return (*[self.stride] * 2, *[self.pad] * 2, *[self.dilation] * 2, self.groups, 0)
+
+    def function(self, name: str, library: Library = simt.library) -> Callable[..., Any]:
+        """A convolution of `library` in the precision of this case."""
+        return library.function(name + "_tf32" * self.tf32)
+
+
+def _portable(case: Reach) -> tuple[Reach, Reach]:
+    """In every dtype, and once more in TF32."""
+    return case, replace(case, dtypes=(torch.float32,), tf32=True)
+
+
+def _hopper(case: Reach) -> Reach:
+    return replace(case, dtypes=HALVES, architecture=90)
+
+
+REACH = (
+    *_portable(Reach((1, 32, 6, 6), (24, 32, 3, 3))),  # small tiles, of sums long enough for slabs
+    *_portable(Reach((1, 16, 6, 6), (24, 16, 1, 1))),
+    *_portable(Reach((1, 16, 20, 20), (24, 16, 1, 1), pad=0)),  # tall tiles
+    *_portable(Reach((1, 72, 20, 20), (72, 72, 1, 1), pad=0)),  # large ones
+    *_portable(Reach((1, 16, 6, 6), (16, 4, 3, 3), groups=4)),  # several groups to a block
+    *_portable(Reach((1, 3, 8, 8), (16, 3, 3, 3))),  # few channels, of few taps and of many
+    *_portable(Reach((1, 3, 9, 9), (16, 3, 7, 7), stride=2, pad=3)),
+    _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
+    _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
+    _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),
+    _hopper(Reach((1, 256, 12, 12), (256, 256, 1, 1), pad=0)),
+)
+"""Together, every kernel of a convolution."""
+
+
+def convolve(case: Reach, dtype: torch.dtype) -> None:
+    """The forward pass and all gradients."""
+    x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in (case.x, case.weight, case.weight[:1]))
+    y = case.function("conv2d_forward")(x, weight, bias, *case.geometry)
+    case.function("conv2d_backward")(torch.ones_like(y), x, weight, *case.geometry, True, True, True)
+
+
+def fuse(case: Reach, dtype: torch.dtype) -> None:
+    """What stands beside a convolution: statistics, folded batch norm, activations and their gradients."""
+    x, weight = (torch.ones(shape, dtype=dtype) for shape in (case.x, case.weight))
+    ones = torch.ones(case.weight[0])
+    case.function("conv2d_statistics_forward")(x, weight, None, *case.geometry)
+    case.function("conv2d_bn_act_forward")(
+        *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
+    )
+    y, z = case.function("conv2d_act_forward")(x, weight, None, None, *case.geometry, "silu", True)
+    simt.library.function("activation_backward")(y, z, "silu")
+
+
+def convert() -> None:
+    """Every conversion between dtypes: of filters to the input's. A convolution in double there is not."""
+    for dtype in (*FLOATS, torch.float64):
+        x = torch.ones(1, 2, 2, 3, dtype=dtype)
+        for other in (*FLOATS, torch.float64):
+            weight = torch.ones(3, 2, 2, 1, dtype=other)
+            with contextlib.nullcontext() if dtype in FLOATS else contextlib.suppress(RuntimeError):
+                simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
+
+
+def launches() -> dict[str, dict[str, int]]:
+    """How each kernel is launched: its block's threads and dynamic shared bytes, at most. Runs all of them."""
+    emulator = simt.module()
+    emulator.reset_counters()
+    for case in REACH:
+        emulator.set_device(case.architecture)
+        for dtype in case.dtypes:
+            convolve(case, dtype)
+            if case is REACH[0]:
+                fuse(case, dtype)
+    emulator.set_device()
+    convert()
+    return dict(sorted(emulator.counters()["configurations"].items()))
+
+
+INTRODUCTION = """# What the CUDA kernels take
+
+Generated by `python -m cnnops.bench.kernels docs/kernels.md` from the machine code in `_native_cuda.so`, built by {compiler},
+and from launches under the emulator; no figure here is a measurement on a device.
+
+Registers are those of a thread at launch. Shared bytes are those of a block, static + dynamic, the most that any launch of
+the tests asks for. "on 8.6" is how many blocks fit on one multiprocessor of compute capability 8.6, and the share of its
+warps that they fill. No kernel spills or uses local memory: either fails the build.
+
+{kernels} kernels, in {images} images of them.
+"""
+
+
+def page() -> str:
+    """What docs/kernels.md says, by cnnops/launches.json and the built CUDA library."""
+    rows = resources.table(cuda.library.path)
+    lines = [resources.HEADINGS, ("---", "---", *["---:"] * (len(resources.HEADINGS) - 2))]
+    lines += [(f"`{row.kernel}`", *resources.cells(row)[1:]) for row in rows]
+    introduction = INTRODUCTION.format(
+        compiler=resources.compiler(cuda.library.path), kernels=len({row.kernel for row in rows}), images=len(rows)
+    )
+    return introduction + "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write launches.json and the page, or with --check compare them; 1 if one differs."""
+    parser = argparse.ArgumentParser(prog="python -m cnnops.bench.kernels", description=__doc__)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a file would change")
+    options = parser.parse_args(arguments)
+    status = 0
+    for path, make in (
+        (resources.LAUNCHES, lambda: json.dumps(launches(), indent=1, sort_keys=True) + "\n"),
+        (options.page, page),
+    ):
+        text = make()
+        if not options.check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            print(f"{path} is not what the built libraries say; run: make docs", file=sys.stderr)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

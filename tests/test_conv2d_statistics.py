@@ -1,0 +1,66 @@
+"""The convolution that gives the statistics of its result too, an op of the backends made of the CUDA sources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import helpers
+import pytest
+import torch
+from cases import CONV2D, Conv2dCase, find, of_suite
+from helpers import Backend, over
+from tolerance import assert_close, assert_same_bits
+
+FUNCTION = "conv2d_statistics_forward"
+CORNERS = tuple(case for case in of_suite(CONV2D, "corner") if case.C)
+
+
+def geometry(case: Conv2dCase) -> tuple[int, ...]:
+    problem = helpers.problem_of(FUNCTION, case, torch.float32, "nchw", "cpu")
+    pairs = ((getattr(problem, f"{name}_h"), getattr(problem, f"{name}_w")) for name in ("stride", "pad", "dilation"))
+    return (*sum(pairs, ()), case.groups, 0)
+
+
+def run(backend: Backend, case: Conv2dCase, inputs: Any) -> tuple[torch.Tensor, ...]:
+    result: tuple[torch.Tensor, ...] = helpers.row(backend.name).function(FUNCTION)(*inputs, *geometry(case))
+    return result
+
+
+def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
+    """Of what was written, not of what was summed; y is conv2d's own."""
+    y, mean, m2 = run(backend, case, inputs)
+    plain = helpers.row(backend.name).function("conv2d_forward")(*inputs, *geometry(case))
+    assert_same_bits(y, plain, "y")
+    assert mean.dtype == m2.dtype == torch.float32
+    axes, count = (0, 2, 3), y.numel() // case.K
+    exact = y.cpu().double()
+    centre = exact.mean(axes, keepdim=True)
+    deviation = (exact - centre).abs()
+    assert_close(mean.cpu(), exact.float().mean(axes), centre.flatten(), exact.abs().mean(axes), count, "mean")
+    # A deviation rounds by the magnitudes of what it is the difference of.
+    magnitude = (deviation * (exact.abs() + centre.abs())).sum(axes)
+    theirs = (exact.float() - centre.float()).square().sum(axes)
+    assert_close(m2.cpu(), theirs, deviation.square().sum(axes), magnitude, count, "m2")
+
+
+@over(FUNCTION, [case for case in CORNERS if case.N], backends=helpers.WITH_TF32)
+def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
+    check(backend, case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+
+
+@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+def test_far_from_zero(backend: Backend) -> None:
+    """Squares of these numbers have more digits than float32, so that raw sums of them would tell nothing."""
+    case, random = find(CONV2D, "3x3-pad-bias"), helpers.generator("far from zero")
+    x = torch.randint(0, 2, case.x_shape, generator=random).to(backend.device, torch.float32)
+    weight = torch.zeros(case.weight_shape, device=backend.device)
+    weight[:, 0, 1, 1] = 1
+    check(backend, case, (x, weight, torch.full((case.K,), 4097.0, device=backend.device)))
+
+
+@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+def test_of_nothing(backend: Backend) -> None:
+    case = find(CONV2D, "3x3-pad-bias").with_batch(0)
+    y, mean, m2 = run(backend, case, helpers.conv2d_inputs(case, torch.float32, "nchw", backend.device))
+    assert y.shape == case.output_shape
+    assert not mean.any() and not m2.any()
