@@ -14,6 +14,7 @@ import torch
 from cases import Conv2dCase
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_non_finite
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from cnnops.backends import simt
 
@@ -91,7 +92,7 @@ def ours(case: Conv2dCase, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def theirs(case: Conv2dCase, x: Tensor, dy: Tensor) -> Tensor:
-    return torch.nn.grad.conv2d_weight(x, case.weight_shape, dy, case.stride, case.padding, case.dilation, case.groups)
+    return conv2d_weight(x, case.weight_shape, dy, case.stride, case.padding, case.dilation, case.groups)
 
 
 def kernels_of(emulator: ModuleType) -> set[str]:
