@@ -89,10 +89,13 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
     if (at < 0) continue;
     Vector<T> out = {};
     if (residual) {
-      if (whole)
+      if (whole) {
         out = *reinterpret_cast<const Vector<T>*>(residual + at + first);
-      else
-        for (int i = 0; i < columns; ++i) out.at[i] = residual[at + first + i];
+      } else {
+        CNNOPS_UNROLL
+        for (int i = 0; i < kVector<T>; ++i)
+          if (i < columns) out.at[i] = residual[at + first + i];
+      }
     }
     float value[kVector<T>];
     CNNOPS_UNROLL
@@ -109,10 +112,13 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
       CNNOPS_UNROLL
       for (int i = 0; i < kVector<T>; ++i) from_float(activate(value[i]), out.at[i]);
     });
-    if (whole)
+    if (whole) {
       *reinterpret_cast<Vector<T>*>(y + at + first) = out;
-    else
-      for (int i = 0; i < columns; ++i) y[at + first + i] = out.at[i];
+    } else {
+      CNNOPS_UNROLL
+      for (int i = 0; i < kVector<T>; ++i)
+        if (i < columns) y[at + first + i] = out.at[i];
+    }
     if constexpr (kMoments) {
       const float inverse = 1 / (moments[0].count + 1);
       CNNOPS_UNROLL
