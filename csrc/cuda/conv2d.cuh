@@ -87,9 +87,9 @@ struct Tapped {
       : Tapped(x, group, p.C / p.groups, p.C, taps_of_outputs(p.P, p.R, p.H, p.stride_h, p.pad_h, p.dilation_h),
                taps_of_outputs(p.Q, p.S, p.W, p.stride_w, p.pad_w, p.dilation_w), pixels) {}
 
-  __device__ bool inside(int row, int column) const {
-    return static_cast<unsigned>(row) < static_cast<unsigned>(h.extent) &&
-           static_cast<unsigned>(column) < static_cast<unsigned>(w.extent);
+  // Of coordinates that wrapped around below zero.
+  __device__ bool inside(unsigned row, unsigned column) const {
+    return (row < static_cast<unsigned>(h.extent)) & (column < static_cast<unsigned>(w.extent));
   }
 };
 
@@ -124,10 +124,12 @@ struct TappedRows : Tapped<T> {
       if (++walk.s == w.taps) walk.s = 0, ++walk.r;
   }
   __device__ const T* at(const Fixed& pixel, const Walk& walk) const {
-    if (walk.r >= h.taps) return nullptr;
-    const int row = walk.r * h.step, column = walk.s * w.step;
-    if (!this->inside(pixel.h + row, pixel.w + column)) return nullptr;
-    return this->readable + pixel.first + (int64_t{row} * w.extent + column) * pitch + walk.c;
+    // Without branches, and without overflow where the walk is beyond the last tap.
+    const unsigned row = static_cast<unsigned>(walk.r) * static_cast<unsigned>(h.step);
+    const unsigned column = static_cast<unsigned>(walk.s) * static_cast<unsigned>(w.step);
+    const bool valid = (walk.r < h.taps) & this->inside(pixel.h + row, pixel.w + column);
+    const int64_t offset = pixel.first + (int64_t{row} * w.extent + column) * pitch + walk.c;
+    return valid ? this->readable + offset : nullptr;
   }
 };
 
@@ -160,8 +162,9 @@ struct TappedColumns : Tapped<T> {
   }
   __device__ const T* at(const Fixed& tap, const Walk& walk) const {
     const int row = tap.h + walk.row * h.move, column = tap.w + walk.column * w.move;
-    if (walk.pixel >= this->pixels || !this->inside(row, column)) return nullptr;
-    return this->readable + walk.image + (int64_t{row} * w.extent + column) * pitch + tap.c;
+    const bool valid = (walk.pixel < this->pixels) & this->inside(row, column);
+    const int64_t offset = walk.image + (int64_t{row} * w.extent + column) * pitch + tap.c;
+    return valid ? this->readable + offset : nullptr;
   }
 };
 
@@ -216,17 +219,17 @@ struct FilterColumns {
 
   const T* readable;  // the group's first filter
   Parity h, w;
-  int R, S, channels, filters;
+  int S, channels, filters, filter_size;
   bool vectorised;
 
   __device__ FilterColumns(const Conv2dProblem& p, const T* weight, int group, const Parity& h, const Parity& w)
       : readable(weight + int64_t{group} * (p.K / p.groups) * p.R * p.S * (p.C / p.groups)),
         h(h),
         w(w),
-        R(p.R),
         S(p.S),
         channels(p.C / p.groups),
         filters(p.K / p.groups),
+        filter_size(p.R * p.S * channels),
         vectorised(channels % kVector<T> == 0) {}
 
   __device__ Fixed fixed(int64_t c) const { return static_cast<int>(c); }
@@ -239,9 +242,10 @@ struct FilterColumns {
       if (++walk.s == w.taps) walk.s = 0, ++walk.r;
   }
   __device__ const T* at(Fixed c, const Walk& walk) const {
-    if (c >= channels || walk.r >= h.taps) return nullptr;
+    const bool valid = (c < channels) & (walk.r < h.taps);
     const int row = h.tap - walk.r * h.tap_step, column = w.tap - walk.s * w.tap_step;
-    return readable + ((int64_t{walk.k} * R + row) * S + column) * channels + c;
+    const int64_t offset = int64_t{walk.k} * filter_size + (row * S + column) * channels + c;
+    return valid ? readable + offset : nullptr;
   }
 };
 

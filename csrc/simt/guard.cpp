@@ -147,9 +147,11 @@ void conv2d_forward(const Conv2dProblem& p, const Epilogue& epilogue, const void
   inside.bias = call.in("bias", epilogue.bias, epilogue.scale ? scale_bytes : p.K * element_bytes(p.dtype));
   inside.scale = call.in("scale", epilogue.scale, scale_bytes);
   inside.residual = call.in("residual", epilogue.residual, y_bytes(p));
+  inside.mean = call.out("mean", epilogue.mean, scale_bytes);
+  inside.m2 = call.out("m2", epilogue.m2, scale_bytes);
   plain.conv2d_forward(p, inside, call.in("x", x, x_bytes(p)), call.in("weight", weight, weight_bytes(p)),
                        call.out("y", y, y_bytes(p)),
-                       call.scratch("workspace", workspace, plain.conv2d_forward_workspace(p)), stream);
+                       call.scratch("workspace", workspace, plain.conv2d_forward_workspace(p, epilogue)), stream);
   call.finish();
 }
 
@@ -220,6 +222,10 @@ Kernels guarded(const Kernels& all) {
   Kernels table{};
   table.conv2d_forward_workspace = plain.conv2d_forward_workspace;
   table.conv2d_backward_workspace = plain.conv2d_backward_workspace;
+  table.conv2d_plan = plain.conv2d_plan;
+  table.use_architecture = plain.use_architecture;
+  table.conv2d_statistics = plain.conv2d_statistics;
+  table.tf32 = plain.tf32;
   table.conv2d_in_float = plain.conv2d_in_float;
 #define CNNOPS_GUARDED(entry) \
   if (plain.entry) table.entry = entry
