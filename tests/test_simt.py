@@ -168,7 +168,7 @@ def test_kernels_that_run_are_counted_by_name(emulator: ModuleType) -> None:
     counters = emulator.counters()
     built = {name for name in json.loads(simt.library.build_info())["kernels"] if not name.startswith("copy_kernel")}
     ran = {name for name in counters["kernels"] if not name.startswith("copy_kernel")}
-    assert ran <= built, "test_native_build.py holds that every one runs"
+    assert ran <= built
     assert {name.split("<")[0] for name in ran} >= {f"conv2d_{each}_kernel" for each in ("forward", "backward_bias")}
     assert counters["launches"] == sum(counters["kernels"].values())
     assert all(counters[each] > 0 for each in ("blocks", "switches", "block_barriers", "warp_collectives"))
