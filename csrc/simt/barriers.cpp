@@ -329,13 +329,14 @@ CNNOPS_SIMT_RUNTIME void ordinary_shared_write(const void* address, size_t bytes
   Thread& me = *device.current;
   Block& block = *me.block;
   if (!block.memory.dynamic_holds(address, bytes)) return;
-  const Hidden hidden;
   const size_t begin = block.memory.offset(address) - kWindowBase;
   block.any_chunk = true;
+  Chunk* const chunks = block.chunks.data();
   for (size_t chunk = begin / 16; chunk <= (begin + bytes - 1) / 16; ++chunk) {
-    Chunk& written = block.chunks[chunk];
+    Chunk& written = chunks[chunk];
     if (written.writer == me.index + 1 && !written.fenced) continue;
     written = {static_cast<uint16_t>(me.index + 1), false, 0};
+    const Hidden hidden;
     me.unfenced_chunks.push_back(static_cast<uint32_t>(chunk));
   }
 }
