@@ -205,4 +205,5 @@ def test_an_older_device_does_without(emulator: ModuleType) -> None:
     x, dy = inputs(case, torch.bfloat16, helpers.integers)
     emulator.reset_counters()
     assert_exact(ours(case, x, dy), theirs(case, x.double(), dy.double()).bfloat16().double())
-    assert kernels_of(emulator) == {"conv2d_backward_weight_kernel<BFloat16>"}
+    (name,) = kernels_of(emulator)
+    assert name.startswith("conv2d_backward_weight_kernel<BFloat16")
