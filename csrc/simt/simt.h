@@ -18,7 +18,8 @@
 #include "trace.h"
 #include "vector_types.h"
 
-#define __global__
+// Never part of the host code that launches it, which is not traced.
+#define __global__ __attribute__((noinline))
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
