@@ -19,7 +19,7 @@
 #include "vector_types.h"
 
 // Never part of the host code that launches it, which is not traced.
-#define __global__ __attribute__((noinline))
+#define __global__ __attribute__((noipa))
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
