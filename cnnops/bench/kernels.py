@@ -65,6 +65,7 @@ REACH = (
     *_portable(Reach((1, 16, 6, 6), (24, 16, 1, 1))),
     *_portable(Reach((1, 16, 20, 20), (24, 16, 1, 1), pad=0)),  # tall tiles
     *_portable(Reach((1, 72, 20, 20), (72, 72, 1, 1), pad=0)),  # large ones
+    *_portable(Reach((1, 32, 10, 10), (72, 32, 1, 1), pad=0)),  # many filters of few taps
     *_portable(Reach((1, 16, 6, 6), (16, 4, 3, 3), groups=4)),  # several groups to a block
     *_portable(Reach((1, 3, 8, 8), (16, 3, 3, 3))),  # few channels, of few taps and of many
     *_portable(Reach((1, 3, 9, 9), (16, 3, 7, 7), stride=2, pad=3)),
