@@ -30,7 +30,7 @@
     static_cast<void>(stream);                                                                 \
     ::cnnops::simt::launch(                                                                    \
         ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-        [=]() __attribute__((noipa)) CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));  \
+        [=]() __attribute__((noipa)) CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));     \
   } while (false)
 
 #else
