@@ -69,11 +69,11 @@ class Im2col {
  public:
   using Number = Stored<T>;
 
-  // `taps` has an int for each of `depth` elements of a row, a multiple of kVector. All threads must meet before
-  // build().
+  // `taps` has an int for each of `depth` elements of a row, a multiple of kVector. All threads of the block make one
+  // and meet before build(); the first kThreads of them load() and build().
   __device__ Im2col(const Conv2dProblem& p, const Number* x, Number* halo, int* taps, int depth)
       : p_(p), x_(x), shape_(Halo::of<T>(p)), halo_(halo), taps_(taps), depth_(depth) {
-    for (int k = static_cast<int>(threadIdx.x); k < depth; k += kThreads) {
+    for (int k = static_cast<int>(threadIdx.x); k < depth; k += static_cast<int>(blockDim.x)) {
       const int tap = k / p.C, r = tap / p.S, s = tap - r * p.S;
       taps[k] = r < p.R ? r * p.dilation_h * shape_.pitch + s * p.dilation_w * p.C + k - tap * p.C : -1;
     }
