@@ -169,6 +169,18 @@ def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     assert set(info["kernels"]) == emulated_kernels()
 
 
+def test_instantiations_stay_in_their_budget() -> None:
+    """Which csrc/cuda/conv2d.cuh states, for the kernels of convolutions that take anything."""
+    kernels = emulated_kernels()
+    hopper = {kernel for kernel in kernels if is_hopper(kernel)}
+    portable = {kernel for kernel in kernels - hopper if re.match("conv2d_|add_slabs|finish_moments", kernel)}
+    assert len(portable) <= 70
+    assert len(hopper) <= 23, (
+        "3 widths and the halo form, 2 passes, 2 dtypes; 3 forms of backward_weight; 1 that clears"
+    )
+    assert len(kernels - portable - hopper) <= 23, "copies, activations, a batch norm's folding"
+
+
 @cuda_built
 def test_no_kernel_spills() -> None:
     cuobjdump("-lelf")  # or skip
