@@ -40,9 +40,10 @@ from cnnops.geometry import (
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-# What a problem may cost, in FLOPs, for the backends that run on a CPU in place of their device. Both do some hundred
-# MFLOP/s at best; a group costs at least one tile, however little of it is used.
-EMULATED_FLOPS = {"simt": 1_500_000, "triton": 300_000}
+# What a problem may cost, in FLOPs, for the backends that run on a CPU in place of their device: in `make test`, and in
+# `make test-slow`, where the emulator takes every layer of the networks. A group costs at least one tile, however little
+# of it is used.
+EMULATED_FLOPS = {"simt": (1_500_000, 300_000_000), "triton": (300_000, 6_000_000)}
 FLOPS_OF_A_GROUP = 20_000
 
 
@@ -204,7 +205,7 @@ def cross(
     """Parameters (backend, case, dtype, layout): the whole product on a native backend, pairwise subsets elsewhere.
 
     What a backend refuses is left out; test_dispatch.py holds what it may not refuse. The rest of an emulated backend's
-    product is marked slow; a pairwise subset of the CPU's is marked quick. A variant has pairwise subsets alone.
+    product is marked slow; a pairwise subset of the CPU's is marked quick. A device's variant has a pairwise subset alone.
     """
     parameters = []
     for name in backends:
@@ -213,15 +214,16 @@ def cross(
         items: list[Item] = [
             item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
         ]
-        if name in VARIANTS:
-            small = [item for item in items if not emulated(name) or _emulated_flops(item[0]) <= EMULATED_FLOPS["simt"]]
-            items, usual, quick = pairwise(small, _case_features), pairwise(small, _item_features), []
-        elif emulated(name):
-            items = [item for item in items if _emulated_flops(item[0]) <= 20 * EMULATED_FLOPS[name]]
-            small = [item for item in items if _emulated_flops(item[0]) <= EMULATED_FLOPS[name]]
+        if emulated(name):
+            usual_flops, most_flops = EMULATED_FLOPS[row(name).NAME]
+            items = [item for item in items if _emulated_flops(item[0]) <= most_flops]
+            small = [item for item in items if _emulated_flops(item[0]) <= usual_flops]
             # The emulator is quick enough for each case in each dtype and in each layout; the interpreter is not.
             usual = pairwise(small, _case_features if name == "simt" else _item_features)
-            quick = usual[:: max(1, len(usual) // 4)]
+            quick = [] if name in VARIANTS else usual[:: max(1, len(usual) // 4)]
+        elif name in VARIANTS:
+            items = usual = pairwise(items, _case_features)
+            quick = []
         else:
             usual, quick = items, pairwise(items, _item_features)
         for item in items:

@@ -79,8 +79,18 @@ def test_a_bias_that_is_not_aligned(backend: Backend) -> None:
     assert_same_bits(our_conv2d(KINDS[0])(x, weight, apart), our_conv2d(KINDS[0])(x, weight, bias))
 
 
-@over("conv2d_forward", [case.with_batch(1) for case in networks(CONV2D)], ["channels_last"], [torch.float32])
+LAYERS = [case.with_batch(1) for case in networks(CONV2D)]
+
+
+@over("conv2d_forward", LAYERS, ["channels_last"], [torch.float32])
 def test_layers_of_networks(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
+    check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+
+
+@over("conv2d_forward", LAYERS, ["channels_last"], [torch.bfloat16], backends=helpers.WITH_TF32)
+def test_layers_of_networks_on_tensor_cores(
+    backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str
+) -> None:
     check(case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
 
 

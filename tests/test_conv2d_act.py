@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import helpers
@@ -118,12 +120,18 @@ def test_activation_none_is_conv2d(backend: Backend) -> None:
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
     if not helpers.claims(backend.name, "conv2d_act_forward", dtype):
         return
-    case, random = KINDS[0], helpers.generator("integers")
-    shapes = (case.x_shape, case.weight_shape, (case.K,), case.output_shape)
-    inputs = [helpers.integers(shape, dtype, backend.device, random, 1) for shape in shapes]
-    for activation in ("none", "relu", "relu6"):
-        y = fused(case, activation)(*inputs)
-        assert_exact(y.cpu(), composed(case, activation)(*helpers.mapped(lambda t: t, inputs)), activation)
+    precisions = [contextlib.nullcontext]
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
+        precisions.append(helpers.tf32)
+    for case in KINDS:
+        random = helpers.generator("integers")
+        shapes = (case.x_shape, case.weight_shape, (case.K,), case.output_shape)
+        inputs = [helpers.integers(shape, dtype, backend.device, random, 1) for shape in shapes]
+        for activation, precision in itertools.product(("none", "relu", "relu6"), precisions):
+            with precision():
+                y = fused(case, activation)(*inputs)
+            expected = composed(case, activation)(*helpers.mapped(lambda t: t, inputs))
+            assert_exact(y.cpu(), expected.to(dtype).double(), f"{case.id}, {activation}")
 
 
 @on("conv2d_act_forward", "activation_backward")

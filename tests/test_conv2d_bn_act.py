@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Any
 
 import helpers
@@ -151,11 +153,21 @@ def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
     inputs = [helpers.integers(shape, dtype, backend.device, random, 1) for shape in shapes]
     inputs += [helpers.integers((case.K,), torch.float32, backend.device, random).to(dtype) * 2 for _ in range(2)]
     mean = helpers.integers((case.K,), dtype, backend.device, random)
-    for var, eps in ((0.0, 0.25), (3.0, 1.0)):
+    precisions = [contextlib.nullcontext]
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
+        precisions.append(helpers.tf32)
+    for (var, eps), precision in itertools.product(((0.0, 0.25), (3.0, 1.0)), precisions):
         statistics = mean, torch.full_like(mean, var)
-        y = CF.conv2d_bn_act(
-            *inputs[:3], *statistics, *inputs[4:], eps=eps, **case.arguments(), residual=inputs[3], activation="none"
-        )
+        with precision():
+            y = CF.conv2d_bn_act(
+                *inputs[:3],
+                *statistics,
+                *inputs[4:],
+                eps=eps,
+                **case.arguments(),
+                residual=inputs[3],
+                activation="none",
+            )
         x, weight, bias, residual, bn_weight, bn_bias = helpers.mapped(lambda t: t, inputs)
         z = F.conv2d(x, weight, bias, **case.arguments())
         expected = F.batch_norm(z, *helpers.mapped(lambda t: t, statistics), bn_weight, bn_bias, eps=eps) + residual

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from cases import CONV2D, CONV_TRANSPOSE2D, Conv2dCase, find, networks, of_suite
 from test_dispatch import python
+from test_sync_proof import check as check_reach
 
 import cnnops
 import cnnops.functional as CF
 from cnnops.backends import cuda, simt
+from cnnops.bench.kernels import REACH, Reach
 
 pytestmark = pytest.mark.quick
 
@@ -30,6 +32,7 @@ DEVICES = (
     (100, 148, 227 << 10),
     (120, 188, 99 << 10),
 )
+HOPPER = DEVICES[3]
 LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
 SM90_ALONE = ("wgmma", "halo")
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 0)
@@ -89,6 +92,24 @@ def test_choice_for_a_layer(layer: str, device: tuple[int, int, int]) -> None:
     case, family, tile = CHOICES[layer]
     [(_, _, chosen, rows, columns, _, _)] = plans("conv2d_forward", case, torch.bfloat16, device)
     assert (chosen, int(rows), int(columns)) == (family, *tile)
+
+
+@pytest.mark.parametrize("layer", CHOICES)
+def test_choice_for_a_layer_on_hopper(layer: str) -> None:
+    """Its own kernels where they apply, to as large a tile as its multiprocessors leave room for."""
+    case, family, tile = CHOICES[layer]
+    taken = {"of many channels": ("wgmma", (128, 256)), "of few filters": ("halo", (256, 64))}
+    taken["of a small map"] = ("wgmma", (128, 64))
+    [(_, _, chosen, rows, columns, _, _)] = plans("conv2d_forward", case, torch.bfloat16, HOPPER)
+    assert (chosen, (int(rows), int(columns))) == taken.get(layer, (family, tile))
+
+
+@pytest.mark.parametrize("case", [case for case in REACH if case.architecture < 90])
+def test_every_family_fits_the_least_device(case: Reach) -> None:
+    """The emulator refuses a block more than an sm_86 gives it: 99 KB. A stem of 7x7 in TF32 takes more elsewhere."""
+    simt.module().set_device(86)
+    for dtype in case.dtypes:
+        check_reach(simt.library, "cpu", case, dtype)
 
 
 def test_precision_follows_torchs_switch() -> None:

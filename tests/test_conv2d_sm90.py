@@ -296,6 +296,32 @@ def test_transposed_convolution_adds_its_bias() -> None:
     assert_exact(got, exact.bfloat16().double())
 
 
+@pytest.mark.parametrize("case", [FORWARD[0][1], FORWARD[-1][1]], ids=lambda case: case.id)
+def test_tensors_are_described_to_tma_once_for_each_problem(emulator: ModuleType, case: Conv2dCase) -> None:
+    """And not again for other addresses, which the results show to be the ones that were read."""
+    made, kept = emulator.tensor_maps_made, []
+    arguments = case.N + 6, *case.x_shape[1:], case.K, case.R, case.S  # a problem of this test's own
+    case = Conv2dCase("own", *arguments, padding=case.padding)
+    for i in range(3):
+        before = made()
+        for direction in ("forward", "backward_input", "backward_weight"):
+            random = helpers.generator(f"{direction} {i}")
+            x, dy, weight = (
+                channels_last(helpers.integers(shape, torch.bfloat16, "cpu", random, 1))
+                for shape in (case.x_shape, case.output_shape, case.weight_shape)
+            )
+            kept.append((x, dy, weight))  # so that the next ones lie elsewhere
+            if direction == "backward_weight":
+                function = simt.function("conv2d_backward")
+                got = function(dy, x, weight, *geometry(case), False, True, False)[1]
+                exact = torch.nn.grad.conv2d_weight(x.double(), case.weight_shape, dy.double(), padding=case.padding)
+            else:
+                operands = (x if direction == "forward" else dy), weight
+                got, exact = ours(direction, case, *operands), theirs(direction, case, *(t.double() for t in operands))
+            assert_exact(got, exact.bfloat16().double())
+        assert made() > before if i == 0 else made() == before
+
+
 H200 = (90, 132, 227 << 10)
 
 

@@ -45,7 +45,11 @@ def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
 
 @over(FUNCTION, [case for case in CORNERS if case.N], backends=helpers.WITH_TF32)
 def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
-    check(backend, case, helpers.conv2d_inputs(case, dtype, layout, backend.device))
+    inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
+    check(backend, case, inputs)
+    if dtype == torch.float32:
+        with helpers.tf32():
+            check(backend, case, inputs)
 
 
 @pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)

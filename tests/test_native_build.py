@@ -92,6 +92,9 @@ def test_names_the_libraries_of_torch_that_it_needs(library: Path) -> None:
     needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-d", library)))
     assert {SYMBOLS[name] for name in undefined(library)} <= needed
     assert {name for name in needed if "torch" in name or "c10" in name or "python" in name} <= set(SYMBOLS.values())
+    assert not [name for name in needed if name.startswith(("libcuda.", "libcudart", "libnv"))], (
+        "not there without a GPU"
+    )
 
 
 @cache
@@ -157,12 +160,25 @@ def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
     images = set(re.findall(r"ELF file.*\.(sm_\w+)\.cubin", cuobjdump("-lelf")))
     ptx = set(re.findall(r"PTX file.*\.sm_(\w+)\.ptx", cuobjdump("-lptx")))
     claimed = {image for _, image in setup_script()["images"]()}
+    assert claimed >= {"compute_80"}, "PTX for architectures to come"
     assert images | {f"compute_{number}" for number in ptx} == set(info["arches"]) == claimed
     expected = {
         (image, kernel) for image in images for kernel in info["kernels"] if image == "sm_90a" or not is_hopper(kernel)
     }
     assert set(resources.by_kernel(cuobjdump("-res-usage"))) == expected
     assert set(info["kernels"]) == emulated_kernels()
+
+
+def test_instantiations_stay_in_their_budget() -> None:
+    """Which csrc/cuda/conv2d.cuh states, for the kernels of convolutions that take anything."""
+    kernels = emulated_kernels()
+    hopper = {kernel for kernel in kernels if is_hopper(kernel)}
+    portable = {kernel for kernel in kernels - hopper if re.match("conv2d_|add_slabs|finish_moments", kernel)}
+    assert len(portable) <= 70
+    assert len(hopper) <= 23, (
+        "3 widths and the halo form, 2 passes, 2 dtypes; 3 forms of backward_weight; 1 that clears"
+    )
+    assert len(kernels - portable - hopper) <= 23, "copies, activations, a batch norm's folding"
 
 
 @cuda_built

@@ -2,6 +2,7 @@
 // that an error names what was refused; then the driver's encoding, or the emulator's plain description.
 
 #include <algorithm>
+#include <atomic>
 
 #include "tensor_map.h"
 
@@ -92,8 +93,11 @@ void require(const Tensor& tensor, const void* base) {
 
 #if defined(CNNOPS_SIMT)
 
+std::atomic<int> made{0};
+
 TensorMap describe(DType dtype, int rank, const int64_t* extent, const int64_t* stride, const int* element_stride,
                    const void* base) {
+  ++made;
   TensorMap map{};
   map.base = base;
   map.dtype = dtype;
@@ -203,6 +207,10 @@ TensorMap make(const Tensor& tensor, const void* base) {
 
 TensorMap tensor_map(const TiledTensor& tensor, const void* base) { return make(tensor, base); }
 TensorMap tensor_map(const Im2colTensor& tensor, const void* base) { return make(tensor, base); }
+
+#if defined(CNNOPS_SIMT)
+int64_t tensor_maps_made() { return made; }
+#endif
 
 bool fits(const TiledTensor& tensor) { return refusal(tensor).empty(); }
 bool fits(const Im2colTensor& tensor) { return refusal(tensor).empty(); }

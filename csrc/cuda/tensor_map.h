@@ -14,6 +14,8 @@ namespace cnnops::cuda {
 
 #if defined(CNNOPS_SIMT)
 using TensorMap = simt::TensorMap;
+
+int64_t tensor_maps_made();  // so far, by tensor_map()
 #else
 using TensorMap = CUtensorMap;
 #endif

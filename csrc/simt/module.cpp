@@ -163,6 +163,8 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("check_im2col_map", &check_im2col_map, py::arg("dtype"), py::arg("cwhn"), py::arg("pitch"), py::arg("lower"),
         py::arg("upper"), py::arg("stride"), py::arg("channels"), py::arg("pixels"), py::arg("base") = 0,
         "The same for columns of an NHWC tensor's pixels; corners and strides are (w, h).");
+  m.def("tensor_maps_made", &cuda::tensor_maps_made,
+        "How many descriptions of tensors to TMA were made so far: a device's driver would have encoded each.");
   m.def("fault_names", &simt::fault_names, "The faults that run_fault knows.");
   m.def("run_fault", &simt::run_fault, py::arg("name"), py::arg("faulty") = true,
         "Run a kernel that commits the named fault, or its sound twin. Returns whether its result was right; raises "

@@ -370,12 +370,15 @@ void __tsan_write_range(void* p, size_t bytes) { cnnops::simt::access(p, bytes, 
 
 void __tsan_init() {}
 void __tsan_vptr_update(void**, void*) {}
-// Atomics of host code: whether a static variable is initialised, and settings.
+// Atomics of host code: whether a static variable is initialised, settings, and a count.
 unsigned __tsan_atomic32_load(const volatile void* p, int) {
   return __atomic_load_n(static_cast<const volatile unsigned*>(p), __ATOMIC_ACQUIRE);
 }
 void __tsan_atomic32_store(volatile void* p, unsigned value, int) {
   __atomic_store_n(static_cast<volatile unsigned*>(p), value, __ATOMIC_RELEASE);
+}
+unsigned __tsan_atomic32_fetch_add(volatile void* p, unsigned value, int) {
+  return __atomic_fetch_add(static_cast<volatile unsigned*>(p), value, __ATOMIC_ACQ_REL);
 }
 unsigned char __tsan_atomic8_load(const volatile void* p, int) {
   return __atomic_load_n(static_cast<const volatile unsigned char*>(p), __ATOMIC_ACQUIRE);
