@@ -56,3 +56,39 @@ def test_library_that_is_there_is_judged(
     (tmp_path / "cnnops/_native_cuda.so").touch()
     found = gpu["why_build"]("abc")
     assert reason in found if reason else found == ""
+
+
+def test_the_emulators_tests_are_not_selected(gpu: dict[str, Any]) -> None:
+    """It is not built on such a machine; that a file of its tests has "cuda" in its name must not select them."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_conv2d_cuda.py",
+    ]
+    done = subprocess.run([*command, "-k", gpu["SELECTED"]], cwd=ROOT, capture_output=True, text=True)
+    assert "::" in subprocess.run([*command, "-k", "simt"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "-simt]" not in done.stdout and "deselected" in done.stdout
+
+
+def test_the_build_is_for_every_claimed_architecture(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever list a container has."""
+    environments = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 0)
+
+    reasons = iter(("there is none", ""))
+    names = gpu["library"].__globals__
+    monkeypatch.setitem(names, "why_build", lambda _: next(reasons))
+    monkeypatch.setitem(names["ENVIRONMENT"], "TORCH_CUDA_ARCH_LIST", "8.0 9.0")
+    setup = {**names["script"](), "find_cuda": lambda: ROOT}
+    monkeypatch.setitem(names, "script", lambda: setup)
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu["library"]() == "built here, because there is none"
+    assert [env["TORCH_CUDA_ARCH_LIST"] for env in environments] == ["8.0+PTX;9.0a"]
