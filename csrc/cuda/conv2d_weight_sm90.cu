@@ -87,11 +87,6 @@ __device__ void consume(Barriers& ring, int stages, int steps, int cluster, cons
   wgmma_wait<0>();
 }
 
-// Two sums side by side, written at once.
-struct alignas(8) Pair {
-  float low, high;
-};
-
 // Where 64 columns of the block's first filter go, and how many of them there are.
 struct Chunk {
   float* to;
@@ -111,7 +106,7 @@ __device__ void store(const float (&sum)[kN / 2], int filters, int64_t pitch, co
       const int row = thread / 32 * 16 + lane / 4 + j % 4 / 2 * 8, column = j / 4 * 8 + lane % 4 * 2;
       const float* const pair = sum + i * kChunk / 2 + j;
       if (row < filters && column < chunk.columns)
-        *reinterpret_cast<Pair*>(chunk.to + row * pitch + column) = {pair[0], pair[1]};
+        *reinterpret_cast<float2*>(chunk.to + row * pitch + column) = make_float2(pair[0], pair[1]);
     }
   }
 }

@@ -113,7 +113,7 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
       for (int i = 0; i < kVector<T>; ++i) from_float(activate(value[i]), out.at[i]);
     });
     if (whole) {
-      *reinterpret_cast<Vector<T>*>(y + at + first) = out;
+      store_16(y + at + first, &out);
     } else {
       CNNOPS_UNROLL
       for (int i = 0; i < kVector<T>; ++i)

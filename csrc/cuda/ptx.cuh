@@ -22,6 +22,9 @@ __forceinline__ void from_float(float v, Half& out) {
 
 inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
+inline void store_16(void* global, const void* from) {
+  *static_cast<uint4*>(global) = *static_cast<const uint4*>(from);
+}
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   simt::copy_async(shared, global, valid ? 16 : 0);
 }
@@ -150,6 +153,14 @@ __device__ __forceinline__ void from_float(float v, Half& out) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// One store of 16 bytes: the compiler may take an assignment apart where a branch beside it stores element by element.
+__device__ __forceinline__ void store_16(void* global, const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
 }
 
 // Copies 16 bytes to shared memory, or writes 16 zeros. `global` must be a readable address even then.
