@@ -90,7 +90,7 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
     Vector<T> out = {};
     if (residual) {
       if (whole) {
-        reinterpret_cast<uint4&>(out) = *reinterpret_cast<const uint4*>(residual + at + first);
+        out = *reinterpret_cast<const Vector<T>*>(residual + at + first);
       } else {
         CNNOPS_UNROLL
         for (int i = 0; i < kVector<T>; ++i)  // unrolled, so that `out` stays in registers
@@ -113,7 +113,7 @@ __device__ void write_rows(const Epilogue& epilogue, const float* stage, int pit
       for (int i = 0; i < kVector<T>; ++i) from_float(activate(value[i]), out.at[i]);
     });
     if (whole) {
-      store_16(y + at + first, reinterpret_cast<const uint4&>(out));
+      store_16(y + at + first, &out);
     } else {
       CNNOPS_UNROLL
       for (int i = 0; i < kVector<T>; ++i)

@@ -22,7 +22,9 @@ __forceinline__ void from_float(float v, Half& out) {
 
 inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
-inline void store_16(void* global, const uint4& words) { *static_cast<uint4*>(global) = words; }
+inline void store_16(void* global, const void* from) {
+  *static_cast<uint4*>(global) = *static_cast<const uint4*>(from);
+}
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   simt::copy_async(shared, global, valid ? 16 : 0);
 }
@@ -154,7 +156,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 }
 
 // One store of 16 bytes: the compiler may take an assignment apart where a branch beside it stores element by element.
-__device__ __forceinline__ void store_16(void* global, const uint4& words) {
+__device__ __forceinline__ void store_16(void* global, const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y), "r"(words.z),
                "r"(words.w)
                : "memory");
