@@ -37,8 +37,6 @@ void launch(const Conv2dProblem& p, const Conv2dPlan& plan, const Stored<T>* dy,
                 ceil_div(int64_t{p.N} * p.P * p.Q, plan.splits), dy, x, slabs);
 }
 
-int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
-
 }  // namespace
 
 int64_t portable_backward_weight_workspace(const Conv2dProblem& p, const Conv2dPlan& plan) {

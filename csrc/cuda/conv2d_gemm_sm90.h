@@ -169,8 +169,7 @@ inline Cut cut(ImplicitGemm& gemm, int block_n, int cluster, int multiprocessors
 }
 
 inline bool reachable(const TapAxis& axis) {
-  constexpr int kLargestOffset = 255;  // of an im2col column
-  return axis.taps <= 1 || int64_t{axis.taps - 1} * axis.step <= kLargestOffset;
+  return axis.taps <= 1 || int64_t{axis.taps - 1} * axis.step <= kMostIm2colOffset;
 }
 
 inline Im2colTensor a_tensor(const ImplicitGemm& gemm, const PixelClass& at) {

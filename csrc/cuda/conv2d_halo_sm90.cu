@@ -182,6 +182,10 @@ __device__ __forceinline__ void convolve(const Maps& maps, const HaloConv& at, i
     mbarrier_init(&shared.fixed->filters, 1);
     fence_mbarrier_init();
   }
+  if (threadIdx.x == kConsumerThreads) {
+    prefetch_tensor_map(&maps.filters);
+    prefetch_tensor_map(&maps.x);
+  }
   __syncthreads();
   if (threadIdx.x >= kConsumerThreads) {
     decrease_registers<kProducerRegisters>();

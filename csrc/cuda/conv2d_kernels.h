@@ -28,6 +28,9 @@ extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kStemConv2d, kWgmmaCon
 // Moments of tiles, merged in order: partial[tile][count, mean, m2][K] gives epilogue.mean and epilogue.m2.
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream);
 
+// The numbers in a slab of dweight's sums.
+inline int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
+
 // out[i] = the sum over slabs of slabs[slab][i], in order; out is of `dtype`.
 void add_slabs(DType dtype, int64_t count, int64_t size, const float* slabs, void* out, Stream stream);
 

@@ -1,12 +1,12 @@
 // Convolution of groups with few channels: several groups to a block, side by side in one product.
 //
 //   y[n,p,q,k]       = sum over (r,s,c) of x[n, p*stride - pad + r*dilation, .., c] * weight[k,r,s,c], c of k's group
-//   dx[n,h,w,c]      = sum over (r,s,k) of dy[n, (h + pad - r*dilation) / stride, .., k] * weight[k,r,s,c], k of c's
-//   group dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride - pad + r*dilation, .., c]
+//   dx[n,h,w,c]      = sum over (r,s,k) of dy[n, (h + pad - r*dilation) / stride, .., k] * weight[k,r,s,c],
+//                      k of c's group, where stride divides
+//   dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride - pad + r*dilation, .., c]
 //
-// Layout     As in conv2d_portable.cu; nothing is padded in memory. A pack is as many groups as have no more than
-// kSlots
-//            channels and filters together, which lie side by side in x and y.
+// Layout     As in conv2d_portable.cu; nothing is padded in memory. A pack is as many groups as have together no more
+//            than kSlots channels and kSlots filters, which lie side by side in x and y.
 // Ownership  y, dx: one block owns 128 pixels of one pack. A step of the product is one tap: pixels x the pack's
 //            channels, times a tile of filters that is zero but for one square a group. dweight: one block owns the
 //            pack's filters at four taps; of the product with all of the pack's channels, the squares are kept.
@@ -31,8 +31,8 @@ using PixelTile = Shape<128, 32, 4, 1, 3, false>;
 template <class T>
 using WeightTile = Shape<32, 4 * kSlots<T>, 1, 4, 3, false>;
 
-constexpr int kPackedResidentBlocks =
-    3;  // said to the compiler, which otherwise saves registers for a fourth and spills
+// Said to the compiler, which otherwise saves registers for a fourth and spills.
+constexpr int kPackedResidentBlocks = 3;
 
 // The groups of a pack: the most that fit, of the numbers that keep packs aligned to 16 bytes if there are any.
 template <class T>
@@ -327,8 +327,6 @@ void launch_backward_input(const Conv2dProblem& p, const Epilogue& epilogue, con
                 groups_of_a_pack<T>(p), epilogue, static_cast<const Number*>(dy), static_cast<const Number*>(weight),
                 static_cast<Number*>(dx));
 }
-
-int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
 
 template <class T>
 void launch_backward_weight(const Conv2dProblem& p, const Conv2dPlan& plan, const void* dy, const void* x,

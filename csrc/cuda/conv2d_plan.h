@@ -11,7 +11,7 @@
 namespace cnnops::cuda {
 
 enum class Conv2dKernel : int {
-  kPortable,  // conv2d.cu: any problem, mma.sync or CUDA cores
+  kPortable,  // conv2d_portable.cu: any problem, mma.sync or CUDA cores
   kPacked,    // conv2d_packed.cu: groups of few channels, block-diagonally
   kStem,      // conv2d_stem.cu: few input channels, im2col in shared memory
   kWgmma,     // conv2d_sm90.cu: TMA and wgmma

@@ -27,8 +27,8 @@ namespace {
 
 constexpr int kPixelBytes = kTilePixels * kRowBytes;  // of a slot: its pixels; its filters follow
 constexpr int kColumnBytes = 64 * kRowBytes;          // of dx's filters: 64 of them at 64 channels
-constexpr int kChunk = 64,
-              kStagePitch = kChunk + 4;  // columns that a warp writes at a time, from its floats in `stage`
+constexpr int kChunk = 64;  // columns that a warp writes at a time, from its floats in `stage`
+constexpr int kStagePitch = kChunk + 4;
 constexpr int kWarpRows = 16, kStageFloats = kWarpRows * kStagePitch;
 
 template <int kN>
@@ -352,6 +352,11 @@ __device__ __forceinline__ void convolve(const Maps& maps, const ImplicitGemm& g
   if (threadIdx.x == 0) {
     shared->ring.init(static_cast<uint32_t>(cut.cluster));
     fence_mbarrier_init();
+  }
+  if (threadIdx.x == kConsumerThreads) {
+    prefetch_tensor_map(&maps.filters);
+    for (int i = 0; i < gemm.class_count; ++i)
+      if (gemm.classes[i].steps > 0) prefetch_tensor_map(&maps.a[i]);
   }
   cluster_sync();
   if (threadIdx.x < kConsumerThreads) {

@@ -6,11 +6,9 @@
 //
 // Layout     x [N,H,W,C], C <= 4; y, dy [N,P,Q,K]; weight, dweight [K,R,S,C].
 // Ownership  A block goes through 8 x 8 tiles of pixels for 64 filters, whose weights it keeps. dweight's sums over
-// tiles
-//            are cut into slabs of float, which a second kernel adds in order.
-// Traffic    x once for each tile that it is the border of, while the tile before is multiplied: rows of x are
-// contiguous,
-//            whatever C is. weight once for each block, y or dy once.
+//            tiles are cut into slabs of float, which a second kernel adds in order.
+// Traffic    x once for each tile whose taps read it, going forward while the tile before is multiplied: rows of x are
+//            contiguous, whatever C is. weight once for each block, y or dy once.
 
 #include <algorithm>
 
@@ -275,8 +273,6 @@ __global__ void __launch_bounds__(Tile::kThreads)
       slabs[(block.quotient * p.K + first_filter + filter) * gemm_n + n] = sums[filter * kSumsPitch<Tile> + n];
   }
 }
-
-int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * p.C; }
 
 }  // namespace
 

@@ -86,7 +86,9 @@ std::optional<Conv2dPlan> plan_backward_weight_sm90(const Conv2dProblem& p, cons
   refusal = refusal_of(p, device);
   if (refusal) return {};
   if (const auto taps = plan_taps(p, device)) return taps;
-  if (fits(columns_dy(p)) && fits(columns_x(p))) return plan_columns(p, device);
+  const bool reached =
+      int64_t{p.R - 1} * p.dilation_h <= kMostIm2colOffset && int64_t{p.S - 1} * p.dilation_w <= kMostIm2colOffset;
+  if (reached && fits(columns_dy(p)) && fits(columns_x(p))) return plan_columns(p, device);
   refusal = "padding, dilation or stride beyond TMA's im2col mode";
   return {};
 }

@@ -156,6 +156,10 @@ __global__ void __launch_bounds__(kTapsThreads, 1)
     const int i = first + step, row = i / boxes.columns;
     return {row / boxes.rows * box.images, row % boxes.rows * box.rows, i % boxes.columns * kGroupPixels};
   };
+  if (threadIdx.x == kTaps * kWarpgroup) {
+    prefetch_tensor_map(&maps.dy);
+    for (const TensorMap& map : maps.x) prefetch_tensor_map(&map);
+  }
   start(ring, stages, kTaps * kWarpgroup / 32, cluster);
   const int warpgroup = warpgroup_index();
 
@@ -277,6 +281,10 @@ __global__ void __launch_bounds__(kColumnThreads, 1)
   const int chunk = at.inner * tile.column_chunks();
   const int first = at.slab * steps_per_slab;
   const int steps = least(chunks(p.N * p.P * p.Q, kColumnPixels) - first, steps_per_slab);
+  if (threadIdx.x == kColumnWarpgroups * kWarpgroup) {
+    prefetch_tensor_map(&maps.dy);
+    prefetch_tensor_map(&maps.x);
+  }
   start(ring, stages, kColumnWarpgroups * kWarpgroup / 32, 1);
   const int warpgroup = warpgroup_index();
 
@@ -365,8 +373,6 @@ void launch_backward_weight(const Conv2dProblem& p, const Conv2dPlan& plan, cons
   if (plan.block_m > kChunk && plan.block_n > 2 * kChunk) return launch_columns<T, 256>(p, plan, dy, x, slabs, stream);
   launch_columns<T, 128>(p, plan, dy, x, slabs, stream);
 }
-
-int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
 
 }  // namespace
 

@@ -19,6 +19,11 @@ __forceinline__ float to_float(Half v) { return simt::half_value(v.bits); }
 __forceinline__ void from_float(float v, Half& out) {
   out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(v));
 }
+// Round to nearest even; a NaN stays one (the rounding carry would turn some into infinity).
+__forceinline__ void from_float(float v, BFloat16& out) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+  out.bits = v != v ? uint16_t{0x7fff} : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 
 inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
@@ -149,6 +154,9 @@ __device__ __forceinline__ float to_float(Half v) {
 }
 __device__ __forceinline__ void from_float(float v, Half& out) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+}
+__device__ __forceinline__ void from_float(float v, BFloat16& out) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

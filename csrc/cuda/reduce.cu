@@ -4,8 +4,7 @@
 //   finish_moments   Chan's formula over the tiles' moments of each filter
 //
 // Ownership  One thread owns one of add_slabs's outputs, and one block eight of finish_moments', whose parts its
-// threads
-//            share and then merge in pairs: every schedule gives the same bits.
+//            threads share and then merge in pairs: every schedule gives the same bits.
 // Traffic    The parts once, and the outputs.
 
 #include "conv2d_kernels.h"

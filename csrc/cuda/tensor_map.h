@@ -31,6 +31,9 @@ struct TiledTensor {
   int element_stride[4];  // every so many elements of an axis are taken; a box's extent is then in elements taken
 };
 
+// The furthest that a load of a column may be from the column's base pixels, along each axis.
+constexpr int kMostIm2colOffset = 255;
+
 // A column of pixels of an NHWC tensor: `pixels` of them, `channels` (at most 128 bytes) of each. Base pixels walk from
 // (lower_w, lower_h) to (W - 1 + upper_w, H - 1 + upper_h), every stride_w-th and stride_h-th, W fastest, then on to
 // the next image.
