@@ -289,18 +289,18 @@ class Workspace {
 #define CNNOPS_CONV2D_ARGS stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
 
 // The convolutions' ops are registered twice where the kernels know TF32: the one with kTf32 computes kFloat in it.
-Conv2dProblem conv2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
-                             CNNOPS_CONV2D_PARAMS) {
-  return {.dtype = dtype_of(compute),
-          .N = narrow(x.size(0)),
-          .C = narrow(x.size(1)),
-          .H = narrow(x.size(2)),
-          .W = narrow(x.size(3)),
-          .K = narrow(weight.size(0)),
-          .R = narrow(weight.size(2)),
-          .S = narrow(weight.size(3)),
-          .P = narrow(output_size(x.size(2), weight.size(2), stride_h, pad_h, dilation_h)),
-          .Q = narrow(output_size(x.size(3), weight.size(3), stride_w, pad_w, dilation_w)),
+Conv2dProblem conv2d_problem(DType dtype, bool tf32, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R,
+                             int64_t S, CNNOPS_CONV2D_PARAMS) {
+  return {.dtype = dtype,
+          .N = narrow(N),
+          .C = narrow(C),
+          .H = narrow(H),
+          .W = narrow(W),
+          .K = narrow(K),
+          .R = narrow(R),
+          .S = narrow(S),
+          .P = narrow(output_size(H, R, stride_h, pad_h, dilation_h)),
+          .Q = narrow(output_size(W, S, stride_w, pad_w, dilation_w)),
           .stride_h = narrow(stride_h),
           .stride_w = narrow(stride_w),
           .pad_h = narrow(pad_h),
@@ -310,6 +310,12 @@ Conv2dProblem conv2d_problem(bool tf32, const Tensor& x, const Tensor& weight, S
           .groups = narrow(groups),
           .pad_mode = static_cast<PadMode>(pad_mode),
           .tf32 = tf32};
+}
+
+Conv2dProblem conv2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
+                             CNNOPS_CONV2D_PARAMS) {
+  return conv2d_problem(dtype_of(compute), tf32, x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0),
+                        weight.size(2), weight.size(3), CNNOPS_CONV2D_ARGS);
 }
 
 ScalarType conv2d_compute(const Tensor& x) {
@@ -1063,25 +1069,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
 std::string conv2d_plan(std::string direction, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R,
                         int64_t S, CNNOPS_CONV2D_PARAMS, ScalarType dtype, bool tf32, int64_t architecture,
                         int64_t multiprocessors, int64_t shared_bytes) {
-  const Conv2dProblem problem{.dtype = dtype_of(dtype),
-                              .N = narrow(N),
-                              .C = narrow(C),
-                              .H = narrow(H),
-                              .W = narrow(W),
-                              .K = narrow(K),
-                              .R = narrow(R),
-                              .S = narrow(S),
-                              .P = narrow(output_size(H, R, stride_h, pad_h, dilation_h)),
-                              .Q = narrow(output_size(W, S, stride_w, pad_w, dilation_w)),
-                              .stride_h = narrow(stride_h),
-                              .stride_w = narrow(stride_w),
-                              .pad_h = narrow(pad_h),
-                              .pad_w = narrow(pad_w),
-                              .dilation_h = narrow(dilation_h),
-                              .dilation_w = narrow(dilation_w),
-                              .groups = narrow(groups),
-                              .pad_mode = static_cast<PadMode>(pad_mode),
-                              .tf32 = tf32};
+  const Conv2dProblem problem = conv2d_problem(dtype_of(dtype), tf32, N, C, H, W, K, R, S, CNNOPS_CONV2D_ARGS);
   return kernels().conv2d_plan(direction, problem, narrow(architecture), narrow(multiprocessors), narrow(shared_bytes));
 }
 

@@ -84,11 +84,9 @@ std::string refusal(const Im2colTensor& t) {
   return inner_refusal(t.dtype, t.channels);
 }
 
-template <class Tensor>
-void require(const Tensor& tensor, const void* base) {
-  std::string why = refusal(tensor);
-  if (why.empty() && reinterpret_cast<uintptr_t>(base) % kAlignment) why = "the base is not aligned to 16 bytes";
-  if (!why.empty()) throw std::runtime_error("tensor map: " + why);
+void require_aligned(const void* base) {
+  if (reinterpret_cast<uintptr_t>(base) % kAlignment)
+    throw std::runtime_error("tensor map: the base is not aligned to 16 bytes");
 }
 
 #if defined(CNNOPS_SIMT)
@@ -128,6 +126,8 @@ TensorMap encode(const Im2colTensor& t, const void* base) {
   map.pixels = static_cast<uint32_t>(t.pixels);
   return map;
 }
+
+void encode_address(TensorMap& map, const void* base) { map.base = base; }
 
 #else
 
@@ -195,11 +195,18 @@ TensorMap encode(const Im2colTensor& t, const void* base) {
   return map;
 }
 
+void encode_address(TensorMap& map, const void* base) {
+  constexpr const char* kName = "cuTensorMapReplaceAddress";
+  static auto* const replace = driver_function<decltype(cuTensorMapReplaceAddress)>(kName);
+  check_encoded(replace(&map, const_cast<void*>(base)), kName);
+}
+
 #endif
 
 template <class Tensor>
 TensorMap make(const Tensor& tensor, const void* base) {
-  require(tensor, base);
+  if (const std::string why = refusal(tensor); !why.empty()) throw std::runtime_error("tensor map: " + why);
+  require_aligned(base);
   return encode(tensor, base);
 }
 
@@ -207,6 +214,11 @@ TensorMap make(const Tensor& tensor, const void* base) {
 
 TensorMap tensor_map(const TiledTensor& tensor, const void* base) { return make(tensor, base); }
 TensorMap tensor_map(const Im2colTensor& tensor, const void* base) { return make(tensor, base); }
+
+void replace_address(TensorMap& map, const void* base) {
+  require_aligned(base);
+  encode_address(map, base);
+}
 
 #if defined(CNNOPS_SIMT)
 int64_t tensor_maps_made() { return made; }

@@ -50,6 +50,9 @@ struct Im2colTensor {
 TensorMap tensor_map(const TiledTensor& tensor, const void* base);
 TensorMap tensor_map(const Im2colTensor& tensor, const void* base);
 
+// Makes `map` describe another tensor that differs in its address alone. Throws likewise.
+void replace_address(TensorMap& map, const void* base);
+
 bool fits(const TiledTensor& tensor);
 bool fits(const Im2colTensor& tensor);
 

@@ -39,25 +39,6 @@ Key key_of(const Im2colTensor& t) {
           t.pixels};
 }
 
-#if defined(CNNOPS_SIMT)
-void replace_address(TensorMap& map, const void* base) { map.base = base; }
-#else
-void replace_address(TensorMap& map, const void* base) {
-  constexpr const char* kName = "cuTensorMapReplaceAddress";
-  constexpr unsigned kVersion = 12000;
-  static auto* const replace = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found{};
-    check(cudaGetDriverEntryPointByVersion(kName, &function, kVersion, cudaEnableDefault, &found), kName);
-    if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string("the driver has no ") + kName);
-    return reinterpret_cast<decltype(&cuTensorMapReplaceAddress)>(function);
-  }();
-  const CUresult status = replace(&map, const_cast<void*>(base));
-  if (status != CUDA_SUCCESS)
-    throw std::runtime_error(std::string(kName) + " fails with error " + std::to_string(status));
-}
-#endif
-
 template <class Tensor>
 TensorMap cached(const Tensor& tensor, const void* base) {
   static std::mutex mutex;
