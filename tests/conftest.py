@@ -9,6 +9,7 @@ import contextlib
 import os
 import zlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 import helpers  # noqa: E402  (imports cnnops, which must find the environment above)
 
 import cnnops  # noqa: E402
+from cnnops.backends import simt  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +53,17 @@ def backend(request: pytest.FixtureRequest) -> Iterator[helpers.Backend]:
         pytest.fail(f"backend {row.NAME} is expected on this machine, but is not usable: {usable.reason}")
     with cnnops.use_backend(row.NAME), variant, guarded(row.NAME, request.node.nodeid):
         yield helpers.Backend(row.NAME, helpers.device_of(row))
+
+
+@pytest.fixture
+def emulator() -> Iterator[ModuleType]:
+    """The emulator's module, which afterwards is set as every test expects it."""
+    module = simt.module()
+    yield module
+    module.set_schedule("forward")
+    module.set_device()
+    module.run_blocks()
+    module.disable_sync()
 
 
 @contextlib.contextmanager

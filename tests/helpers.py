@@ -426,3 +426,17 @@ def torch_conv2d(case: Conv2dCase) -> Function:
         return F.conv2d(padded, weight, bias, case.stride, 0, case.dilation, case.groups)
 
     return function
+
+
+def check_moments(y: Tensor, mean: Tensor, m2: Tensor) -> None:
+    """mean and m2 [K] are the mean and the sum of squared deviations of each channel of y [N, K, P, Q], in float32."""
+    assert mean.dtype == m2.dtype == torch.float32
+    axes, count = (0, 2, 3), y.numel() // y.shape[1]
+    exact = y.cpu().double()
+    centre = exact.mean(axes, keepdim=True)
+    deviation = (exact - centre).abs()
+    assert_close(mean.cpu(), exact.float().mean(axes), centre.flatten(), exact.abs().mean(axes), count, "mean")
+    # A deviation rounds by the magnitudes of what it is the difference of.
+    magnitude = (deviation * (exact.abs() + centre.abs())).sum(axes)
+    theirs = (exact.float() - centre.float()).square().sum(axes)
+    assert_close(m2.cpu(), theirs, deviation.square().sum(axes), magnitude, count, "m2")

@@ -7,7 +7,7 @@ A path is the tile's width (0: the halo form), the blocks of a cluster, and whet
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import helpers
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cnnops.backends import simt
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("emulator")]
 
 KERNEL = {torch.bfloat16: "BFloat16", torch.float16: "Half"}
 SCHEDULES = (("reversed", 0), ("random", 1), ("random", 2))
@@ -105,18 +105,6 @@ def one_of_each(paths: tuple[tuple[Path, Conv2dCase], ...]) -> list[Conv2dCase]:
 EACH_FORWARD = pytest.mark.parametrize("case", one_of_each(FORWARD), ids=lambda case: case.id)
 
 
-@pytest.fixture(autouse=True)
-def emulator() -> Iterator[ModuleType]:
-    module = simt.module()
-    yield module
-    module.set_schedule("forward")
-    module.set_device()
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def geometry(case: Conv2dCase) -> tuple[int, ...]:
     assert not isinstance(case.padding, str)
     return (*case.stride, *case.padding, *case.dilation, case.groups, 0)
@@ -128,14 +116,14 @@ def inputs(
     """x or dy, and the weight."""
     random = helpers.generator(case.id)
     shapes = case.x_shape if direction == "forward" else case.output_shape, case.weight_shape
-    return [channels_last(make(shape, dtype, "cpu", random)) for shape in shapes]
+    return [helpers.laid_out(make(shape, dtype, "cpu", random), "channels_last") for shape in shapes]
 
 
 def ours(direction: str, case: Conv2dCase, a: Tensor, weight: Tensor) -> Tensor:
     if direction == "forward":
         result: Tensor = simt.function("conv2d_forward")(a, weight, None, *geometry(case))
     else:
-        x = channels_last(a.new_empty(case.x_shape))
+        x = helpers.laid_out(a.new_empty(case.x_shape), "channels_last")
         result = simt.function("conv2d_backward")(a, x, weight, *geometry(case), True, False, False)[0]
     return result
 
@@ -238,7 +226,7 @@ def test_bias_residual_and_activation(case: Conv2dCase, activation: str) -> None
     x, weight = inputs("forward", case, dtype)
     random = helpers.generator("epilogue")
     bias = helpers.randn((case.K,), dtype, "cpu", random)
-    residual = channels_last(helpers.randn(case.output_shape, dtype, "cpu", random))
+    residual = helpers.laid_out(helpers.randn(case.output_shape, dtype, "cpu", random), "channels_last")
     weight *= (weight[0].numel()) ** -0.5
 
     def composed(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
@@ -278,16 +266,13 @@ def test_statistics(emulator: ModuleType, case: Conv2dCase, order: str) -> None:
     bias = torch.full((case.K,), 30.0, dtype=torch.bfloat16)
     y, mean, m2 = simt.function("conv2d_statistics_forward")(x, weight, bias, *geometry(case))
     assert_same_bits(y, simt.function("conv2d_forward")(x, weight, bias, *geometry(case)))
-    values = y.double().transpose(0, 1).flatten(1)
-    expected = values.mean(1)
-    torch.testing.assert_close(mean.double(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(m2.double(), (values - expected[:, None]).square().sum(1), rtol=1e-4, atol=0)
+    helpers.check_moments(y, mean, m2)
 
 
 def test_transposed_convolution_adds_its_bias() -> None:
     random = helpers.generator("transposed")
     x, weight = (
-        channels_last(helpers.integers(shape, torch.bfloat16, "cpu", random))
+        helpers.laid_out(helpers.integers(shape, torch.bfloat16, "cpu", random), "channels_last")
         for shape in ((2, 64, 9, 11), (64, 96, 3, 3))
     )
     bias = helpers.integers((96,), torch.bfloat16, "cpu", random)
@@ -307,7 +292,7 @@ def test_tensors_are_described_to_tma_once_for_each_problem(emulator: ModuleType
         for direction in ("forward", "backward_input", "backward_weight"):
             random = helpers.generator(f"{direction} {i}")
             x, dy, weight = (
-                channels_last(helpers.integers(shape, torch.bfloat16, "cpu", random, 1))
+                helpers.laid_out(helpers.integers(shape, torch.bfloat16, "cpu", random, 1), "channels_last")
                 for shape in (case.x_shape, case.output_shape, case.weight_shape)
             )
             kept.append((x, dy, weight))  # so that the next ones lie elsewhere

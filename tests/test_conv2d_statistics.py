@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import CONV2D, Conv2dCase, find, of_suite
 from helpers import Backend, over
-from tolerance import assert_close, assert_same_bits
+from tolerance import assert_same_bits
 
 FUNCTION = "conv2d_statistics_forward"
 CORNERS = tuple(case for case in of_suite(CONV2D, "corner") if case.C)
@@ -31,16 +31,7 @@ def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
     y, mean, m2 = run(backend, case, inputs)
     plain = helpers.row(backend.name).function("conv2d_forward")(*inputs, *geometry(case))
     assert_same_bits(y, plain, "y")
-    assert mean.dtype == m2.dtype == torch.float32
-    axes, count = (0, 2, 3), y.numel() // case.K
-    exact = y.cpu().double()
-    centre = exact.mean(axes, keepdim=True)
-    deviation = (exact - centre).abs()
-    assert_close(mean.cpu(), exact.float().mean(axes), centre.flatten(), exact.abs().mean(axes), count, "mean")
-    # A deviation rounds by the magnitudes of what it is the difference of.
-    magnitude = (deviation * (exact.abs() + centre.abs())).sum(axes)
-    theirs = (exact.float() - centre.float()).square().sum(axes)
-    assert_close(m2.cpu(), theirs, deviation.square().sum(axes), magnitude, count, "m2")
+    helpers.check_moments(y, mean, m2)
 
 
 @over(FUNCTION, [case for case in CORNERS if case.N], backends=helpers.WITH_TF32)

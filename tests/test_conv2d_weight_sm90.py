@@ -5,7 +5,7 @@ Paths are named by the kernel that must have run, without its dtype: "taps" (all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import helpers
@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_weight
 
 from cnnops.backends import simt
 
-pytestmark = pytest.mark.quick
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("emulator")]
 
 KERNEL = {torch.bfloat16: "BFloat16", torch.float16: "Half"}
 SCHEDULES = (("reversed", 0), ("random", 1), ("random", 2))
@@ -66,27 +66,18 @@ ONE_OF_EACH = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def emulator() -> Iterator[ModuleType]:
-    module = simt.module()
-    yield module
-    module.set_schedule("forward")
-    module.set_device()
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
 def inputs(case: Conv2dCase, dtype: torch.dtype, make: Callable[..., Tensor] = helpers.randn) -> tuple[Tensor, Tensor]:
     """x and dy."""
     random = helpers.generator(case.id)
-    x, dy = (channels_last(make(shape, dtype, "cpu", random)) for shape in (case.x_shape, case.output_shape))
+    x, dy = (
+        helpers.laid_out(make(shape, dtype, "cpu", random), "channels_last")
+        for shape in (case.x_shape, case.output_shape)
+    )
     return x, dy
 
 
 def ours(case: Conv2dCase, x: Tensor, dy: Tensor) -> Tensor:
-    weight = channels_last(x.new_empty(case.weight_shape))
+    weight = helpers.laid_out(x.new_empty(case.weight_shape), "channels_last")
     geometry = (*case.stride, *case.padding, *case.dilation, case.groups, 0)
     return simt.function("conv2d_backward")(dy, x, weight, *geometry, False, True, False)[1]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -75,16 +74,6 @@ FAULTS = {
     "shifted_box": None,
     "box_beyond_shared": "a tile of 4096 bytes at offset 0 reaches beyond the 4080 bytes of dynamic shared memory",
 }
-
-
-@pytest.fixture
-def emulator() -> Iterator[ModuleType]:
-    module = simt.module()
-    yield module
-    module.set_schedule("forward")
-    module.set_device()
-    module.run_blocks()
-    module.disable_sync()
 
 
 def test_the_list_of_faults_is_whole(emulator: ModuleType) -> None:

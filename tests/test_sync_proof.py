@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,15 +24,6 @@ CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 WRAPPERS = ("ptx.cuh", "ptx_sm90.cuh")
 SCHEDULES = (("forward", 0), ("reversed", 0), *(("random", seed) for seed in range(1, 5)))
 CASES = [pytest.param(case, dtype, id=f"{i}-{str(dtype)[6:]}") for i, case in enumerate(REACH) for dtype in case.dtypes]
-
-
-@pytest.fixture
-def emulator() -> Iterator[ModuleType]:
-    module = simt.module()
-    yield module
-    module.disable_sync()
-    module.set_schedule("forward")
-    module.set_device()
 
 
 def check(library: Library, device: str, case: Reach, dtype: torch.dtype) -> None:
