@@ -201,6 +201,19 @@ OptionalTensor nhwc(const OptionalTensor& t, ScalarType dtype, Stream stream) {
   return t ? OptionalTensor(nhwc(*t, dtype, stream)) : std::nullopt;
 }
 
+// t as kernels want it that take both layouts: dense NHWC where channels_last, else dense NCHW; both aligned.
+Tensor dense_as(const Tensor& t, bool channels_last, Stream stream) {
+  if (channels_last) return nhwc(t, t.scalar_type(), stream);
+  if (t.is_contiguous() && is_aligned(t)) return t;
+  Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
+  copy(t, dense, stream);
+  return dense;
+}
+
+OptionalTensor dense_as(const OptionalTensor& t, bool channels_last, Stream stream) {
+  return t ? OptionalTensor(dense_as(*t, channels_last, stream)) : std::nullopt;
+}
+
 // A per-channel array with elements of `dtype`, dense and aligned.
 OptionalTensor vector(const OptionalTensor& t, ScalarType dtype, Stream stream) {
   if (!t || (t->scalar_type() == dtype && t->is_contiguous() && is_aligned(*t))) return t;
@@ -220,13 +233,15 @@ void zero_elements(const Tensor& t) {
   }
 }
 
-// A result that kernels write as dense NHWC of one dtype and the caller sees in the layout and dtype it expects.
+// A result that kernels write dense in one layout and dtype, and the caller sees in those that it expects.
 class Output {
  public:
   template <class Shape>
-  Output(const Shape& sizes, const Tensor& like, ScalarType compute, bool channels_last)
+  Output(const Shape& sizes, const Tensor& like, ScalarType compute, bool channels_last, bool written_as_nhwc = true)
       : result_(empty(sizes, like.scalar_type(), like, channels_last)),
-        dense_(like.scalar_type() == compute && is_dense_nhwc(result_) ? result_ : empty(sizes, compute, like, true)) {}
+        dense_(like.scalar_type() == compute && (written_as_nhwc ? is_dense_nhwc(result_) : result_.is_contiguous())
+                   ? result_
+                   : empty(sizes, compute, like, written_as_nhwc)) {}
 
   void* data() const { return dense_.data_ptr(); }
   int64_t numel() const { return result_.numel(); }
@@ -254,7 +269,7 @@ class Workspace {
     if (bytes > kept_bytes_ || !kept_) {
       const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
       Block block(static_cast<char*>(std::aligned_alloc(kAlign, static_cast<size_t>(rounded))), &std::free);
-      STD_TORCH_CHECK(block != nullptr, "out of memory: a convolution wants ", bytes, " bytes of workspace");
+      STD_TORCH_CHECK(block != nullptr, "out of memory: a kernel wants ", bytes, " bytes of workspace");
 #if defined(__linux__)
       madvise(block.get(), static_cast<size_t>(rounded), MADV_HUGEPAGE);
 #endif
@@ -282,6 +297,12 @@ class Workspace {
   Block own_{nullptr, &std::free};
   void* data_ = nullptr;
 };
+
+// Scratch memory for one call as its workspace function has it.
+template <class... Problems>
+Workspace workspace_of(int64_t (*bytes)(const Problems&...), const Tensor& like, const Problems&... problems) {
+  return Workspace(bytes ? bytes(problems...) : 0, like);
+}
 
 #define CNNOPS_CONV2D_PARAMS                                                                                \
   int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w, int64_t dilation_h, int64_t dilation_w, \
@@ -564,9 +585,12 @@ Tensor activation_backward(const Tensor& dy, const Tensor& saved, std::string ac
   int64_t kernel_h, int64_t kernel_w, int64_t stride_h, int64_t stride_w, int64_t pad_h, int64_t pad_w
 #define CNNOPS_WINDOW_ARGS kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w
 
-Pool2dProblem pool2d_problem(const Tensor& t, int64_t H, int64_t W, int64_t P, int64_t Q, CNNOPS_WINDOW_PARAMS,
-                             int64_t dilation_h = 1, int64_t dilation_w = 1, bool count_include_pad = true,
-                             int64_t divisor_override = 0) {
+// Whether pools of such a tensor run on it as it lies, or as NHWC.
+bool pools_nhwc(bool channels_last) { return channels_last || !kernels().pool2d_nchw; }
+
+Pool2dProblem pool2d_problem(const Tensor& t, bool channels_last, int64_t H, int64_t W, int64_t P, int64_t Q,
+                             CNNOPS_WINDOW_PARAMS, int64_t dilation_h = 1, int64_t dilation_w = 1,
+                             bool count_include_pad = true, int64_t divisor_override = 0) {
   const bool offsets = t.scalar_type() == ScalarType::Byte || t.scalar_type() == ScalarType::Int;
   return {.dtype = offsets ? DType::kFloat : dtype_of(t),
           .N = narrow(t.size(0)),
@@ -584,7 +608,16 @@ Pool2dProblem pool2d_problem(const Tensor& t, int64_t H, int64_t W, int64_t P, i
           .dilation_h = narrow(dilation_h),
           .dilation_w = narrow(dilation_w),
           .count_include_pad = count_include_pad,
-          .divisor_override = divisor_override};
+          .divisor_override = divisor_override,
+          .channels_last = pools_nhwc(channels_last)};
+}
+
+Tensor pool2d_input(const Tensor& t, bool channels_last, Stream stream) {
+  return dense_as(t, pools_nhwc(channels_last), stream);
+}
+
+Output pool2d_output(const Tensor& like, const Sizes& sizes, bool channels_last) {
+  return {sizes, like, like.scalar_type(), channels_last, pools_nhwc(channels_last)};
 }
 
 // torch's ceil_mode: round up, but start no window beyond the input and its left padding.
@@ -605,14 +638,14 @@ std::tuple<Tensor, OptionalTensor> max_pool2d_forward(const Tensor& x, CNNOPS_WI
   const int64_t P = pooled_size(x.size(2), kernel_h, stride_h, pad_h, dilation_h, ceil_mode);
   const int64_t Q = pooled_size(x.size(3), kernel_w, stride_w, pad_w, dilation_w, ceil_mode);
   const Sizes sizes{x.size(0), x.size(1), P, Q};
-  const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
+  const Output y = pool2d_output(x, sizes, is_channels_last(x));
   OptionalTensor offsets;
   if (need_offsets) offsets = empty(sizes, kernel_h * kernel_w <= 256 ? ScalarType::Byte : ScalarType::Int, x, true);
   if (y.numel() > 0) {
-    const Tensor dense_x = nhwc(x, x.scalar_type(), launch);
+    const Tensor dense_x = pool2d_input(x, is_channels_last(x), launch);
     kernels().max_pool2d_forward(
-        pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w), dense_x.data_ptr(),
-        y.data(), pointer(offsets), launch);
+        pool2d_problem(x, is_channels_last(x), x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
+        dense_x.data_ptr(), y.data(), pointer(offsets), launch);
   }
   return {y.finish(launch), offsets};
 }
@@ -620,11 +653,11 @@ std::tuple<Tensor, OptionalTensor> max_pool2d_forward(const Tensor& x, CNNOPS_WI
 Tensor max_pool2d_backward(const Tensor& dy, const Tensor& offsets, int64_t H, int64_t W, bool channels_last,
                            CNNOPS_WINDOW_PARAMS, int64_t dilation_h, int64_t dilation_w) {
   const Launch launch(dy);
-  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  const Output dx = pool2d_output(dy, {dy.size(0), dy.size(1), H, W}, channels_last);
   if (dx.numel() > 0) {
-    const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch);
+    const Tensor dense_dy = pool2d_input(dy, channels_last, launch);
     kernels().max_pool2d_backward(
-        pool2d_problem(dy, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
+        pool2d_problem(dy, channels_last, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
         dense_dy.data_ptr(), dense_offsets(offsets).data_ptr(), dx.data(), launch);
   }
   return dx.finish(launch);
@@ -635,9 +668,9 @@ Tensor max_pool2d_indices(const Tensor& offsets, int64_t H, int64_t W, CNNOPS_WI
   const Launch launch(offsets);
   const Tensor indices = empty(offsets.sizes(), ScalarType::Long, offsets, true);
   if (indices.numel() > 0)
-    kernels().max_pool2d_indices(
-        pool2d_problem(offsets, H, W, offsets.size(2), offsets.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
-        dense_offsets(offsets).data_ptr(), static_cast<int64_t*>(indices.data_ptr()), launch);
+    kernels().max_pool2d_indices(pool2d_problem(offsets, true, H, W, offsets.size(2), offsets.size(3),
+                                                CNNOPS_WINDOW_ARGS, dilation_h, dilation_w),
+                                 dense_offsets(offsets).data_ptr(), static_cast<int64_t*>(indices.data_ptr()), launch);
   return indices;
 }
 
@@ -645,26 +678,27 @@ std::tuple<Tensor, OptionalTensor> adaptive_max_pool2d_forward(const Tensor& x, 
                                                                bool need_offsets) {
   const Launch launch(x);
   const Sizes sizes{x.size(0), x.size(1), P, Q};
-  const Output y(sizes, x, x.scalar_type(), is_channels_last(x));
+  const Output y = pool2d_output(x, sizes, is_channels_last(x));
   OptionalTensor offsets;
   if (need_offsets) offsets = empty(sizes, ScalarType::Int, x, true);
   if (y.numel() > 0)
-    kernels().adaptive_max_pool2d_forward(pool2d_problem(x, x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
-                                          nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(),
-                                          static_cast<int32_t*>(pointer(offsets)), launch);
+    kernels().adaptive_max_pool2d_forward(
+        pool2d_problem(x, is_channels_last(x), x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
+        pool2d_input(x, is_channels_last(x), launch).data_ptr(), y.data(), static_cast<int32_t*>(pointer(offsets)),
+        launch);
   return {y.finish(launch), offsets};
 }
 
 Tensor adaptive_max_pool2d_backward(const Tensor& dy, const Tensor& offsets, int64_t H, int64_t W, bool channels_last) {
   const Launch launch(dy);
-  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  const Output dx = pool2d_output(dy, {dy.size(0), dy.size(1), H, W}, channels_last);
   if (dy.numel() == 0) {
     dx.zero();
   } else {
-    kernels().adaptive_max_pool2d_backward(pool2d_problem(dy, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
-                                           nhwc(dy, dy.scalar_type(), launch).data_ptr(),
-                                           static_cast<const int32_t*>(dense_offsets(offsets).data_ptr()), dx.data(),
-                                           launch);
+    kernels().adaptive_max_pool2d_backward(
+        pool2d_problem(dy, channels_last, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
+        pool2d_input(dy, channels_last, launch).data_ptr(),
+        static_cast<const int32_t*>(dense_offsets(offsets).data_ptr()), dx.data(), launch);
   }
   return dx.finish(launch);
 }
@@ -674,7 +708,7 @@ Tensor adaptive_max_pool2d_indices(const Tensor& offsets, int64_t H, int64_t W) 
   const Tensor indices = empty(offsets.sizes(), ScalarType::Long, offsets, true);
   if (indices.numel() > 0)
     kernels().adaptive_max_pool2d_indices(
-        pool2d_problem(offsets, H, W, offsets.size(2), offsets.size(3), 0, 0, 0, 0, 0, 0),
+        pool2d_problem(offsets, true, H, W, offsets.size(2), offsets.size(3), 0, 0, 0, 0, 0, 0),
         static_cast<const int32_t*>(dense_offsets(offsets).data_ptr()), static_cast<int64_t*>(indices.data_ptr()),
         launch);
   return indices;
@@ -685,57 +719,46 @@ Tensor avg_pool2d_forward(const Tensor& x, CNNOPS_WINDOW_PARAMS, bool ceil_mode,
   const Launch launch(x);
   const int64_t P = pooled_size(x.size(2), kernel_h, stride_h, pad_h, 1, ceil_mode);
   const int64_t Q = pooled_size(x.size(3), kernel_w, stride_w, pad_w, 1, ceil_mode);
-  const Output y(Sizes{x.size(0), x.size(1), P, Q}, x, x.scalar_type(), is_channels_last(x));
+  const Output y = pool2d_output(x, {x.size(0), x.size(1), P, Q}, is_channels_last(x));
   if (y.numel() > 0)
-    kernels().avg_pool2d_forward(
-        pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, 1, 1, count_include_pad, divisor_override),
-        nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(), launch);
+    kernels().avg_pool2d_forward(pool2d_problem(x, is_channels_last(x), x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS,
+                                                1, 1, count_include_pad, divisor_override),
+                                 pool2d_input(x, is_channels_last(x), launch).data_ptr(), y.data(), launch);
   return y.finish(launch);
 }
 
 Tensor avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool channels_last, CNNOPS_WINDOW_PARAMS, bool,
                            bool count_include_pad, int64_t divisor_override) {
   const Launch launch(dy);
-  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  const Output dx = pool2d_output(dy, {dy.size(0), dy.size(1), H, W}, channels_last);
   if (dx.numel() > 0)
-    kernels().avg_pool2d_backward(
-        pool2d_problem(dy, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, 1, 1, count_include_pad, divisor_override),
-        nhwc(dy, dy.scalar_type(), launch).data_ptr(), dx.data(), launch);
+    kernels().avg_pool2d_backward(pool2d_problem(dy, channels_last, H, W, dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, 1,
+                                                 1, count_include_pad, divisor_override),
+                                  pool2d_input(dy, channels_last, launch).data_ptr(), dx.data(), launch);
   return dx.finish(launch);
 }
 
 Tensor adaptive_avg_pool2d_forward(const Tensor& x, int64_t P, int64_t Q) {
   const Launch launch(x);
-  const Output y(Sizes{x.size(0), x.size(1), P, Q}, x, x.scalar_type(), is_channels_last(x));
+  const Output y = pool2d_output(x, {x.size(0), x.size(1), P, Q}, is_channels_last(x));
   if (y.numel() > 0)
-    kernels().adaptive_avg_pool2d_forward(pool2d_problem(x, x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
-                                          nhwc(x, x.scalar_type(), launch).data_ptr(), y.data(), launch);
+    kernels().adaptive_avg_pool2d_forward(
+        pool2d_problem(x, is_channels_last(x), x.size(2), x.size(3), P, Q, 0, 0, 0, 0, 0, 0),
+        pool2d_input(x, is_channels_last(x), launch).data_ptr(), y.data(), launch);
   return y.finish(launch);
 }
 
 Tensor adaptive_avg_pool2d_backward(const Tensor& dy, int64_t H, int64_t W, bool channels_last) {
   const Launch launch(dy);
-  const Output dx(Sizes{dy.size(0), dy.size(1), H, W}, dy, dy.scalar_type(), channels_last);
+  const Output dx = pool2d_output(dy, {dy.size(0), dy.size(1), H, W}, channels_last);
   if (dy.numel() == 0) {
     dx.zero();
   } else {
-    kernels().adaptive_avg_pool2d_backward(pool2d_problem(dy, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
-                                           nhwc(dy, dy.scalar_type(), launch).data_ptr(), dx.data(), launch);
+    kernels().adaptive_avg_pool2d_backward(
+        pool2d_problem(dy, channels_last, H, W, dy.size(2), dy.size(3), 0, 0, 0, 0, 0, 0),
+        pool2d_input(dy, channels_last, launch).data_ptr(), dx.data(), launch);
   }
   return dx.finish(launch);
-}
-
-// x as its kernels want it: dense [N, L, C] where x is channels_last, dense [N, C, L] otherwise.
-Tensor norm_layout(const Tensor& t, bool channels_last, Stream stream) {
-  if (channels_last) return nhwc(t, t.scalar_type(), stream);
-  if (t.is_contiguous() && is_aligned(t)) return t;
-  Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
-  copy(t, dense, stream);
-  return dense;
-}
-
-OptionalTensor norm_layout(const OptionalTensor& t, bool channels_last, Stream stream) {
-  return t ? OptionalTensor(norm_layout(*t, channels_last, stream)) : std::nullopt;
 }
 
 Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, int64_t Q, bool channels_last) {
@@ -755,7 +778,9 @@ Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, 
 const int64_t* checked_indices(const Unpool2dProblem& problem, const Tensor& indices, Stream stream) {
   const int64_t* pointer = static_cast<const int64_t*>(indices.data_ptr());
   int64_t found = 0;
-  if (kernels().max_unpool2d_misplaced(problem, pointer, &found, stream))  // a user's mistake: no place in our source
+  const Workspace workspace(kernels().max_unpool2d_workspace, indices);
+  // A user's mistake: no place in our source.
+  if (kernels().max_unpool2d_misplaced(problem, pointer, &found, workspace.data(), stream))
     throw std::runtime_error("max_unpool2d: indices must be positions of a " + std::to_string(problem.P) + "x" +
                              std::to_string(problem.Q) + " plane, at least 0 and below " +
                              std::to_string(problem.P * problem.Q) + ", but got " + std::to_string(found));
@@ -769,7 +794,7 @@ Tensor max_unpool2d_forward(const Tensor& x, const Tensor& indices, int64_t P, i
   if (y.numel() > 0) {
     const Unpool2dProblem problem = unpool2d_problem(dtype_of(x), indices, P, Q, channels_last);
     const int64_t* checked = checked_indices(problem, indices, launch);
-    kernels().max_unpool2d_forward(problem, norm_layout(x, channels_last, launch).data_ptr(), checked, y.data_ptr(),
+    kernels().max_unpool2d_forward(problem, dense_as(x, channels_last, launch).data_ptr(), checked, y.data_ptr(),
                                    launch);
   }
   return y;
@@ -781,7 +806,7 @@ Tensor max_unpool2d_backward(const Tensor& dy, const Tensor& indices, bool chann
   if (dx.numel() > 0) {
     const Unpool2dProblem problem = unpool2d_problem(dtype_of(dy), indices, dy.size(2), dy.size(3), channels_last);
     const int64_t* checked = checked_indices(problem, indices, launch);
-    kernels().max_unpool2d_backward(problem, norm_layout(dy, channels_last, launch).data_ptr(), checked, dx.data_ptr(),
+    kernels().max_unpool2d_backward(problem, dense_as(dy, channels_last, launch).data_ptr(), checked, dx.data_ptr(),
                                     launch);
   }
   return dx;
@@ -816,10 +841,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, Optio
     zero_elements(rstd);
     return {y, mean, rstd};
   }
-  const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
-  const OptionalTensor dense_residual = norm_layout(residual, problem.channels_last, launch);
+  const Tensor dense_x = dense_as(x, problem.channels_last, launch);
+  const OptionalTensor dense_residual = dense_as(residual, problem.channels_last, launch);
   const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
   const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
+  const Workspace workspace = workspace_of(kernels().batch_norm_act_forward_workspace, x, problem);
   kernels().batch_norm_act_forward(problem,
                                    {.x = dense_x.data_ptr(),
                                     .residual = pointer(dense_residual),
@@ -829,7 +855,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_forward(const Tensor& x, Optio
                                     .running_var = pointer(v),
                                     .y = y.data_ptr(),
                                     .mean = mean.data_ptr(),
-                                    .rstd = rstd.data_ptr()},
+                                    .rstd = rstd.data_ptr(),
+                                    .workspace = workspace.data()},
                                    launch);
   if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
   if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
@@ -855,10 +882,11 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
     if (dbias) zero_elements(*dbias);
   } else {
     const bool channels_last = problem.channels_last;
-    const Tensor dense_dy = norm_layout(dy, channels_last, launch), dense_x = norm_layout(x, channels_last, launch);
-    const OptionalTensor dense_residual = norm_layout(residual, channels_last, launch);
-    const OptionalTensor dense_y = norm_layout(y, channels_last, launch);
+    const Tensor dense_dy = dense_as(dy, channels_last, launch), dense_x = dense_as(x, channels_last, launch);
+    const OptionalTensor dense_residual = dense_as(residual, channels_last, launch);
+    const OptionalTensor dense_y = dense_as(y, channels_last, launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    const Workspace workspace = workspace_of(kernels().batch_norm_act_backward_workspace, x, problem);
     kernels().batch_norm_act_backward(problem,
                                       {.dy = dense_dy.data_ptr(),
                                        .x = dense_x.data_ptr(),
@@ -871,7 +899,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
                                        .dx = pointer(dx),
                                        .dresidual = pointer(dresidual),
                                        .dweight = pointer(dweight),
-                                       .dbias = pointer(dbias)},
+                                       .dbias = pointer(dbias),
+                                       .workspace = workspace.data()},
                                       launch);
   }
   return {dx, vector(dweight, param, launch), vector(dbias, param, launch), dresidual};
@@ -899,10 +928,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_max_pool2d_forward(
     zero_elements(rstd);
     return {y.finish(launch), mean, rstd, offsets};
   }
-  const Pool2dProblem pool = pool2d_problem(x, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
+  const Pool2dProblem pool =
+      pool2d_problem(x, true, x.size(2), x.size(3), P, Q, CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
   const Tensor dense_x = nhwc(x, x.scalar_type(), launch);
   const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
   const OptionalTensor m = vector(running_mean, acc, launch), v = vector(running_var, acc, launch);
+  const Workspace workspace = workspace_of(kernels().bn_act_max_pool2d_forward_workspace, x, norm, pool);
   kernels().bn_act_max_pool2d_forward(norm, pool,
                                       {.x = dense_x.data_ptr(),
                                        .residual = nullptr,
@@ -912,7 +943,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_max_pool2d_forward(
                                        .running_var = pointer(v),
                                        .y = y.data(),
                                        .mean = mean.data_ptr(),
-                                       .rstd = rstd.data_ptr()},
+                                       .rstd = rstd.data_ptr(),
+                                       .workspace = workspace.data()},
                                       need_offsets ? offsets.data_ptr() : nullptr, launch);
   if (training && m && pointer(m) != pointer(running_mean)) copy(*m, *running_mean, launch);
   if (training && v && pointer(v) != pointer(running_var)) copy(*v, *running_var, launch);
@@ -938,10 +970,11 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_bac
     if (dweight) zero_elements(*dweight);
     if (dbias) zero_elements(*dbias);
   } else {
-    const Pool2dProblem pool =
-        pool2d_problem(x, x.size(2), x.size(3), dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS, dilation_h, dilation_w);
+    const Pool2dProblem pool = pool2d_problem(x, true, x.size(2), x.size(3), dy.size(2), dy.size(3), CNNOPS_WINDOW_ARGS,
+                                              dilation_h, dilation_w);
     const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch), dense_x = nhwc(x, x.scalar_type(), launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    const Workspace workspace = workspace_of(kernels().bn_act_max_pool2d_backward_workspace, x, norm, pool);
     kernels().bn_act_max_pool2d_backward(norm, pool,
                                          {.dy = dense_dy.data_ptr(),
                                           .x = dense_x.data_ptr(),
@@ -954,7 +987,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_bac
                                           .dx = dx ? dx->data() : nullptr,
                                           .dresidual = nullptr,
                                           .dweight = pointer(dweight),
-                                          .dbias = pointer(dbias)},
+                                          .dbias = pointer(dbias),
+                                          .workspace = workspace.data()},
                                          dense_offsets(offsets).data_ptr(), launch);
   }
   return {dx ? OptionalTensor(dx->finish(launch)) : std::nullopt, vector(dweight, param, launch),
@@ -1004,9 +1038,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& 
   if (y.numel() > 0) {
     const Tensor w2 = empty(std::array<int64_t, 2>{problem.M, problem.C}, acc, x, false);
     transpose(weight2, w2, launch);
-    const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
+    const Tensor dense_x = dense_as(x, problem.channels_last, launch);
     const OptionalTensor w1 = vector(weight1, acc, launch), b1 = vector(bias1, acc, launch);
     const OptionalTensor b2 = vector(bias2, acc, launch);
+    const Workspace workspace = workspace_of(kernels().squeeze_excite_forward_workspace, x, problem);
     kernels().squeeze_excite_forward(problem,
                                      {.x = dense_x.data_ptr(),
                                       .weight1 = pointer(w1),
@@ -1016,7 +1051,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeeze_excite_forward(const Tensor& 
                                       .y = y.data_ptr(),
                                       .pooled = pooled.data_ptr(),
                                       .hidden = hidden.data_ptr(),
-                                      .scale = scale.data_ptr()},
+                                      .scale = scale.data_ptr(),
+                                      .workspace = workspace.data()},
                                      launch);
   }
   return {y, pooled, hidden, scale};
@@ -1044,9 +1080,10 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
     const Tensor w2 = empty(matrix, acc, x, false);
     transpose(weight2, w2, launch);
     if (need_dweight2) transposed = empty(matrix, acc, x, false);
-    const Tensor dense_dy = norm_layout(dy, problem.channels_last, launch);
-    const Tensor dense_x = norm_layout(x, problem.channels_last, launch);
+    const Tensor dense_dy = dense_as(dy, problem.channels_last, launch);
+    const Tensor dense_x = dense_as(x, problem.channels_last, launch);
     const OptionalTensor w1 = vector(weight1, acc, launch);
+    const Workspace workspace = workspace_of(kernels().squeeze_excite_backward_workspace, x, problem);
     kernels().squeeze_excite_backward(problem,
                                       {.dy = dense_dy.data_ptr(),
                                        .x = dense_x.data_ptr(),
@@ -1059,7 +1096,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
                                        .dweight1 = pointer(dweight1),
                                        .dbias1 = pointer(dbias1),
                                        .dweight2 = pointer(transposed),
-                                       .dbias2 = pointer(dbias2)},
+                                       .dbias2 = pointer(dbias2),
+                                       .workspace = workspace.data()},
                                       launch);
     if (need_dweight2) transpose(*transposed, *dweight2, launch);
   }

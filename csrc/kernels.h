@@ -31,6 +31,7 @@ struct BatchNormForward {
   const void *weight, *bias;         // [C] or null
   void *running_mean, *running_var;  // [C] or null; updated when training, read otherwise
   void *y, *mean, *rstd;             // mean and rstd [C]: the statistics that were used
+  void* workspace;
 };
 
 // The epilogue's part of batch norm with running statistics, after a convolution with conv_bias:
@@ -45,6 +46,7 @@ struct BatchNormBackward {
   const void *weight, *bias, *mean, *rstd;
   void *dx, *dresidual;   // like x, or null
   void *dweight, *dbias;  // [C] or null
+  void* workspace;
 };
 
 // weight1 and weight2 are [M,C] both, the second transposed; they, the biases and all below are in the accumulation
@@ -52,15 +54,18 @@ struct BatchNormBackward {
 struct SqueezeExciteForward {
   const void *x, *weight1, *bias1, *weight2, *bias2;  // bias1 [M] and bias2 [C] may be null
   void *y, *pooled, *hidden, *scale;                  // pooled and scale [N,C], hidden [N,M] before its activation
+  void* workspace;
 };
 
 struct SqueezeExciteBackward {
   const void *dy, *x, *weight1, *weight2, *pooled, *hidden, *scale;
   void *dx, *dweight1, *dbias1, *dweight2, *dbias2;  // like what they belong to, or null
+  void* workspace;
 };
 
 struct Kernels {
-  // Scratch bytes that the calls below want in `workspace` (256-byte aligned).
+  // Scratch bytes that a call wants in `workspace` (256-byte aligned). A null one of batch norm or squeeze_excite:
+  // none.
   int64_t (*conv2d_forward_workspace)(const Conv2dProblem&, const Epilogue&);
   int64_t (*conv2d_backward_workspace)(const Conv2dProblem&, bool need_dx, bool need_dweight, bool need_dbias);
   void (*conv2d_forward)(const Conv2dProblem&, const Epilogue&, const void* x, const void* weight, void* y,
@@ -75,7 +80,7 @@ struct Kernels {
   // saved: y for none, relu, relu6 and sigmoid; z for silu and hardswish.
   void (*activation_backward)(DType, Activation, int64_t count, const void* dy, const void* saved, void* dz, Stream);
 
-  // offsets [N,P,Q,C]: r * S + s of the maximum, uint8 where R * S <= 256, else int32.
+  // offsets [N,P,Q,C], whatever x's layout: r * S + s of the maximum, uint8 where R * S <= 256, else int32.
   void (*max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, void* offsets, Stream);
   void (*max_pool2d_backward)(const Pool2dProblem&, const void* dy, const void* offsets, void* dx, Stream);
   void (*max_pool2d_indices)(const Pool2dProblem&, const void* offsets, int64_t* indices, Stream);  // h * W + w
@@ -83,8 +88,10 @@ struct Kernels {
   void (*adaptive_max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, int32_t* offsets, Stream);
   void (*adaptive_max_pool2d_backward)(const Pool2dProblem&, const void* dy, const int32_t* offsets, void* dx, Stream);
   void (*adaptive_max_pool2d_indices)(const Pool2dProblem&, const int32_t* offsets, int64_t* indices, Stream);
-  // The first index in torch's order that is no position of a P x Q plane; false if there is none.
-  bool (*max_unpool2d_misplaced)(const Unpool2dProblem&, const int64_t* indices, int64_t* found, Stream);
+  // The first index in torch's order that is no position of a P x Q plane; false if there is none. `found` is on the
+  // host, `workspace` of max_unpool2d_workspace bytes.
+  bool (*max_unpool2d_misplaced)(const Unpool2dProblem&, const int64_t* indices, int64_t* found, void* workspace,
+                                 Stream);
   void (*max_unpool2d_forward)(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y, Stream);
   void (*max_unpool2d_backward)(const Unpool2dProblem&, const void* dy, const int64_t* indices, void* dx, Stream);
   void (*avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
@@ -92,17 +99,23 @@ struct Kernels {
   void (*adaptive_avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
   void (*adaptive_avg_pool2d_backward)(const Pool2dProblem&, const void* dy, void* dx, Stream);
 
+  int64_t (*batch_norm_act_forward_workspace)(const NormProblem&) = nullptr;
+  int64_t (*batch_norm_act_backward_workspace)(const NormProblem&) = nullptr;
   void (*batch_norm_act_forward)(const NormProblem&, const BatchNormForward&, Stream);
   void (*batch_norm_act_backward)(const NormProblem&, const BatchNormBackward&, Stream);
   // A backend that has it applies Epilogue::scale in conv2d_forward.
   void (*fold_batch_norm)(DType, int64_t channels, double eps, const BatchNormFold&, Stream);
 
   // Batch norm, its activation and max_pool2d of the result: x NHWC, y and dy [N,P,Q,C], no residual.
+  int64_t (*bn_act_max_pool2d_forward_workspace)(const NormProblem&, const Pool2dProblem&) = nullptr;
+  int64_t (*bn_act_max_pool2d_backward_workspace)(const NormProblem&, const Pool2dProblem&) = nullptr;
   void (*bn_act_max_pool2d_forward)(const NormProblem&, const Pool2dProblem&, const BatchNormForward&, void* offsets,
                                     Stream);
   void (*bn_act_max_pool2d_backward)(const NormProblem&, const Pool2dProblem&, const BatchNormBackward&,
                                      const void* offsets, Stream);
 
+  int64_t (*squeeze_excite_forward_workspace)(const SqueezeExciteProblem&) = nullptr;
+  int64_t (*squeeze_excite_backward_workspace)(const SqueezeExciteProblem&) = nullptr;
   void (*squeeze_excite_forward)(const SqueezeExciteProblem&, const SqueezeExciteForward&, Stream);
   void (*squeeze_excite_backward)(const SqueezeExciteProblem&, const SqueezeExciteBackward&, Stream);
 
@@ -115,9 +128,11 @@ struct Kernels {
   // Plan as for a device of at most this architecture; 0: as the device is. For tests and benchmarks.
   void (*use_architecture)(int architecture) = nullptr;
 
-  bool conv2d_statistics = false;  // conv2d_forward fills Epilogue::mean and m2
-  bool tf32 = false;               // convolutions look at Conv2dProblem::tf32
-  bool conv2d_in_float = false;    // conv2d wants half and bfloat16 widened to float by the caller
+  int64_t max_unpool2d_workspace = 0;  // bytes
+  bool pool2d_nchw = false;            // pools take channels_last = false; otherwise the caller makes x NHWC
+  bool conv2d_statistics = false;      // conv2d_forward fills Epilogue::mean and m2
+  bool tf32 = false;                   // convolutions look at Conv2dProblem::tf32
+  bool conv2d_in_float = false;        // conv2d wants half and bfloat16 widened to float by the caller
 };
 
 // Each library holds one backend and so defines this once.

@@ -38,13 +38,15 @@ struct Conv2dProblem {
   bool tf32 = false;  // whether products of kFloat may be those of TF32, as torch's switch says on CUDA
 };
 
-// Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]. Adaptive pools use H, W, P, Q alone.
+// Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]; without channels_last [N,C,H,W], giving [N,C,P,Q].
+// Adaptive pools use H, W, P, Q alone.
 struct Pool2dProblem {
   DType dtype;
   int N, C, H, W, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   bool count_include_pad;
   int64_t divisor_override;  // 0: none
+  bool channels_last;
 };
 
 // y[n,c,indices[n,c,h,w]] = x[n,c,h,w], the planes of y [N,C,P,Q] being flat; the rest is zero. channels_last: x, y and

@@ -19,11 +19,10 @@ import helpers
 import pytest
 import torch
 from cases import Conv2dCase
+from traffic import SECTOR, SLACK, near, pieces, sectors, traffic
 
 from cnnops.backends import simt
 
-SLACK = 1.3
-SECTOR = 32
 MULTIPROCESSORS = 3  # of the emulator's device
 
 
@@ -195,25 +194,6 @@ class Moved:
 
     read: float
     written: float
-
-
-def sectors(begin: int, end: int) -> int:
-    """Bytes of the sectors that hold [begin, end)."""
-    return max(0, ceil(end / SECTOR) - begin // SECTOR) * SECTOR
-
-
-def pieces(rows: int, length: int, each: int, element: int) -> int:
-    """Bytes of the sectors of `rows` contiguous rows, whose elements are moved `each` at a time."""
-    size = length * element
-    period = min(rows, SECTOR)  # after which rows begin at the same place within a sector
-    once = [
-        sum(
-            sectors(row * size + i * element, row * size + min(i + each, length) * element)
-            for i in range(0, length, each)
-        )
-        for row in range(period)
-    ]
-    return sum(once) * (rows // period) + sum(once[: rows % period])
 
 
 def weight_slabs(layer: Layer) -> int:
@@ -464,26 +444,16 @@ def counted(layer: Layer, each: str) -> dict[str, dict[str, int]]:
         helpers.randn(case.output_shape, variant.dtype, "cpu", helpers.generator(case.id)), "channels_last"
     )
     geometry = (*case.stride, *case.padding, *case.dilation, case.groups, 0)
-    emulator = simt.module()
-    emulator.reset_counters()
-    emulator.count_accesses(True)
-    try:
-        with variant.used():
-            if each == "forward":
-                simt.function("conv2d_forward")(x, weight, None, *geometry)
-            else:
-                wanted = [each == name for name in PASSES[1:]]
-                simt.function("conv2d_backward")(dy, x, weight, *geometry, *wanted)
-        return emulator.counters()["traffic"]
-    finally:
-        emulator.count_accesses(False)
-        emulator.reset_counters()
 
+    def run() -> None:
+        if each == "forward":
+            simt.function("conv2d_forward")(x, weight, None, *geometry)
+        else:
+            wanted = [each == name for name in PASSES[1:]]
+            simt.function("conv2d_backward")(dy, x, weight, *geometry, *wanted)
 
-def near(what: str, moved: float, stated: float) -> None:
-    """Neither more, nor so little that the statement hides something."""
-    assert moved <= SLACK * stated, f"{what} {moved} bytes, {moved / stated:.2f} times the {stated:.0f} stated"
-    assert stated <= SLACK * moved, f"{what} {moved} bytes, far from the {stated:.0f} stated"
+    with variant.used():
+        return traffic(run)
 
 
 def fits_the_design(layer: Layer, each: str) -> bool:

@@ -106,6 +106,10 @@ def convert() -> None:
                 simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
 
 
+BESIDE: tuple[Callable[[], None], ...] = (convert,)
+"""What runs the kernels that belong to no convolution, on a device of any architecture."""
+
+
 def launches() -> dict[str, dict[str, int]]:
     """How each kernel is launched: its block's threads and dynamic shared bytes, at most. Runs all of them."""
     emulator = simt.module()
@@ -117,7 +121,8 @@ def launches() -> dict[str, dict[str, int]]:
             if case is REACH[0]:
                 fuse(case, dtype)
     emulator.set_device()
-    convert()
+    for run in BESIDE:
+        run()
     return dict(sorted(emulator.counters()["configurations"].items()))
 
 

@@ -78,7 +78,7 @@ void backward(const Unpool2dProblem& p, const T* dy, const int64_t* indices, T* 
 
 }  // namespace
 
-bool max_unpool2d_misplaced(const Unpool2dProblem& p, const int64_t* indices, int64_t* found, Stream) {
+bool max_unpool2d_misplaced(const Unpool2dProblem& p, const int64_t* indices, int64_t* found, void*, Stream) {
   const uint64_t outputs = static_cast<uint64_t>(p.P * p.Q);  // unsigned, a negative index is a large one
   std::atomic_flag wrong;
   for_blocks(p, [&](const Block& block) {

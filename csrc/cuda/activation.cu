@@ -7,36 +7,15 @@
 // Ownership  One thread owns 16 bytes of the result.
 // Traffic    forward: z + y; backward: dy, saved + dz, once each.
 
+#include "activation.cuh"
 #include "dtype.h"
-#include "epilogue.cuh"
 #include "launchers.h"
+#include "vector.cuh"
 
 namespace cnnops::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-// f(gradient), gradient(dy, saved) being the activation's. A masked gradient is 0 whatever dy is, as in torch.
-template <class F>
-__device__ void with_gradient(Activation activation, F&& f) {
-  switch (activation) {
-    case Activation::kNone:
-      return f([](float dy, float) { return dy; });
-    case Activation::kRelu:
-      return f([](float dy, float y) { return y <= 0 ? 0 : dy; });
-    case Activation::kRelu6:
-      return f([](float dy, float y) { return y > 0 && y < 6 ? dy : 0; });
-    case Activation::kSilu:
-      return f([](float dy, float z) {
-        const float s = 1 / (1 + expf(-z));
-        return dy * s * (1 + z * (1 - s));
-      });
-    case Activation::kHardswish:
-      return f([](float dy, float z) { return z <= -3 ? 0 : z >= 3 ? dy : dy * (z / 3 + 0.5f); });
-    case Activation::kSigmoid:
-      return f([](float dy, float y) { return dy * (1 - y) * y; });
-  }
-}
 
 // What a thread owns: kVector numbers from `first` on, of which `here` exist.
 struct Piece {
@@ -51,37 +30,16 @@ __device__ Piece piece(int64_t count) {
 }
 
 template <class T>
-__device__ Vector<T> load(const T* from, const Piece& at) {
-  if (at.here == kVector<T>) return *reinterpret_cast<const Vector<T>*>(from + at.first);
-  Vector<T> values = {};
-  CNNOPS_UNROLL
-  for (int i = 0; i < kVector<T>; ++i)
-    if (i < at.here) values.at[i] = from[at.first + i];
-  return values;
-}
-
-template <class T>
-__device__ void store(const Vector<T>& values, T* to, const Piece& at) {
-  if (at.here == kVector<T>) {
-    *reinterpret_cast<Vector<T>*>(to + at.first) = values;
-    return;
-  }
-  CNNOPS_UNROLL
-  for (int i = 0; i < kVector<T>; ++i)
-    if (i < at.here) to[at.first + i] = values.at[i];
-}
-
-template <class T>
 __global__ void __launch_bounds__(kThreads)
     activation_forward_kernel(Activation activation, int64_t count, const T* z, T* y) {
   const Piece at = piece<T>(count);
   if (at.here == 0) return;
-  Vector<T> values = load(z, at);
+  Vector<T> values = load(z + at.first, at.here);
   with_activation(activation, [&](auto activate) {
     CNNOPS_UNROLL
     for (int i = 0; i < kVector<T>; ++i) from_float(activate(to_float(values.at[i])), values.at[i]);
   });
-  store(values, y, at);
+  store(values, y + at.first, at.here);
 }
 
 template <class T>
@@ -89,14 +47,14 @@ __global__ void __launch_bounds__(kThreads)
     activation_backward_kernel(Activation activation, int64_t count, const T* dy, const T* saved, T* dz) {
   const Piece at = piece<T>(count);
   if (at.here == 0) return;
-  Vector<T> values = load(dy, at);
-  const Vector<T> kept = load(saved, at);
+  Vector<T> values = load(dy + at.first, at.here);
+  const Vector<T> kept = load(saved + at.first, at.here);
   with_gradient(activation, [&](auto gradient) {
     CNNOPS_UNROLL
     for (int i = 0; i < kVector<T>; ++i)
       from_float(gradient(to_float(values.at[i]), to_float(kept.at[i])), values.at[i]);
   });
-  store(values, dz, at);
+  store(values, dz + at.first, at.here);
 }
 
 template <class T>

@@ -7,38 +7,10 @@
 #pragma once
 
 #include "activation.cuh"
-#include "ptx.cuh"
+#include "moments.cuh"
+#include "vector.cuh"
 
 namespace cnnops::cuda {
-
-template <class T>
-constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in 16 bytes
-
-template <class T>
-struct alignas(16) Vector {
-  T at[kVector<T>];
-};
-
-// Of some values: how many, their mean, and the sum of their squared deviations from it.
-struct Moments {
-  float count = 0, mean = 0, m2 = 0;
-
-  // Welford's update, exact where a raw sum of squares would cancel. inverse is 1 / (count + 1), equal for all columns.
-  __device__ void add(float value, float inverse) {
-    const float deviation = value - mean;
-    count += 1;
-    mean += deviation * inverse;
-    m2 += deviation * (value - mean);
-  }
-  // Chan's formula.
-  __device__ void merge(const Moments& other) {
-    if (other.count == 0) return;
-    const float total = count + other.count, deviation = other.mean - mean, share = other.count / total;
-    mean += deviation * share;
-    m2 += other.m2 + deviation * deviation * count * share;
-    count = total;
-  }
-};
 
 // The scale and shift of this lane's columns, in float.
 template <class T>

@@ -207,6 +207,234 @@ void fold_batch_norm(DType dtype, int64_t channels, double eps, const BatchNormF
   call.finish();
 }
 
+int64_t x_bytes(const Pool2dProblem& p) { return int64_t{p.N} * p.C * p.H * p.W * element_bytes(p.dtype); }
+int64_t y_bytes(const Pool2dProblem& p) { return int64_t{p.N} * p.C * p.P * p.Q * element_bytes(p.dtype); }
+int64_t outputs(const Pool2dProblem& p) { return int64_t{p.N} * p.C * p.P * p.Q; }
+int64_t offsets_bytes(const Pool2dProblem& p) {
+  return outputs(p) * static_cast<int64_t>(int64_t{p.R} * p.S <= 256 ? sizeof(uint8_t) : sizeof(int32_t));
+}
+int64_t adaptive_offsets_bytes(const Pool2dProblem& p) { return outputs(p) * int64_t{sizeof(int32_t)}; }
+int64_t indices_bytes(const Pool2dProblem& p) { return outputs(p) * int64_t{sizeof(int64_t)}; }
+
+void max_pool2d_forward(const Pool2dProblem& p, const void* x, void* y, void* offsets, Stream stream) {
+  GuardedCall call("max_pool2d_forward");
+  plain.max_pool2d_forward(p, call.in("x", x, x_bytes(p)), call.out("y", y, y_bytes(p)),
+                           call.out("offsets", offsets, offsets_bytes(p)), stream);
+  call.finish();
+}
+
+void max_pool2d_backward(const Pool2dProblem& p, const void* dy, const void* offsets, void* dx, Stream stream) {
+  GuardedCall call("max_pool2d_backward");
+  plain.max_pool2d_backward(p, call.in("dy", dy, y_bytes(p)), call.in("offsets", offsets, offsets_bytes(p)),
+                            call.out("dx", dx, x_bytes(p)), stream);
+  call.finish();
+}
+
+void max_pool2d_indices(const Pool2dProblem& p, const void* offsets, int64_t* indices, Stream stream) {
+  GuardedCall call("max_pool2d_indices");
+  plain.max_pool2d_indices(p, call.in("offsets", offsets, offsets_bytes(p)),
+                           static_cast<int64_t*>(call.out("indices", indices, indices_bytes(p))), stream);
+  call.finish();
+}
+
+void adaptive_max_pool2d_forward(const Pool2dProblem& p, const void* x, void* y, int32_t* offsets, Stream stream) {
+  GuardedCall call("adaptive_max_pool2d_forward");
+  plain.adaptive_max_pool2d_forward(p, call.in("x", x, x_bytes(p)), call.out("y", y, y_bytes(p)),
+                                    static_cast<int32_t*>(call.out("offsets", offsets, adaptive_offsets_bytes(p))),
+                                    stream);
+  call.finish();
+}
+
+void adaptive_max_pool2d_backward(const Pool2dProblem& p, const void* dy, const int32_t* offsets, void* dx,
+                                  Stream stream) {
+  GuardedCall call("adaptive_max_pool2d_backward");
+  plain.adaptive_max_pool2d_backward(
+      p, call.in("dy", dy, y_bytes(p)),
+      static_cast<const int32_t*>(call.in("offsets", offsets, adaptive_offsets_bytes(p))),
+      call.out("dx", dx, x_bytes(p)), stream);
+  call.finish();
+}
+
+void adaptive_max_pool2d_indices(const Pool2dProblem& p, const int32_t* offsets, int64_t* indices, Stream stream) {
+  GuardedCall call("adaptive_max_pool2d_indices");
+  plain.adaptive_max_pool2d_indices(p,
+                                    static_cast<const int32_t*>(call.in("offsets", offsets, adaptive_offsets_bytes(p))),
+                                    static_cast<int64_t*>(call.out("indices", indices, indices_bytes(p))), stream);
+  call.finish();
+}
+
+void avg_pool2d_forward(const Pool2dProblem& p, const void* x, void* y, Stream stream) {
+  GuardedCall call("avg_pool2d_forward");
+  plain.avg_pool2d_forward(p, call.in("x", x, x_bytes(p)), call.out("y", y, y_bytes(p)), stream);
+  call.finish();
+}
+
+void avg_pool2d_backward(const Pool2dProblem& p, const void* dy, void* dx, Stream stream) {
+  GuardedCall call("avg_pool2d_backward");
+  plain.avg_pool2d_backward(p, call.in("dy", dy, y_bytes(p)), call.out("dx", dx, x_bytes(p)), stream);
+  call.finish();
+}
+
+void adaptive_avg_pool2d_forward(const Pool2dProblem& p, const void* x, void* y, Stream stream) {
+  GuardedCall call("adaptive_avg_pool2d_forward");
+  plain.adaptive_avg_pool2d_forward(p, call.in("x", x, x_bytes(p)), call.out("y", y, y_bytes(p)), stream);
+  call.finish();
+}
+
+void adaptive_avg_pool2d_backward(const Pool2dProblem& p, const void* dy, void* dx, Stream stream) {
+  GuardedCall call("adaptive_avg_pool2d_backward");
+  plain.adaptive_avg_pool2d_backward(p, call.in("dy", dy, y_bytes(p)), call.out("dx", dx, x_bytes(p)), stream);
+  call.finish();
+}
+
+int64_t x_bytes(const Unpool2dProblem& p) { return p.N * p.C * p.H * p.W * element_bytes(p.dtype); }
+int64_t y_bytes(const Unpool2dProblem& p) { return p.N * p.C * p.P * p.Q * element_bytes(p.dtype); }
+
+// The indices have strides of their own.
+const int64_t* guarded_indices(GuardedCall& call, const Unpool2dProblem& p, const int64_t* indices) {
+  const int64_t last = (p.N - 1) * p.index_stride[0] + (p.C - 1) * p.index_stride[1] + (p.H - 1) * p.index_stride[2] +
+                       (p.W - 1) * p.index_stride[3];
+  return static_cast<const int64_t*>(call.in("indices", indices, (last + 1) * int64_t{sizeof(int64_t)}));
+}
+
+bool max_unpool2d_misplaced(const Unpool2dProblem& p, const int64_t* indices, int64_t* found, void* workspace,
+                            Stream stream) {
+  GuardedCall call("max_unpool2d_misplaced");
+  const bool misplaced =
+      plain.max_unpool2d_misplaced(p, guarded_indices(call, p, indices), found,
+                                   call.scratch("workspace", workspace, plain.max_unpool2d_workspace), stream);
+  call.finish();
+  return misplaced;
+}
+
+void max_unpool2d_forward(const Unpool2dProblem& p, const void* x, const int64_t* indices, void* y, Stream stream) {
+  GuardedCall call("max_unpool2d_forward");
+  plain.max_unpool2d_forward(p, call.in("x", x, x_bytes(p)), guarded_indices(call, p, indices),
+                             call.out("y", y, y_bytes(p)), stream);
+  call.finish();
+}
+
+void max_unpool2d_backward(const Unpool2dProblem& p, const void* dy, const int64_t* indices, void* dx, Stream stream) {
+  GuardedCall call("max_unpool2d_backward");
+  plain.max_unpool2d_backward(p, call.in("dy", dy, y_bytes(p)), guarded_indices(call, p, indices),
+                              call.out("dx", dx, x_bytes(p)), stream);
+  call.finish();
+}
+
+int64_t x_bytes(const NormProblem& p) { return p.N * p.C * p.L * element_bytes(p.dtype); }
+
+template <class... Problems>
+int64_t scratch_bytes(int64_t (*workspace)(const Problems&...), const Problems&... problems) {
+  return workspace ? workspace(problems...) : 0;
+}
+
+BatchNormForward guarded_norm(GuardedCall& call, const NormProblem& p, const BatchNormForward& b, int64_t y_bytes,
+                              int64_t workspace_bytes) {
+  const int64_t bytes = p.C * accumulator_bytes(p.dtype);
+  const auto running = [&](const char* name, void* tensor) {
+    return p.training ? call.in_out(name, tensor, bytes) : const_cast<void*>(call.in(name, tensor, bytes));
+  };
+  return {call.in("x", b.x, x_bytes(p)),
+          call.in("residual", b.residual, x_bytes(p)),
+          call.in("weight", b.weight, bytes),
+          call.in("bias", b.bias, bytes),
+          running("running_mean", b.running_mean),
+          running("running_var", b.running_var),
+          call.out("y", b.y, y_bytes),
+          call.out("mean", b.mean, bytes),
+          call.out("rstd", b.rstd, bytes),
+          call.scratch("workspace", b.workspace, workspace_bytes)};
+}
+
+BatchNormBackward guarded_norm(GuardedCall& call, const NormProblem& p, const BatchNormBackward& b, int64_t dy_bytes,
+                               int64_t workspace_bytes) {
+  const int64_t bytes = p.C * accumulator_bytes(p.dtype);
+  return {call.in("dy", b.dy, dy_bytes),
+          call.in("x", b.x, x_bytes(p)),
+          call.in("residual", b.residual, x_bytes(p)),
+          call.in("y", b.y, x_bytes(p)),
+          call.in("weight", b.weight, bytes),
+          call.in("bias", b.bias, bytes),
+          call.in("mean", b.mean, bytes),
+          call.in("rstd", b.rstd, bytes),
+          call.out("dx", b.dx, x_bytes(p)),
+          call.out("dresidual", b.dresidual, x_bytes(p)),
+          call.out("dweight", b.dweight, bytes),
+          call.out("dbias", b.dbias, bytes),
+          call.scratch("workspace", b.workspace, workspace_bytes)};
+}
+
+void batch_norm_act_forward(const NormProblem& p, const BatchNormForward& b, Stream stream) {
+  GuardedCall call("batch_norm_act_forward");
+  const int64_t scratch = scratch_bytes(plain.batch_norm_act_forward_workspace, p);
+  plain.batch_norm_act_forward(p, guarded_norm(call, p, b, x_bytes(p), scratch), stream);
+  call.finish();
+}
+
+void batch_norm_act_backward(const NormProblem& p, const BatchNormBackward& b, Stream stream) {
+  GuardedCall call("batch_norm_act_backward");
+  const int64_t scratch = scratch_bytes(plain.batch_norm_act_backward_workspace, p);
+  plain.batch_norm_act_backward(p, guarded_norm(call, p, b, x_bytes(p), scratch), stream);
+  call.finish();
+}
+
+void bn_act_max_pool2d_forward(const NormProblem& p, const Pool2dProblem& pool, const BatchNormForward& b,
+                               void* offsets, Stream stream) {
+  GuardedCall call("bn_act_max_pool2d_forward");
+  const int64_t scratch = scratch_bytes(plain.bn_act_max_pool2d_forward_workspace, p, pool);
+  plain.bn_act_max_pool2d_forward(p, pool, guarded_norm(call, p, b, y_bytes(pool), scratch),
+                                  call.out("offsets", offsets, offsets_bytes(pool)), stream);
+  call.finish();
+}
+
+void bn_act_max_pool2d_backward(const NormProblem& p, const Pool2dProblem& pool, const BatchNormBackward& b,
+                                const void* offsets, Stream stream) {
+  GuardedCall call("bn_act_max_pool2d_backward");
+  const int64_t scratch = scratch_bytes(plain.bn_act_max_pool2d_backward_workspace, p, pool);
+  plain.bn_act_max_pool2d_backward(p, pool, guarded_norm(call, p, b, y_bytes(pool), scratch),
+                                   call.in("offsets", offsets, offsets_bytes(pool)), stream);
+  call.finish();
+}
+
+void squeeze_excite_forward(const SqueezeExciteProblem& p, const SqueezeExciteForward& s, Stream stream) {
+  GuardedCall call("squeeze_excite_forward");
+  const int64_t x_bytes = p.N * p.C * p.L * element_bytes(p.dtype), each = accumulator_bytes(p.dtype);
+  const SqueezeExciteForward inside{
+      call.in("x", s.x, x_bytes),
+      call.in("weight1", s.weight1, p.M * p.C * each),
+      call.in("bias1", s.bias1, p.M * each),
+      call.in("weight2", s.weight2, p.M * p.C * each),
+      call.in("bias2", s.bias2, p.C * each),
+      call.out("y", s.y, x_bytes),
+      call.out("pooled", s.pooled, p.N * p.C * each),
+      call.out("hidden", s.hidden, p.N * p.M * each),
+      call.out("scale", s.scale, p.N * p.C * each),
+      call.scratch("workspace", s.workspace, scratch_bytes(plain.squeeze_excite_forward_workspace, p))};
+  plain.squeeze_excite_forward(p, inside, stream);
+  call.finish();
+}
+
+void squeeze_excite_backward(const SqueezeExciteProblem& p, const SqueezeExciteBackward& s, Stream stream) {
+  GuardedCall call("squeeze_excite_backward");
+  const int64_t x_bytes = p.N * p.C * p.L * element_bytes(p.dtype), each = accumulator_bytes(p.dtype);
+  const SqueezeExciteBackward inside{
+      call.in("dy", s.dy, x_bytes),
+      call.in("x", s.x, x_bytes),
+      call.in("weight1", s.weight1, p.M * p.C * each),
+      call.in("weight2", s.weight2, p.M * p.C * each),
+      call.in("pooled", s.pooled, p.N * p.C * each),
+      call.in("hidden", s.hidden, p.N * p.M * each),
+      call.in("scale", s.scale, p.N * p.C * each),
+      call.out("dx", s.dx, x_bytes),
+      call.out("dweight1", s.dweight1, p.M * p.C * each),
+      call.out("dbias1", s.dbias1, p.M * each),
+      call.out("dweight2", s.dweight2, p.M * p.C * each),
+      call.out("dbias2", s.dbias2, p.C * each),
+      call.scratch("workspace", s.workspace, scratch_bytes(plain.squeeze_excite_backward_workspace, p))};
+  plain.squeeze_excite_backward(p, inside, stream);
+  call.finish();
+}
+
 // Between the elements that a copy writes there may be others, which keep their values.
 void copy(const CopyProblem& p, const void* src, void* dst, Stream stream) {
   GuardedCall call("copy");
@@ -220,13 +448,23 @@ void copy(const CopyProblem& p, const void* src, void* dst, Stream stream) {
 Kernels guarded(const Kernels& all) {
   plain = all;
   Kernels table{};
-  table.conv2d_forward_workspace = plain.conv2d_forward_workspace;
-  table.conv2d_backward_workspace = plain.conv2d_backward_workspace;
-  table.conv2d_plan = plain.conv2d_plan;
-  table.use_architecture = plain.use_architecture;
-  table.conv2d_statistics = plain.conv2d_statistics;
-  table.tf32 = plain.tf32;
-  table.conv2d_in_float = plain.conv2d_in_float;
+#define CNNOPS_AS_IT_IS(entry) table.entry = plain.entry
+  CNNOPS_AS_IT_IS(conv2d_forward_workspace);
+  CNNOPS_AS_IT_IS(conv2d_backward_workspace);
+  CNNOPS_AS_IT_IS(batch_norm_act_forward_workspace);
+  CNNOPS_AS_IT_IS(batch_norm_act_backward_workspace);
+  CNNOPS_AS_IT_IS(bn_act_max_pool2d_forward_workspace);
+  CNNOPS_AS_IT_IS(bn_act_max_pool2d_backward_workspace);
+  CNNOPS_AS_IT_IS(squeeze_excite_forward_workspace);
+  CNNOPS_AS_IT_IS(squeeze_excite_backward_workspace);
+  CNNOPS_AS_IT_IS(conv2d_plan);
+  CNNOPS_AS_IT_IS(use_architecture);
+  CNNOPS_AS_IT_IS(max_unpool2d_workspace);
+  CNNOPS_AS_IT_IS(pool2d_nchw);
+  CNNOPS_AS_IT_IS(conv2d_statistics);
+  CNNOPS_AS_IT_IS(tf32);
+  CNNOPS_AS_IT_IS(conv2d_in_float);
+#undef CNNOPS_AS_IT_IS
 #define CNNOPS_GUARDED(entry) \
   if (plain.entry) table.entry = entry
   CNNOPS_GUARDED(conv2d_forward);
@@ -234,7 +472,26 @@ Kernels guarded(const Kernels& all) {
   CNNOPS_GUARDED(conv_transpose2d_forward);
   CNNOPS_GUARDED(activation_forward);
   CNNOPS_GUARDED(activation_backward);
+  CNNOPS_GUARDED(max_pool2d_forward);
+  CNNOPS_GUARDED(max_pool2d_backward);
+  CNNOPS_GUARDED(max_pool2d_indices);
+  CNNOPS_GUARDED(adaptive_max_pool2d_forward);
+  CNNOPS_GUARDED(adaptive_max_pool2d_backward);
+  CNNOPS_GUARDED(adaptive_max_pool2d_indices);
+  CNNOPS_GUARDED(max_unpool2d_misplaced);
+  CNNOPS_GUARDED(max_unpool2d_forward);
+  CNNOPS_GUARDED(max_unpool2d_backward);
+  CNNOPS_GUARDED(avg_pool2d_forward);
+  CNNOPS_GUARDED(avg_pool2d_backward);
+  CNNOPS_GUARDED(adaptive_avg_pool2d_forward);
+  CNNOPS_GUARDED(adaptive_avg_pool2d_backward);
+  CNNOPS_GUARDED(batch_norm_act_forward);
+  CNNOPS_GUARDED(batch_norm_act_backward);
   CNNOPS_GUARDED(fold_batch_norm);
+  CNNOPS_GUARDED(bn_act_max_pool2d_forward);
+  CNNOPS_GUARDED(bn_act_max_pool2d_backward);
+  CNNOPS_GUARDED(squeeze_excite_forward);
+  CNNOPS_GUARDED(squeeze_excite_backward);
   CNNOPS_GUARDED(copy);
 #undef CNNOPS_GUARDED
   return table;
