@@ -106,7 +106,18 @@ def convert() -> None:
                 simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
 
 
-BESIDE: tuple[Callable[[], None], ...] = (convert,)
+def squeeze_excite() -> None:
+    """Channels in vectors and one by one, planes, sums in one slice and in several."""
+    forward, backward = (simt.library.function(f"squeeze_excite_{each}") for each in ("forward", "backward"))
+    for dtype in FLOATS:
+        for C, layout in ((16, torch.channels_last), (3, torch.channels_last), (3, torch.contiguous_format)):
+            x = torch.ones(1, C, 80, 80, dtype=dtype).to(memory_format=layout)
+            w1, w2 = torch.ones(4, C, dtype=dtype), torch.ones(C, 4, dtype=dtype)
+            y, *small = forward(x, w1, None, w2, None, "relu", "sigmoid")
+            backward(y, x, w1, None, w2, None, *small, "relu", "sigmoid", *[True] * 5)
+
+
+BESIDE: tuple[Callable[[], None], ...] = (convert, squeeze_excite)
 """What runs the kernels that belong to no convolution, on a device of any architecture."""
 
 

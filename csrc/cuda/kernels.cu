@@ -104,6 +104,10 @@ const Kernels& kernels() {
     t.activation_forward = cuda::activation_forward;
     t.activation_backward = cuda::activation_backward;
     t.fold_batch_norm = cuda::fold_batch_norm;
+    t.squeeze_excite_forward_workspace = cuda::squeeze_excite_forward_workspace;
+    t.squeeze_excite_backward_workspace = cuda::squeeze_excite_backward_workspace;
+    t.squeeze_excite_forward = cuda::squeeze_excite_forward;
+    t.squeeze_excite_backward = cuda::squeeze_excite_backward;
     t.copy = cuda::copy;
     t.conv2d_plan = cuda::conv2d_plan;
     t.use_architecture = cuda::use_architecture;
