@@ -121,6 +121,8 @@ def test_layers_of_networks(backend: Backend, case: SqueezeExciteCase, dtype: to
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_and_gates(backend: Backend, dtype: torch.dtype, activation: str, gate: str) -> None:
+    if not helpers.claims(backend.name, "squeeze_excite_forward", dtype):
+        return
     for case, layout in itertools.product(KINDS, LAYOUTS):
         check(inputs_of(case, dtype, layout, backend.device), activation, gate)
 
