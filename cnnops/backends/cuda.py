@@ -39,6 +39,8 @@ FUNCTIONS = {
     "conv_transpose2d_forward": ConvTranspose2dProblem,
     "conv_transpose2d_backward": ConvTranspose2dProblem,
     "activation_backward": NormProblem,
+    "batch_norm_act_forward": NormProblem,
+    "batch_norm_act_backward": NormProblem,
 }
 
 LARGEST_SUM = INT_MAX - 1024
