@@ -41,6 +41,8 @@ FUNCTIONS = {
     "activation_backward": NormProblem,
     "squeeze_excite_forward": SqueezeExciteProblem,
     "squeeze_excite_backward": SqueezeExciteProblem,
+    "batch_norm_act_forward": NormProblem,
+    "batch_norm_act_backward": NormProblem,
 }
 
 LARGEST_SUM = INT_MAX - 1024

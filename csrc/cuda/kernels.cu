@@ -103,6 +103,10 @@ const Kernels& kernels() {
     t.conv_transpose2d_forward = cuda::conv_transpose2d_forward;
     t.activation_forward = cuda::activation_forward;
     t.activation_backward = cuda::activation_backward;
+    t.batch_norm_act_forward_workspace = cuda::batch_norm_act_forward_workspace;
+    t.batch_norm_act_backward_workspace = cuda::batch_norm_act_backward_workspace;
+    t.batch_norm_act_forward = cuda::batch_norm_act_forward;
+    t.batch_norm_act_backward = cuda::batch_norm_act_backward;
     t.fold_batch_norm = cuda::fold_batch_norm;
     t.squeeze_excite_forward_workspace = cuda::squeeze_excite_forward_workspace;
     t.squeeze_excite_backward_workspace = cuda::squeeze_excite_backward_workspace;

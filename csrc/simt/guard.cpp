@@ -17,7 +17,8 @@ constexpr size_t kPage = 4096, kAlignment = 16;
 
 std::atomic<Guard> setting{Guard::kNone};
 std::mutex one_call;
-Kernels plain;
+// Filled while the library loads, maybe before this file's turn: nothing may be left to initialise.
+constinit Kernels plain{};
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
