@@ -32,6 +32,7 @@ from cnnops.geometry import (
     PADDING_MODES,
     Conv2dProblem,
     ConvTranspose2dProblem,
+    NormPool2dProblem,
     NormProblem,
     Pool2dProblem,
     SqueezeExciteProblem,
@@ -105,10 +106,12 @@ def tf32() -> Iterator[None]:
 
 def problem_of(function: str, case: Any, dtype: torch.dtype, layout: str, device: str) -> Any:
     """The problem that a case is to a backend; what `functional` does to the arguments first is of no concern here."""
-    return replace(
-        _problem_of(function, case, laid_out(torch.empty(case.x_shape, dtype=dtype, device="meta"), layout), layout),
-        device=device,
-    )
+    x = laid_out(torch.empty(case.x_shape, dtype=dtype, device="meta"), layout)
+    problem = _problem_of(function, case, x, layout)
+    if function.startswith("bn_act_max_pool2d"):
+        norm = NormProblem.of(x, None, None, None, *[x.new_empty(case.C)] * 2, False, 0.1, "none")
+        return NormPool2dProblem(*(replace(each, device=device) for each in (norm, problem)))
+    return replace(problem, device=device)
 
 
 def _problem_of(function: str, case: Any, x: Tensor, layout: str) -> Any:

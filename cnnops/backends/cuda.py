@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem, SqueezeExciteProblem
+from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormPool2dProblem, NormProblem, SqueezeExciteProblem
 from ..torch_private import tf32_allowed
 from . import YES, Support, no
 from .native import INT_MAX, Library, Problem, within_limits
@@ -39,6 +39,8 @@ FUNCTIONS = {
     "conv_transpose2d_forward": ConvTranspose2dProblem,
     "conv_transpose2d_backward": ConvTranspose2dProblem,
     "activation_backward": NormProblem,
+    "bn_act_max_pool2d_forward": NormPool2dProblem,
+    "bn_act_max_pool2d_backward": NormPool2dProblem,
     "squeeze_excite_forward": SqueezeExciteProblem,
     "squeeze_excite_backward": SqueezeExciteProblem,
     "batch_norm_act_forward": NormProblem,

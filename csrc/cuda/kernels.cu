@@ -108,6 +108,10 @@ const Kernels& kernels() {
     t.batch_norm_act_forward = cuda::batch_norm_act_forward;
     t.batch_norm_act_backward = cuda::batch_norm_act_backward;
     t.fold_batch_norm = cuda::fold_batch_norm;
+    t.bn_act_max_pool2d_forward_workspace = cuda::bn_act_max_pool2d_forward_workspace;
+    t.bn_act_max_pool2d_backward_workspace = cuda::bn_act_max_pool2d_backward_workspace;
+    t.bn_act_max_pool2d_forward = cuda::bn_act_max_pool2d_forward;
+    t.bn_act_max_pool2d_backward = cuda::bn_act_max_pool2d_backward;
     t.squeeze_excite_forward_workspace = cuda::squeeze_excite_forward_workspace;
     t.squeeze_excite_backward_workspace = cuda::squeeze_excite_backward_workspace;
     t.squeeze_excite_forward = cuda::squeeze_excite_forward;
