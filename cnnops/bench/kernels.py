@@ -106,7 +106,19 @@ def convert() -> None:
                 simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
 
 
-BESIDE: tuple[Callable[[], None], ...] = (convert,)
+def normalize() -> None:
+    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics."""
+    forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
+    for dtype in FLOATS:
+        for channels in (8, 3):
+            x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+            for training in (True, False):
+                state = torch.zeros(channels), torch.ones(channels)
+                y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
+                backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
+
+
+BESIDE: tuple[Callable[[], None], ...] = (convert, normalize)
 """What runs the kernels that belong to no convolution, on a device of any architecture."""
 
 
