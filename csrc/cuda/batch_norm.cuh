@@ -103,6 +103,23 @@ struct SweepPart {
   }
 };
 
+// What an array [C] has for each of a thread's elements: all the same where they are of one channel. A null one: what
+// stands for it.
+template <int kWidth>
+__device__ __forceinline__ void load_channels(const Sweep& s, const SweepPart& part, const float* array,
+                                              float otherwise, float (&values)[kWidth]) {
+  constexpr int kEach = kWidth < kVector<float> ? 1 : kVector<float>;
+  const bool whole = array && s.unit_channels == kWidth;
+  const float one = array && !whole ? array[part.channel] : otherwise;
+  CNNOPS_UNROLL
+  for (int i = 0; i < kWidth; i += kEach) {
+    Vector<float> some = {};
+    if (whole) some = load(array + part.channel + i, kEach);
+    CNNOPS_UNROLL
+    for (int k = 0; k < kEach; ++k) values[i + k] = whole ? some.at[k] : one;
+  }
+}
+
 // f(offsets) for all pieces of the part, kAhead at a time, so that as many loads are under way.
 template <int kAhead, class F>
 __device__ __forceinline__ void for_pieces(const Sweep& s, SweepPart part, F&& f) {
