@@ -88,9 +88,10 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
           if (residual) z += to_float(added[k].at[i]);
           from_float(activate(z), values[k].at[i]);
         }
-        store(values[k], y + offsets[k], kWidth);
       }
     });
+    CNNOPS_UNROLL
+    for (int k = 0; k < kCount; ++k) store(values[k], y + offsets[k], kWidth);
   });
 }
 
