@@ -113,7 +113,7 @@ class Sweep:
         N, C, H, W = case.shape
         width = 16 // dtype.itemsize
         units, count = (C // width, N * H * W) if layout == "channels_last" else (C, N * H * W // width)
-        columns = ceil(units / ceil(units / 32)) if layout == "channels_last" else 1
+        columns = 1 if layout == "nchw" else units if units <= 32 else ceil(units / ceil(units / 32) / 2) * 2
         rows, tiles = 256 // columns, ceil(units / columns)
         least = max(ceil(count / max(1, blocks // tiles)), min(count, max(128, rows * 4)))
         return cls(columns, tiles, ceil(count / (ceil(least / rows) * rows)))
