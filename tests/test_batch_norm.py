@@ -229,6 +229,8 @@ def check_twice(case: NormCase, inputs: helpers.Tensors, state: State, activatio
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 def test_batch_norm_act(backend: Backend, case: NormCase, dtype: torch.dtype, activation: str, residual: bool) -> None:
+    if not helpers.claims(backend.name, "batch_norm_act_forward", dtype):
+        return
     for layout in LAYOUTS:
         inputs, state = inputs_of(case, dtype, layout, backend.device, residual)
         check_batch_norm_act(case, inputs, state, activation)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,31 @@ def convert() -> None:
                 simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
 
 
+def normalize() -> None:
+    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics."""
+    forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
+    for dtype in FLOATS:
+        for channels in (8, 3):
+            x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+            for training in (True, False):
+                state = torch.zeros(channels), torch.ones(channels)
+                y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
+                backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
+
+
+def pool_normalized() -> None:
+    """Batch norm with a max pool, in every dtype, its channels in whole vectors and not, its offsets short and long."""
+    forward, backward = (simt.library.function(f"bn_act_max_pool2d_{each}") for each in ("forward", "backward"))
+    for dtype in FLOATS:
+        for channels, kernel in itertools.product((8, 3), (2, 17)):
+            x, ones = torch.ones(1, channels, 18, 18, dtype=dtype), torch.ones(channels)
+            window = (kernel, kernel, 2, 2, 0, 0, 1, 1)
+            y, mean, rstd, offsets = forward(
+                x, ones, ones, None, None, True, 0.1, 1e-5, "relu", *window, False, True
+            )
+            backward(y, offsets, x, ones, ones, mean, rstd, True, 1e-5, "relu", *window, *[True] * 3)
+
+
 def squeeze_excite() -> None:
     """Channels in vectors and one by one, planes, sums in one slice and in several."""
     forward, backward = (simt.library.function(f"squeeze_excite_{each}") for each in ("forward", "backward"))
@@ -117,7 +143,7 @@ def squeeze_excite() -> None:
             backward(y, x, w1, None, w2, None, *small, "relu", "sigmoid", *[True] * 5)
 
 
-BESIDE: tuple[Callable[[], None], ...] = (convert, squeeze_excite)
+BESIDE: tuple[Callable[[], None], ...] = (convert, normalize, pool_normalized, squeeze_excite)
 """What runs the kernels that belong to no convolution, on a device of any architecture."""
 
 

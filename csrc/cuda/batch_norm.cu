@@ -50,18 +50,17 @@ struct Parameters {
   const float *mean, *rstd, *weight, *bias;
 };
 
-// What each of a thread's elements has of its channel: all the same where they are of one.
-template <int kWidth, class T, class Of>
-__device__ __forceinline__ void of_channels(const Sweep& s, const SweepPart& part, T (&each)[kWidth], Of&& of) {
-  each[0] = of(part.channel);
-  CNNOPS_UNROLL
-  for (int i = 1; i < kWidth; ++i) each[i] = i < s.unit_channels ? of(part.channel + i) : each[0];
-}
-
+// The maps of a thread's elements.
 template <int kWidth>
 __device__ __forceinline__ void load_maps(const Sweep& s, const SweepPart& part, const Parameters& p,
                                           BatchNormMap (&maps)[kWidth]) {
-  of_channels(s, part, maps, [&](int64_t c) { return batch_norm_map(c, p.mean, p.rstd, p.weight, p.bias); });
+  float mean[kWidth], rstd[kWidth], weight[kWidth], bias[kWidth];
+  load_channels(s, part, p.mean, 0, mean);
+  load_channels(s, part, p.rstd, 0, rstd);
+  load_channels(s, part, p.weight, 1, weight);
+  load_channels(s, part, p.bias, 0, bias);
+  CNNOPS_UNROLL
+  for (int i = 0; i < kWidth; ++i) maps[i] = {mean[i], rstd[i] * weight[i], bias[i]};
 }
 
 template <class T, int kWidth>
@@ -89,9 +88,10 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
           if (residual) z += to_float(added[k].at[i]);
           from_float(activate(z), values[k].at[i]);
         }
-        store(values[k], y + offsets[k], kWidth);
       }
     });
+    CNNOPS_UNROLL
+    for (int k = 0; k < kCount; ++k) store(values[k], y + offsets[k], kWidth);
   });
 }
 
@@ -167,23 +167,26 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
   load_maps(s, part, parameters, maps);
-  BatchNormShares taken[kWidth] = {};
-  if (shares) of_channels(s, part, taken, [&](int64_t c) { return batch_norm_shares(c, channels, shares); });
+  float dz_share[kWidth], x_share[kWidth];
+  load_channels(s, part, shares, 0, dz_share);
+  load_channels(s, part, shares ? shares + channels : nullptr, 0, x_share);
   for_pieces<kGradientAhead>(s, part, [&](const auto& offsets) {
-    for_gradients(from, shares && dx, maps, offsets,
-                  [&](int64_t offset, const float (&dz)[kWidth], const float (&x)[kWidth]) {
-                    Vector<T> out;
-                    if (dresidual) {
-                      CNNOPS_UNROLL
-                      for (int i = 0; i < kWidth; ++i) from_float(dz[i], out.at[i]);
-                      store(out, dresidual + offset, kWidth);
-                    }
-                    if (!dx) return;
-                    CNNOPS_UNROLL
-                    for (int i = 0; i < kWidth; ++i)
-                      from_float(shares ? taken[i].dx(maps[i], dz[i], x[i]) : dz[i] * maps[i].scale, out.at[i]);
-                    store(out, dx + offset, kWidth);
-                  });
+    for_gradients(
+        from, shares && dx, maps, offsets, [&](int64_t offset, const float (&dz)[kWidth], const float (&x)[kWidth]) {
+          Vector<T> out;
+          if (dresidual) {
+            CNNOPS_UNROLL
+            for (int i = 0; i < kWidth; ++i) from_float(dz[i], out.at[i]);
+            store(out, dresidual + offset, kWidth);
+          }
+          if (!dx) return;
+          CNNOPS_UNROLL
+          for (int i = 0; i < kWidth; ++i)
+            from_float(
+                shares ? BatchNormShares{dz_share[i], x_share[i]}.dx(maps[i], dz[i], x[i]) : dz[i] * maps[i].scale,
+                out.at[i]);
+          store(out, dx + offset, kWidth);
+        });
   });
 }
 

@@ -48,8 +48,8 @@ struct GradientSums {
 
 // A sweep moves x in pieces: `width` elements that follow each other, of as many channels in [N,L,C] and of one channel
 // in [N,C,L]. The pieces of the same channels are a unit: runs of `length` pieces, `count` in all. A block owns
-// `columns` units that lie side by side, a power of two, and a slice of the pieces of each; its threads are `rows` rows
-// of one thread for each column.
+// `columns` units that lie side by side, and a slice of the pieces of each; its threads are `rows` rows of one thread
+// for each column, and a few that own nothing.
 constexpr int kSweepThreads = 256;
 constexpr int kSummingBlocks = 4;  // for each multiprocessor, of sweeps that sum up
 
@@ -78,7 +78,7 @@ struct SweepPart {
 
   __device__ explicit SweepPart(const Sweep& s) {
     const Split block = split(blockIdx.x, s.tiles);
-    column = static_cast<int>(threadIdx.x) & (s.columns - 1);
+    column = static_cast<int>(threadIdx.x) % s.columns;
     row = static_cast<int>(threadIdx.x) / s.columns;
     slice = block.quotient;
     const int64_t unit = block.remainder * s.columns + column, pieces = s.pieces(slice);
@@ -86,7 +86,7 @@ struct SweepPart {
     channel = unit * s.unit_channels;
     in_run = first.remainder;
     offset = unit * s.unit_stride + first.quotient * s.run_stride + in_run * s.stride;
-    left = unit < s.units && row < pieces ? (pieces - row - 1) / s.rows + 1 : 0;
+    left = unit < s.units && row < s.rows && row < pieces ? (pieces - row - 1) / s.rows + 1 : 0;
   }
 
   // The offset of the next piece.
@@ -102,6 +102,23 @@ struct SweepPart {
     return here;
   }
 };
+
+// What an array [C] has for each of a thread's elements: all the same where they are of one channel. A null one: what
+// stands for it.
+template <int kWidth>
+__device__ __forceinline__ void load_channels(const Sweep& s, const SweepPart& part, const float* array,
+                                              float otherwise, float (&values)[kWidth]) {
+  constexpr int kEach = kWidth < kVector<float> ? 1 : kVector<float>;
+  const bool whole = array && s.unit_channels == kWidth;
+  const float one = array && !whole ? array[part.channel] : otherwise;
+  CNNOPS_UNROLL
+  for (int i = 0; i < kWidth; i += kEach) {
+    Vector<float> some = {};
+    if (whole) some = load(array + part.channel + i, kEach);
+    CNNOPS_UNROLL
+    for (int k = 0; k < kEach; ++k) values[i + k] = whole ? some.at[k] : one;
+  }
+}
 
 // f(offsets) for all pieces of the part, kAhead at a time, so that as many loads are under way.
 template <int kAhead, class F>
@@ -129,18 +146,18 @@ __device__ __forceinline__ void merge_block(const Sweep& s, const SweepPart& par
     CNNOPS_UNROLL
     for (int i = 1; i < kWidth; ++i) mine[0].merge(mine[i]);
   }
-  for (int half = s.rows / 2; half > 0; half /= 2) {
-    const int place = (part.row & (half - 1)) * s.columns + part.column;
-    if (part.row >= half && part.row < 2 * half) {
+  for (int rows = s.rows, half; rows > 1; rows = half) {
+    half = (rows + 1) / 2;
+    if (part.row >= half && part.row < rows) {
       CNNOPS_UNROLL
       for (int i = 0; i < kWidth; ++i)
-        if (i < s.unit_channels) parts[i][place] = mine[i];
+        if (i < s.unit_channels) parts[i][(part.row - half) * s.columns + part.column] = mine[i];
     }
     __syncthreads();
-    if (part.row < half) {
+    if (part.row < rows - half) {
       CNNOPS_UNROLL
       for (int i = 0; i < kWidth; ++i)
-        if (i < s.unit_channels) mine[i].merge(parts[i][place]);
+        if (i < s.unit_channels) mine[i].merge(parts[i][part.row * s.columns + part.column]);
     }
     __syncthreads();
   }

@@ -11,7 +11,6 @@
 // Traffic    x once, 16 bytes of parts for each channel of a slice, and the results.
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "batch_norm.cuh"
@@ -109,7 +108,9 @@ Sweep make_sweep(const NormProblem& p, int64_t blocks) {
     s.count = s.length = p.N * p.L;
     s.stride = p.C;
     s.run_stride = s.length * s.stride;
-    s.columns = static_cast<int>(std::min<int64_t>(kWarp, std::bit_ceil(static_cast<uint64_t>(s.units))));
+    // Tiles are about equal, so that the last one's lanes are busy, too, and of whole sectors.
+    const int64_t tiles = ceil_div(s.units, kWarp);
+    s.columns = static_cast<int>(tiles == 1 ? s.units : ceil_div(s.units, 2 * tiles) * 2);
   } else {
     s.units = p.C;
     s.unit_stride = contiguous;

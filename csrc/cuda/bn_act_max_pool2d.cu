@@ -123,10 +123,16 @@ __device__ __forceinline__ void store_offsets(const int (&taps)[kWidth], uint8_t
 struct Parameters {
   const float *mean, *rstd, *weight, *bias;
 
+  // The maps of a thread's channels.
   template <int kWidth>
-  __device__ void load_maps(int64_t c, BatchNormMap (&maps)[kWidth]) const {
+  __device__ __forceinline__ void load_maps(const Sweep& s, const SweepPart& part, BatchNormMap (&maps)[kWidth]) const {
+    float means[kWidth], rstds[kWidth], weights[kWidth], biases[kWidth];
+    load_channels(s, part, mean, 0, means);
+    load_channels(s, part, rstd, 0, rstds);
+    load_channels(s, part, weight, 1, weights);
+    load_channels(s, part, bias, 0, biases);
     CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; ++k) maps[k] = batch_norm_map(c + k, mean, rstd, weight, bias);
+    for (int k = 0; k < kWidth; ++k) maps[k] = {means[k], rstds[k] * weights[k], biases[k]};
   }
 };
 
@@ -139,7 +145,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   SweepPart part(s);
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
-  parameters.load_maps(part.channel, maps);
+  parameters.load_maps(s, part, maps);
   const int width = static_cast<int>(window.cols.kernel);
   with_activation(activation, [&](auto activate) {
     while (part.left > 0) {
@@ -247,7 +253,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   GradientSums mine[kWidth];
   if (part.left > 0) {
     BatchNormMap maps[kWidth];
-    parameters.load_maps(part.channel, maps);
+    parameters.load_maps(s, part, maps);
     from.for_pieces_of(s, part, true, maps, [&](int64_t, const float (&dz)[kWidth], const float (&x)[kWidth]) {
       CNNOPS_UNROLL
       for (int k = 0; k < kWidth; ++k) {
@@ -271,17 +277,16 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   const SweepPart part(s);
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
-  parameters.load_maps(part.channel, maps);
-  BatchNormShares taken[kWidth] = {};
-  if (shares) {
-    CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; ++k) taken[k] = batch_norm_shares(part.channel + k, from.window.C, shares);
-  }
+  parameters.load_maps(s, part, maps);
+  float dz_shares[kWidth], x_shares[kWidth];
+  load_channels(s, part, shares, 0, dz_shares);
+  load_channels(s, part, shares ? shares + from.window.C : nullptr, 0, x_shares);
   from.for_pieces_of(s, part, shares, maps, [&](int64_t at, const float (&dz)[kWidth], const float (&x)[kWidth]) {
     Vector<T> out = {};
     CNNOPS_UNROLL
     for (int k = 0; k < kWidth; ++k)
-      from_float(shares ? taken[k].dx(maps[k], dz[k], x[k]) : dz[k] * maps[k].scale, out.at[k]);
+      from_float(shares ? BatchNormShares{dz_shares[k], x_shares[k]}.dx(maps[k], dz[k], x[k]) : dz[k] * maps[k].scale,
+                 out.at[k]);
     store(out, dx + at, kWidth);
   });
 }

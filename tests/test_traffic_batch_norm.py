@@ -1,0 +1,159 @@
+"""What batch norm moves, as the emulator counts it, is near the least that it can move.
+
+DRAM's part: forward, x for the statistics, then x (+ residual) + y; backward, dy and x (+ y or residual) for the sums,
+then the same + dx (+ dresidual); with fixed statistics, x (+ residual) + y, and backward the two sweeps. L2's part: the
+same, and what each thread loads of its channels' parameters. The shapes are not among tests/cases.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from types import ModuleType
+
+import helpers
+import pytest
+import torch
+from traffic import SECTOR, near, traffic
+
+from cnnops.backends import simt
+
+DRAM_SLACK = 1.15
+LEAST_EFFICIENCY = 0.9
+SUMMING_BLOCKS, MAPPING_BLOCKS = 3 * 4, 3 * 8
+"""Of a sweep, at most: the emulator's device has 3 multiprocessors."""
+
+Moved = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, int, int, int]
+    activation: str = "relu"
+    residual: bool = False
+    training: bool = True
+
+    @property
+    def id(self) -> str:
+        extras = ("residual",) * self.residual + ("eval",) * (not self.training)
+        return "-".join(("x".join(map(str, self.shape)), self.activation, *extras))
+
+
+CASES = (
+    Case((3, 64, 18, 20)),
+    Case((3, 48, 28, 16), "none"),
+    Case((5, 144, 12, 12), "silu"),
+    Case((3, 80, 16, 18), "relu", residual=True),
+    Case((2, 272, 16, 12), "hardswish", residual=True),
+    Case((3, 96, 16, 16), "relu6", training=False),
+)
+EVERY = pytest.mark.parametrize(
+    ("case", "dtype", "layout"),
+    [
+        pytest.param(case, dtype, layout, id=f"{case.id}-{str(dtype)[6:]}-{layout}")
+        for case in CASES
+        for dtype in (torch.bfloat16, torch.float32)
+        for layout in ("channels_last", "nchw")
+    ],
+)
+
+
+def moved(case: Case, dtype: torch.dtype, layout: str) -> tuple[Moved, Moved]:
+    """By the forward and the backward pass, with every result asked for that there is."""
+    random = helpers.generator(case.id)
+    C = case.shape[1]
+    x, dy, other = (helpers.laid_out(helpers.randn(case.shape, dtype, "cpu", random), layout) for _ in range(3))
+    weight, bias, mean, var = (helpers.randn((C,), torch.float32, "cpu", random) for _ in range(4))
+    residual = other if case.residual else None
+    forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
+    results: list[torch.Tensor] = []
+    there = traffic(
+        lambda: results.extend(
+            forward(x, weight, bias, residual, mean, var.square(), case.training, 0.1, 1e-5, case.activation)
+        )
+    )
+    y, used_mean, rstd = results
+    read_off_y = case.residual and case.activation == "relu"
+    kept = (None, y) if read_off_y else (residual, None)
+    back = traffic(
+        lambda: backward(
+            *(dy, x, weight, bias, *kept, used_mean, rstd, case.training, 1e-5, case.activation),
+            *(True, True, True, case.residual),
+        )
+    )
+    return there, back
+
+
+def tensors(case: Case) -> dict[str, tuple[int, int]]:
+    """How many tensors like x each kernel that sweeps over x reads and writes."""
+    fused = case.residual and case.activation != "none"
+    reads_x = case.training or case.activation != "none"
+    sweeps = {
+        "batch_norm_forward_kernel": (1 + case.residual, 1),
+        "batch_norm_sums_kernel": (2 + fused, 0),
+        "batch_norm_backward_kernel": (1 + reads_x + fused, 1 + case.residual),
+    }
+    return {"batch_moments_kernel": (1, 0), **sweeps} if case.training else sweeps
+
+
+def bytes_of(case: Case, dtype: torch.dtype) -> int:
+    return prod(case.shape) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How make_sweep of csrc/cuda/batch_norm_sums.cu cuts x."""
+
+    columns: int
+    tiles: int
+    slices: int
+
+    @classmethod
+    def of(cls, case: Case, dtype: torch.dtype, layout: str, blocks: int) -> Sweep:
+        N, C, H, W = case.shape
+        width = 16 // dtype.itemsize
+        units, count = (C // width, N * H * W) if layout == "channels_last" else (C, N * H * W // width)
+        columns = 1 if layout == "nchw" else units if units <= 32 else ceil(units / ceil(units / 32) / 2) * 2
+        rows, tiles = 256 // columns, ceil(units / columns)
+        least = max(ceil(count / max(1, blocks // tiles)), min(count, max(128, rows * 4)))
+        return cls(columns, tiles, ceil(count / (ceil(least / rows) * rows)))
+
+
+def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str) -> float:
+    """The L2 bytes of a sweep: beside the tensors, the parameters that each warp loads, and the sums of a block.
+
+    In [N,L,C] a thread loads an array's values for its channels by 16 bytes, with neighbours 16 or 32 bytes away; in
+    [N,C,L] one number for the whole warp.
+    """
+    arrays = {"batch_moments_kernel": 0, "batch_norm_backward_kernel": 4 + 2 * case.training}.get(kernel, 4)
+    sums = kernel in ("batch_moments_kernel", "batch_norm_sums_kernel")
+    sweep = Sweep.of(case, dtype, layout, SUMMING_BLOCKS if sums else MAPPING_BLOCKS)
+    if layout == "channels_last":
+        loaded, left = sweep.columns * (64 if dtype.itemsize == 2 else 16), 4
+    else:
+        loaded = left = SECTOR
+    parameters = sweep.tiles * sweep.slices * 8 * loaded * arrays
+    return (
+        sum(tensors(case)[kernel]) * bytes_of(case, dtype) + parameters + 2 * sums * sweep.slices * case.shape[1] * left
+    )
+
+
+@EVERY
+def test_each_pass_moves_the_least(emulator: ModuleType, case: Case, dtype: torch.dtype, layout: str) -> None:
+    for name, kernels in zip(("forward", "backward"), moved(case, dtype, layout), strict=True):
+        sweeps = {
+            kernel.split("<")[0]: counted
+            for kernel, counted in kernels.items()
+            if kernel.split("<")[0] in tensors(case)
+        }
+        assert len(sweeps) == (2 if case.training or name == "backward" else 1)
+        floor = sum(sum(tensors(case)[kernel]) for kernel in sweeps) * bytes_of(case, dtype)
+        dram = sum(counted["dram_read_bytes"] + counted["dram_write_bytes"] for counted in kernels.values())
+        near(f"{name}: DRAM", dram, floor, DRAM_SLACK)
+        for kernel, counted in sweeps.items():
+            l2 = (counted["global_read_sectors"] + counted["global_write_sectors"]) * SECTOR
+            near(f"{kernel}: L2", l2, stated(case, dtype, layout, kernel))
+        for way in ("read", "write"):
+            used = sum(counted[f"global_{way}_bytes"] for counted in kernels.values())
+            fetched = sum(counted[f"global_{way}_sectors"] for counted in kernels.values()) * SECTOR
+            assert used >= LEAST_EFFICIENCY * fetched, f"{name}: {used / fetched:.2f} of the sectors of its {way}s"
