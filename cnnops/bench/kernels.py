@@ -126,9 +126,7 @@ def pool_normalized() -> None:
         for channels, kernel in itertools.product((8, 3), (2, 17)):
             x, ones = torch.ones(1, channels, 18, 18, dtype=dtype), torch.ones(channels)
             window = (kernel, kernel, 2, 2, 0, 0, 1, 1)
-            y, mean, rstd, offsets = forward(
-                x, ones, ones, None, None, True, 0.1, 1e-5, "relu", *window, False, True
-            )
+            y, mean, rstd, offsets = forward(x, ones, ones, None, None, True, 0.1, 1e-5, "relu", *window, False, True)
             backward(y, offsets, x, ones, ones, mean, rstd, True, 1e-5, "relu", *window, *[True] * 3)
 
 

@@ -27,7 +27,6 @@ namespace cnnops::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kColumns = 32;    // vectors of channels that a block owns, at most
 constexpr int kSteps = 8;       // positions that a thread visits in a slice of a sum at least, and in a slice of y
 constexpr int kBlocksEach = 8;  // of sums, that a multiprocessor should have where slices can give them
 
@@ -85,14 +84,16 @@ __global__ void __launch_bounds__(kThreads) squeeze_excite_finish_sums_kernel(Su
   sums.finish(plane, sum);
 }
 
-// How [N,L,C] is cut. A block owns `width` columns of kWidth channels, and threads share its positions: `rows` at once.
+// How [N,L,C] is cut. A block owns `width` columns of kWidth channels, no more channels than it has threads, and these
+// share its positions: `rows` at once.
 struct Positions {
   int64_t L, C, tiles;
   Slices slices;
   int width, rows;
 
   Positions(const SqueezeExciteProblem& p, int channels_each) : L(p.L), C(p.C) {
-    const int64_t columns = ceil_div(p.C, channels_each), even = ceil_div(columns, 2 * ceil_div(columns, kColumns)) * 2;
+    const int64_t columns = ceil_div(p.C, channels_each), most = kThreads / channels_each;
+    const int64_t even = ceil_div(columns, 2 * ceil_div(columns, most)) * 2;
     width = static_cast<int>(std::min(columns, even));  // an even number of 16 bytes is one of sectors
     rows = kThreads / width;
     tiles = ceil_div(columns, width);
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kWidth, bool kShift>
 __global__ void __launch_bounds__(kThreads)
     squeeze_excite_scale_positions_kernel(Positions cut, const T* x, const float* scale, const float* shift, T* y) {
-  using Channels = float[kColumns * kWidth];
+  using Channels = float[kThreads];
   CNNOPS_SHARED(Channels, scales);
   CNNOPS_SHARED(Channels, shifts);
   const Share<kWidth> share(cut);
