@@ -255,6 +255,35 @@ def test_relu_keeps_nan_and_negative_zero(backend: Backend) -> None:
 
 
 @on("batch_norm_act_forward")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 272, 9, 7), (2, 24, 40, 33), (5, 3, 31, 17), (2, 1, 29, 31), (600, 40, 1, 1)], ids=str
+)
+def test_integers_are_exact(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
+    """With mean 0, variance 1 and eps 0 nothing rounds on the way: a sum that misses an element, or has one twice, shows."""
+    if not helpers.claims(backend.name, "batch_norm_act_forward", dtype):
+        return
+    random = helpers.generator(str(shape))
+    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = (helpers.integers(shape[1:2], vectors, backend.device, random) for _ in range(2))
+    state = torch.zeros_like(weight), torch.ones_like(weight)
+    case = NormCase("integers", shape[0], shape[1], shape[2:], training=False, eps=0.0)
+    for layout in LAYOUTS:
+        x, residual, dy = (
+            helpers.laid_out(helpers.integers(shape, dtype, backend.device, random), layout) for _ in range(3)
+        )
+        for inputs in ([x, weight, bias, None], [x, weight, bias, residual]):
+            got = helpers.evaluate(fused(case, "relu", state), inputs, dy)
+            exact_state = tuple(t.cpu().double() for t in state)
+            reference = helpers.evaluate(
+                composed(case, "relu", exact_state), *helpers.mapped(lambda t: t, (inputs, dy))
+            )
+            names = helpers.result_names(NAMES, inputs)
+            for name, ours, theirs in zip(names, got, reference, strict=True):
+                assert_exact(ours.cpu(), theirs.to(ours.dtype).double(), name)
+
+
+@on("batch_norm_act_forward")
 def test_every_subset_of_gradients(backend: Backend) -> None:
     """What is computed beside a gradient does not change it."""
     case = KINDS[0]

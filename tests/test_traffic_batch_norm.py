@@ -20,8 +20,9 @@ from cnnops.backends import simt
 
 DRAM_SLACK = 1.15
 LEAST_EFFICIENCY = 0.9
-SUMMING_BLOCKS, MAPPING_BLOCKS = 3 * 4, 3 * 8
-"""Of a sweep, at most: the emulator's device has 3 multiprocessors."""
+BLOCKS = {"batch_moments_kernel": 3 * 3, "batch_norm_sums_kernel": 3 * 4}
+MAPPING_BLOCKS = 3 * 8
+"""Of a sweep that sums up and of others, about: the emulator's device has 3 multiprocessors."""
 
 Moved = dict[str, dict[str, int]]
 
@@ -126,16 +127,14 @@ def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str) -> float:
     [N,C,L] one number for the whole warp.
     """
     arrays = {"batch_moments_kernel": 0, "batch_norm_backward_kernel": 4 + 2 * case.training}.get(kernel, 4)
-    sums = kernel in ("batch_moments_kernel", "batch_norm_sums_kernel")
-    sweep = Sweep.of(case, dtype, layout, SUMMING_BLOCKS if sums else MAPPING_BLOCKS)
+    sweep = Sweep.of(case, dtype, layout, BLOCKS.get(kernel, MAPPING_BLOCKS))
     if layout == "channels_last":
         loaded, left = sweep.columns * (64 if dtype.itemsize == 2 else 16), 4
     else:
         loaded = left = SECTOR
     parameters = sweep.tiles * sweep.slices * 8 * loaded * arrays
-    return (
-        sum(tensors(case)[kernel]) * bytes_of(case, dtype) + parameters + 2 * sums * sweep.slices * case.shape[1] * left
-    )
+    sums = 2 * sweep.slices * case.shape[1] * left if kernel in BLOCKS else 0
+    return sum(tensors(case)[kernel]) * bytes_of(case, dtype) + parameters + sums
 
 
 @EVERY

@@ -51,7 +51,7 @@ struct GradientSums {
 // `columns` units that lie side by side, and a slice of the pieces of each; its threads are `rows` rows of one thread
 // for each column, and a few that own nothing.
 constexpr int kSweepThreads = 256;
-constexpr int kSummingBlocks = 4;  // for each multiprocessor, of sweeps that sum up
+constexpr int kSummingBlocks = 4;  // for each multiprocessor, of sweeps that sum gradients: two rounds of two
 
 struct Sweep {
   int64_t units, unit_stride;  // in elements

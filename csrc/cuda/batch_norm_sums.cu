@@ -21,11 +21,12 @@ namespace cnnops::cuda {
 namespace {
 
 constexpr int kAhead = 4;
+constexpr int kMomentsBlocks = 3;  // that a multiprocessor holds, and all of them run at once
 constexpr int kMergeThreads = kMergeChannels * kMergeShares;
 
 // partial[slice][mean, m2][C]
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kSweepThreads, 3)
+__global__ void __launch_bounds__(kSweepThreads, kMomentsBlocks)
     batch_moments_kernel(Sweep s, int64_t channels, const T* x, float* partial) {
   const SweepPart part(s);
   Moments mine[kWidth];
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   shares[p.C + c] = spread * rstd[c] / count;
 }
 
-Sweep moments_sweep(const NormProblem& p) { return make_sweep(p, int64_t{kSummingBlocks} * device().multiprocessors); }
+Sweep moments_sweep(const NormProblem& p) { return make_sweep(p, int64_t{kMomentsBlocks} * device().multiprocessors); }
 
 }  // namespace
 
