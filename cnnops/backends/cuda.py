@@ -49,6 +49,8 @@ FUNCTIONS = {
     "adaptive_max_pool2d_indices": Pool2dProblem,
     "adaptive_avg_pool2d_forward": Pool2dProblem,
     "adaptive_avg_pool2d_backward": Pool2dProblem,
+    "max_unpool2d_forward": Pool2dProblem,
+    "max_unpool2d_backward": Pool2dProblem,
 }
 
 LARGEST_SUM = INT_MAX - 1024
@@ -170,6 +172,8 @@ def supports(function: str, problem: Problem) -> Support:
         window = problem.R * problem.S or problem.H * problem.W  # an adaptive window has no more taps than the input
         if window > INT_MAX:
             return no(f"a window of {window} taps is beyond 32-bit offsets")
+    if isinstance(problem, Pool2dProblem) and "max_unpool2d" in function and problem.H * problem.W > INT_MAX:
+        return no(f"a plane of {problem.H * problem.W} values is beyond 32-bit numbers")
     if not isinstance(problem, (Conv2dProblem, ConvTranspose2dProblem)):
         return within_limits(problem)
     if isinstance(problem, Conv2dProblem) and problem.pad_mode != "zeros":

@@ -104,6 +104,10 @@ const Kernels& kernels() {
     t.activation_forward = cuda::activation_forward;
     t.activation_backward = cuda::activation_backward;
     t.fold_batch_norm = cuda::fold_batch_norm;
+    t.max_unpool2d_workspace = cuda::max_unpool2d_workspace;
+    t.max_unpool2d_misplaced = cuda::max_unpool2d_misplaced;
+    t.max_unpool2d_forward = cuda::max_unpool2d_forward;
+    t.max_unpool2d_backward = cuda::max_unpool2d_backward;
     t.max_pool2d_forward = cuda::max_pool2d_forward;
     t.max_pool2d_backward = cuda::max_pool2d_backward;
     t.max_pool2d_indices = cuda::max_pool2d_indices;

@@ -26,7 +26,7 @@
 
 namespace cnnops::cuda {
 
-constexpr int kPoolThreads = 256;
+constexpr int kPoolThreads = 256, kSplitThreads = 512;
 
 // A half-open range along one axis; empty where end <= begin.
 struct Span {
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     }
   } else {
     CNNOPS_UNROLL
-    for (int o = 0; o < kRows; ++o) kept[o].start(first_tap(pool.rows.window(p + o), cols));
+    for (int o = 0; o < kRows; ++o) kept[o].start(first_tap(pool.rows.window(p + o < P ? p + o : p), cols));
     const int first_h = p * kStride - pool.rows.pad, rows = p + kRows <= P ? (kRows - 1) * kStride + kTaps : kTaps;
     CNNOPS_UNROLL
     for (int j = 0; j < (kRows - 1) * kStride + kTaps; ++j) {
@@ -425,10 +425,10 @@ struct Shares {
 };
 
 template <class Kind, class T, int kWidth, bool kNhwc>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kSplitThreads)
     pool2d_forward_split_kernel(Pool pool, Shares shape, const T* x, T* y, typename Kind::Offset* offsets) {
   using Kept = typename Kind::template Kept<kWidth>;
-  using Parts = Kept[kPoolThreads];
+  using Parts = Kept[kSplitThreads];
   CNNOPS_SHARED(Parts, parts);
   const int P = pool.rows.out, Q = pool.cols.out, H = pool.rows.in, W = pool.cols.in;
   const auto thread = static_cast<int>(threadIdx.x);
@@ -517,10 +517,10 @@ void pool2d_forward(const Pool2dProblem& p, const T* x, T* y, typename Kind::Off
   if (int64_t{p.H} * p.W >= kManyInputs * P * Q && taps >= kManyInputs) {
     if (!p.channels_last) {
       constexpr int kFewShares = 16;  // with as many outputs a block
-      const int shares = taps > int64_t{kFewShares} * kFewShares ? kPoolThreads : kFewShares;
-      const Shares shape{kPoolThreads / shares, shares};
+      const int shares = taps > int64_t{kFewShares} * kFewShares ? kSplitThreads : kFewShares;
+      const Shares shape{kSplitThreads / shares, shares};
       constexpr auto kernel = pool2d_forward_split_kernel<Kind, T, 1, false>;
-      CNNOPS_LAUNCH(kernel, blocks(ceil_div(pool.outputs(), shape.items)), kPoolThreads, 0, stream, pool, shape, x, y,
+      CNNOPS_LAUNCH(kernel, blocks(ceil_div(pool.outputs(), shape.items)), kSplitThreads, 0, stream, pool, shape, x, y,
                     offsets);
       return;
     }
@@ -528,10 +528,10 @@ void pool2d_forward(const Pool2dProblem& p, const T* x, T* y, typename Kind::Off
       constexpr int64_t kDeep = 16;  // positions a thread, beyond which fewer channels share a block
       int items = 1;
       while (items < 32 && items * width < p.C) items *= 2;
-      while (items * width * static_cast<int>(sizeof(T)) > 32 && taps * items > kDeep * kPoolThreads) items /= 2;
-      const Shares shape{items, kPoolThreads / items};
+      while (items * width * static_cast<int>(sizeof(T)) > 32 && taps * items > kDeep * kSplitThreads) items /= 2;
+      const Shares shape{items, kSplitThreads / items};
       constexpr auto kernel = pool2d_forward_split_kernel<Kind, T, width, true>;
-      CNNOPS_LAUNCH(kernel, blocks(positions * ceil_div(p.C, int64_t{items} * width)), kPoolThreads, 0, stream, pool,
+      CNNOPS_LAUNCH(kernel, blocks(positions * ceil_div(p.C, int64_t{items} * width)), kSplitThreads, 0, stream, pool,
                     shape, x, y, offsets);
     });
     return;
