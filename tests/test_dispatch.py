@@ -19,7 +19,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, UNPOOL2D, find, of_suite
+from cases import CONV2D, CONV_TRANSPOSE2D, LAYOUTS, NORM, PADDED, POOL2D, SQUEEZE_EXCITE, UNPOOL2D, find, of_suite
 from helpers import DTYPES
 
 import cnnops
@@ -72,6 +72,8 @@ FUNCTIONS = {
         "adaptive_max_pool2d_indices",
     ),
     "max_unpool2d": ("max_unpool2d_forward", "max_unpool2d_backward"),
+    "squeeze_excite": ("squeeze_excite_forward", "squeeze_excite_backward"),
+    "bn_act_max_pool2d": ("bn_act_max_pool2d_forward", "bn_act_max_pool2d_backward"),
     "norm": ("batch_norm_act_forward", "batch_norm_act_backward", "activation_backward"),
 }
 
@@ -96,6 +98,9 @@ def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torc
         asked += [(case, FUNCTIONS["norm"]) for case in of_suite(NORM, "corner")]
         asked += [(case, FUNCTIONS[case.op]) for case in of_suite(POOL2D, "corner")]
         asked += [(case, FUNCTIONS["max_unpool2d"]) for case in of_suite(UNPOOL2D, "corner")]
+        asked += [(case, FUNCTIONS["squeeze_excite"]) for case in of_suite(SQUEEZE_EXCITE, "corner")]
+        pools = [case for case in of_suite(POOL2D, "corner") if case.op == "max_pool2d"]
+        asked += [(case, FUNCTIONS["bn_act_max_pool2d"]) for case in pools]
     for (case, functions), dtype, layout in itertools.product(asked, dtypes, LAYOUTS):
         for function in functions:
             assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"
