@@ -15,11 +15,14 @@ from types import ModuleType
 import helpers
 import pytest
 import torch
-from test_traffic_batch_norm import DRAM_SLACK, LEAST_EFFICIENCY, MAPPING_BLOCKS, SUMMING_BLOCKS, Moved, Sweep
+from test_traffic_batch_norm import DRAM_SLACK, LEAST_EFFICIENCY, Moved, Sweep
 from test_traffic_batch_norm import Case as NormCase
 from traffic import SECTOR, near, traffic
 
 from cnnops.backends import simt
+
+SUMMING_BLOCKS, MAPPING_BLOCKS = 3 * 4, 3 * 8
+"""Of a sweep, at most: the emulator's device has 3 multiprocessors."""
 
 
 @dataclass(frozen=True)
