@@ -775,10 +775,10 @@ Unpool2dProblem unpool2d_problem(DType dtype, const Tensor& indices, int64_t P, 
   return problem;
 }
 
-const int64_t* checked_indices(const Unpool2dProblem& problem, const Tensor& indices, Stream stream) {
+const int64_t* checked_indices(const Unpool2dProblem& problem, const Tensor& indices, const Workspace& workspace,
+                               Stream stream) {
   const int64_t* pointer = static_cast<const int64_t*>(indices.data_ptr());
   int64_t found = 0;
-  const Workspace workspace(kernels().max_unpool2d_workspace, indices);
   // A user's mistake: no place in our source.
   if (kernels().max_unpool2d_misplaced(problem, pointer, &found, workspace.data(), stream))
     throw std::runtime_error("max_unpool2d: indices must be positions of a " + std::to_string(problem.P) + "x" +
@@ -793,9 +793,10 @@ Tensor max_unpool2d_forward(const Tensor& x, const Tensor& indices, int64_t P, i
   const Tensor y = empty(Sizes{x.size(0), x.size(1), P, Q}, x.scalar_type(), x, channels_last);
   if (y.numel() > 0) {
     const Unpool2dProblem problem = unpool2d_problem(dtype_of(x), indices, P, Q, channels_last);
-    const int64_t* checked = checked_indices(problem, indices, launch);
-    kernels().max_unpool2d_forward(problem, dense_as(x, channels_last, launch).data_ptr(), checked, y.data_ptr(),
-                                   launch);
+    const Tensor dense_x = dense_as(x, channels_last, launch);
+    const Workspace workspace = workspace_of(kernels().max_unpool2d_workspace, indices, problem);
+    const int64_t* checked = checked_indices(problem, indices, workspace, launch);
+    kernels().max_unpool2d_forward(problem, dense_x.data_ptr(), checked, y.data_ptr(), workspace.data(), launch);
   }
   return y;
 }
@@ -805,9 +806,10 @@ Tensor max_unpool2d_backward(const Tensor& dy, const Tensor& indices, bool chann
   const Tensor dx = empty(indices.sizes(), dy.scalar_type(), dy, channels_last);
   if (dx.numel() > 0) {
     const Unpool2dProblem problem = unpool2d_problem(dtype_of(dy), indices, dy.size(2), dy.size(3), channels_last);
-    const int64_t* checked = checked_indices(problem, indices, launch);
-    kernels().max_unpool2d_backward(problem, dense_as(dy, channels_last, launch).data_ptr(), checked, dx.data_ptr(),
-                                    launch);
+    const Tensor dense_dy = dense_as(dy, channels_last, launch);
+    const Workspace workspace = workspace_of(kernels().max_unpool2d_workspace, indices, problem);
+    const int64_t* checked = checked_indices(problem, indices, workspace, launch);
+    kernels().max_unpool2d_backward(problem, dense_dy.data_ptr(), checked, dx.data_ptr(), launch);
   }
   return dx;
 }

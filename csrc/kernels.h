@@ -64,8 +64,8 @@ struct SqueezeExciteBackward {
 };
 
 struct Kernels {
-  // Scratch bytes that a call wants in `workspace` (256-byte aligned). A null one of batch norm or squeeze_excite:
-  // none.
+  // Scratch bytes that a call wants in `workspace` (256-byte aligned). A null one of batch norm, squeeze_excite
+  // or max_unpool2d: none.
   int64_t (*conv2d_forward_workspace)(const Conv2dProblem&, const Epilogue&);
   int64_t (*conv2d_backward_workspace)(const Conv2dProblem&, bool need_dx, bool need_dweight, bool need_dbias);
   void (*conv2d_forward)(const Conv2dProblem&, const Epilogue&, const void* x, const void* weight, void* y,
@@ -88,11 +88,13 @@ struct Kernels {
   void (*adaptive_max_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, int32_t* offsets, Stream);
   void (*adaptive_max_pool2d_backward)(const Pool2dProblem&, const void* dy, const int32_t* offsets, void* dx, Stream);
   void (*adaptive_max_pool2d_indices)(const Pool2dProblem&, const int32_t* offsets, int64_t* indices, Stream);
+  int64_t (*max_unpool2d_workspace)(const Unpool2dProblem&) = nullptr;
   // The first index in torch's order that is no position of a P x Q plane; false if there is none. `found` is on the
-  // host, `workspace` of max_unpool2d_workspace bytes.
+  // host, `workspace` of max_unpool2d_workspace bytes; max_unpool2d_forward is given it as this left it.
   bool (*max_unpool2d_misplaced)(const Unpool2dProblem&, const int64_t* indices, int64_t* found, void* workspace,
                                  Stream);
-  void (*max_unpool2d_forward)(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y, Stream);
+  void (*max_unpool2d_forward)(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y,
+                               const void* workspace, Stream);
   void (*max_unpool2d_backward)(const Unpool2dProblem&, const void* dy, const int64_t* indices, void* dx, Stream);
   void (*avg_pool2d_forward)(const Pool2dProblem&, const void* x, void* y, Stream);
   void (*avg_pool2d_backward)(const Pool2dProblem&, const void* dy, void* dx, Stream);
@@ -128,11 +130,10 @@ struct Kernels {
   // Plan as for a device of at most this architecture; 0: as the device is. For tests and benchmarks.
   void (*use_architecture)(int architecture) = nullptr;
 
-  int64_t max_unpool2d_workspace = 0;  // bytes
-  bool pool2d_nchw = false;            // pools take channels_last = false; otherwise the caller makes x NHWC
-  bool conv2d_statistics = false;      // conv2d_forward fills Epilogue::mean and m2
-  bool tf32 = false;                   // convolutions look at Conv2dProblem::tf32
-  bool conv2d_in_float = false;        // conv2d wants half and bfloat16 widened to float by the caller
+  bool pool2d_nchw = false;        // pools take channels_last = false; otherwise the caller makes x NHWC
+  bool conv2d_statistics = false;  // conv2d_forward fills Epilogue::mean and m2
+  bool tf32 = false;               // convolutions look at Conv2dProblem::tf32
+  bool conv2d_in_float = false;    // conv2d wants half and bfloat16 widened to float by the caller
 };
 
 // Each library holds one backend and so defines this once.

@@ -94,6 +94,8 @@ def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torc
     if name == "simt":
         asked += [(case, FUNCTIONS["conv_transpose2d"]) for case in of_suite(CONV_TRANSPOSE2D, "corner")]
         asked += [(case, ("activation_backward",)) for case in of_suite(NORM, "corner")]
+        asked += [(case, FUNCTIONS[case.op]) for case in of_suite(POOL2D, "corner")]
+        asked += [(case, FUNCTIONS["max_unpool2d"]) for case in of_suite(UNPOOL2D, "corner")]
     for (case, functions), dtype, layout in itertools.product(asked, dtypes, LAYOUTS):
         for function in functions:
             assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"

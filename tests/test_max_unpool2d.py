@@ -159,6 +159,8 @@ def test_wrong_index_is_named(backend: Backend, wrong: int, layout: str) -> None
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(backend: Backend, layout: str) -> None:
     """Each position is taken once: a value that another one replaced has torch's gradient, not its true one, zero."""
+    if not helpers.claims(backend.name, "max_unpool2d_forward", torch.float64):
+        return
     x = input_of(UNEVEN, torch.float64, layout, backend.device).requires_grad_()
     *_, P, Q = UNEVEN.output_shape
     positions = torch.randperm(P * Q, generator=helpers.generator("positions"))[: UNEVEN.H * UNEVEN.W]
@@ -171,6 +173,8 @@ def test_gradcheck(backend: Backend, layout: str) -> None:
 @pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_double_backward(backend: Backend, dtype: torch.dtype, layout: str) -> None:
+    if not helpers.claims(backend.name, "max_unpool2d_forward", dtype):
+        return
     x, indices = input_of(UNEVEN, dtype, layout, backend.device), indices_of(UNEVEN, layout, backend.device)
     check_twice(UNEVEN, x, indices)
 

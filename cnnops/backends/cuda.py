@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem
+from ..geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem, Pool2dProblem
 from ..torch_private import tf32_allowed
 from . import YES, Support, no
 from .native import INT_MAX, Library, Problem, within_limits
@@ -39,6 +39,18 @@ FUNCTIONS = {
     "conv_transpose2d_forward": ConvTranspose2dProblem,
     "conv_transpose2d_backward": ConvTranspose2dProblem,
     "activation_backward": NormProblem,
+    "max_pool2d_forward": Pool2dProblem,
+    "max_pool2d_backward": Pool2dProblem,
+    "max_pool2d_indices": Pool2dProblem,
+    "avg_pool2d_forward": Pool2dProblem,
+    "avg_pool2d_backward": Pool2dProblem,
+    "adaptive_max_pool2d_forward": Pool2dProblem,
+    "adaptive_max_pool2d_backward": Pool2dProblem,
+    "adaptive_max_pool2d_indices": Pool2dProblem,
+    "adaptive_avg_pool2d_forward": Pool2dProblem,
+    "adaptive_avg_pool2d_backward": Pool2dProblem,
+    "max_unpool2d_forward": Pool2dProblem,
+    "max_unpool2d_backward": Pool2dProblem,
 }
 
 LARGEST_SUM = INT_MAX - 1024
@@ -150,12 +162,18 @@ def runs_on(image: str, major: int, minor: int) -> bool:
 
 
 def supports(function: str, problem: Problem) -> Support:
-    """Two-dimensional convolutions, transposed ones too, with what their epilogues fuse, in float32, bfloat16 and
-    float16."""
+    """Two-dimensional convolutions, transposed ones too, with what their epilogues fuse, and pools, in float32, bfloat16
+    and float16."""
     if not isinstance(problem, FUNCTIONS.get(function, ())):
         return no(f"has no {function} kernel")
     if problem.dtype not in DTYPES:
         return no(f"{problem.dtype} is not one of float32, bfloat16, float16")
+    if isinstance(problem, Pool2dProblem) and "max_pool2d" in function:
+        window = problem.R * problem.S or problem.H * problem.W  # an adaptive window has no more taps than the input
+        if window > INT_MAX:
+            return no(f"a window of {window} taps is beyond 32-bit offsets")
+    if isinstance(problem, Pool2dProblem) and "max_unpool2d" in function and problem.H * problem.W > INT_MAX:
+        return no(f"a plane of {problem.H * problem.W} values is beyond 32-bit numbers")
     if not isinstance(problem, (Conv2dProblem, ConvTranspose2dProblem)):
         return within_limits(problem)
     if isinstance(problem, Conv2dProblem) and problem.pad_mode != "zeros":

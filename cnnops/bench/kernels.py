@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -106,7 +107,26 @@ def convert() -> None:
                 simt.library.function("conv2d_forward")(x, weight, None, *REACH[0].geometry)
 
 
-BESIDE: tuple[Callable[[], None], ...] = (convert,)
+def pool() -> None:
+    """Every pool, forward and backward: channels (columns of NCHW) in whole vectors and not, windows that are unrolled,
+    of any size, with more taps than a byte numbers, and as large as the map; then unpooling."""
+    windows = (((2, 2), 2), ((3, 3), 2), ((1, 2), 1), ((17, 17), 1), ((8, 8), 8), ((20, 20), 20))
+    for dtype, layout, odd in itertools.product(FLOATS, (torch.channels_last, torch.contiguous_format), (0, 1)):
+        x = torch.ones(1, 16 + odd, 24, 24 + odd, dtype=dtype).to(memory_format=layout)
+        size = *x.shape[2:], layout == torch.channels_last
+        for kernel, stride in windows:
+            at = *kernel, stride, stride, 0, 0
+            y, offsets = simt.library.function("max_pool2d_forward")(x, *at, 1, 1, False, True)
+            simt.library.function("max_pool2d_backward")(y, offsets, *size, *at, 1, 1)
+            simt.library.function("max_pool2d_indices")(offsets, *size[:2], *at, 1, 1)
+            y = simt.library.function("avg_pool2d_forward")(x, *at, False, True, 0)
+            simt.library.function("avg_pool2d_backward")(y, *size, *at, False, True, 0)
+        indices = torch.zeros(x.shape, dtype=torch.int64)
+        y = simt.library.function("max_unpool2d_forward")(x, indices, 2, 2)
+        simt.library.function("max_unpool2d_backward")(y, indices, size[2])
+
+
+BESIDE: tuple[Callable[[], None], ...] = (convert, pool)
 """What runs the kernels that belong to no convolution, on a device of any architecture."""
 
 

@@ -97,7 +97,8 @@ bool max_unpool2d_misplaced(const Unpool2dProblem& p, const int64_t* indices, in
   return true;
 }
 
-void max_unpool2d_forward(const Unpool2dProblem& problem, const void* x, const int64_t* indices, void* y, Stream) {
+void max_unpool2d_forward(const Unpool2dProblem& problem, const void* x, const int64_t* indices, void* y, const void*,
+                          Stream) {
   for_dtype(problem.dtype,
             [&]<class T>(T) { forward(problem, static_cast<const T*>(x), indices, static_cast<T*>(y)); });
 }

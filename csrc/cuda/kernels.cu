@@ -104,10 +104,25 @@ const Kernels& kernels() {
     t.activation_forward = cuda::activation_forward;
     t.activation_backward = cuda::activation_backward;
     t.fold_batch_norm = cuda::fold_batch_norm;
+    t.max_unpool2d_workspace = cuda::max_unpool2d_workspace;
+    t.max_unpool2d_misplaced = cuda::max_unpool2d_misplaced;
+    t.max_unpool2d_forward = cuda::max_unpool2d_forward;
+    t.max_unpool2d_backward = cuda::max_unpool2d_backward;
+    t.max_pool2d_forward = cuda::max_pool2d_forward;
+    t.max_pool2d_backward = cuda::max_pool2d_backward;
+    t.max_pool2d_indices = cuda::max_pool2d_indices;
+    t.adaptive_max_pool2d_forward = cuda::adaptive_max_pool2d_forward;
+    t.adaptive_max_pool2d_backward = cuda::adaptive_max_pool2d_backward;
+    t.adaptive_max_pool2d_indices = cuda::adaptive_max_pool2d_indices;
+    t.avg_pool2d_forward = cuda::avg_pool2d_forward;
+    t.avg_pool2d_backward = cuda::avg_pool2d_backward;
+    t.adaptive_avg_pool2d_forward = cuda::adaptive_avg_pool2d_forward;
+    t.adaptive_avg_pool2d_backward = cuda::adaptive_avg_pool2d_backward;
     t.copy = cuda::copy;
     t.conv2d_plan = cuda::conv2d_plan;
     t.use_architecture = cuda::use_architecture;
     t.conv2d_statistics = true;
+    t.pool2d_nchw = true;
     t.tf32 = true;
 #if defined(CNNOPS_SIMT)
     t = simt::guarded(t);

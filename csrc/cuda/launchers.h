@@ -24,8 +24,10 @@ void max_pool2d_indices(const Pool2dProblem&, const void* offsets, int64_t* indi
 void adaptive_max_pool2d_forward(const Pool2dProblem&, const void* x, void* y, int32_t* offsets, Stream);
 void adaptive_max_pool2d_backward(const Pool2dProblem&, const void* dy, const int32_t* offsets, void* dx, Stream);
 void adaptive_max_pool2d_indices(const Pool2dProblem&, const int32_t* offsets, int64_t* indices, Stream);
+int64_t max_unpool2d_workspace(const Unpool2dProblem&);
 bool max_unpool2d_misplaced(const Unpool2dProblem&, const int64_t* indices, int64_t* found, void* workspace, Stream);
-void max_unpool2d_forward(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y, Stream);
+void max_unpool2d_forward(const Unpool2dProblem&, const void* x, const int64_t* indices, void* y, const void* workspace,
+                          Stream);
 void max_unpool2d_backward(const Unpool2dProblem&, const void* dy, const int64_t* indices, void* dx, Stream);
 void avg_pool2d_forward(const Pool2dProblem&, const void* x, void* y, Stream);
 void avg_pool2d_backward(const Pool2dProblem&, const void* dy, void* dx, Stream);

@@ -17,7 +17,8 @@ constexpr size_t kPage = 4096, kAlignment = 16;
 
 std::atomic<Guard> setting{Guard::kNone};
 std::mutex one_call;
-Kernels plain;
+// Filled while the library loads, maybe before this file's turn: nothing may be left to initialise.
+constinit Kernels plain{};
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -297,20 +298,25 @@ const int64_t* guarded_indices(GuardedCall& call, const Unpool2dProblem& p, cons
   return static_cast<const int64_t*>(call.in("indices", indices, (last + 1) * int64_t{sizeof(int64_t)}));
 }
 
+int64_t unpool_workspace(const Unpool2dProblem& p) {
+  return plain.max_unpool2d_workspace ? plain.max_unpool2d_workspace(p) : 0;
+}
+
 bool max_unpool2d_misplaced(const Unpool2dProblem& p, const int64_t* indices, int64_t* found, void* workspace,
                             Stream stream) {
   GuardedCall call("max_unpool2d_misplaced");
-  const bool misplaced =
-      plain.max_unpool2d_misplaced(p, guarded_indices(call, p, indices), found,
-                                   call.scratch("workspace", workspace, plain.max_unpool2d_workspace), stream);
+  const bool misplaced = plain.max_unpool2d_misplaced(p, guarded_indices(call, p, indices), found,
+                                                      call.in_out("workspace", workspace, unpool_workspace(p)), stream);
   call.finish();
   return misplaced;
 }
 
-void max_unpool2d_forward(const Unpool2dProblem& p, const void* x, const int64_t* indices, void* y, Stream stream) {
+void max_unpool2d_forward(const Unpool2dProblem& p, const void* x, const int64_t* indices, void* y,
+                          const void* workspace, Stream stream) {
   GuardedCall call("max_unpool2d_forward");
   plain.max_unpool2d_forward(p, call.in("x", x, x_bytes(p)), guarded_indices(call, p, indices),
-                             call.out("y", y, y_bytes(p)), stream);
+                             call.out("y", y, y_bytes(p)), call.in("workspace", workspace, unpool_workspace(p)),
+                             stream);
   call.finish();
 }
 

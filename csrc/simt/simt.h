@@ -242,6 +242,15 @@ T atomicExch(T* p, T value, cnnops::simt::Where where = cnnops::simt::Where::cur
   return old;
 }
 template <class T>
+T atomicMax(T* p, T value, cnnops::simt::Where where = cnnops::simt::Where::current()) {
+  static_assert(std::is_integral_v<T>);
+  cnnops::simt::atomic_begins(p, where);
+  const T old = *p;
+  if (value > old) *p = value;
+  cnnops::simt::atomic_ends(p);
+  return old;
+}
+template <class T>
 T atomicCAS(T* p, T compare, T value, cnnops::simt::Where where = cnnops::simt::Where::current()) {
   cnnops::simt::atomic_begins(p, where);
   const T old = *p;
