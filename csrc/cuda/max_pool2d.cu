@@ -47,7 +47,7 @@ __device__ __forceinline__ void load_taps(const O* from, int (&taps)[kWidth]) {
   } else if constexpr (sizeof(O) == 4) {
     CNNOPS_UNROLL
     for (int i = 0; i < kWidth; i += 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(from + i);
+      const uint4 four = load_16(reinterpret_cast<const uint4*>(from + i));
       taps[i] = static_cast<int>(four.x), taps[i + 1] = static_cast<int>(four.y);
       taps[i + 2] = static_cast<int>(four.z), taps[i + 3] = static_cast<int>(four.w);
     }

@@ -11,13 +11,14 @@
 //   pool2d_forward_split    For few outputs of many inputs each: threads share a window's positions, each takes every
 //                           so-many-th, and what they kept is merged in pairs.
 //   pool2d_backward_nhwc    One thread owns kWidth channels of one input, and asks every window over it.
-//   pool2d_backward_nchw    A block owns 64 inputs of a row in 32 channels, and has the windows' offsets in shared
-//                           memory.
+//   pool2d_backward_nchw    A block owns 64 inputs of a row in 32 channels, and has the windows over them, their
+//                           gradients and offsets, in shared memory.
 //
 // Every sum and every choice has a fixed order, and each output is written once: every schedule gives the same bits.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "dtype.h"
@@ -132,16 +133,28 @@ struct Pool {
   __host__ __device__ int64_t outputs() const { return N * C * rows.out * cols.out; }
 };
 
-// kWidth neighbouring channels in memory and in registers: 16 bytes, or one element.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T at[4];
+};
+
+// kWidth neighbouring channels in memory and in registers: 16 bytes, 8 of a 16-bit type, or one element.
 template <class T, int kWidth>
-using Raw = std::conditional_t<kWidth == 1, T, Vector<T>>;
+using Raw = std::conditional_t<kWidth == 1, T, std::conditional_t<kWidth == kVector<T>, Vector<T>, Quad<T>>>;
 
 template <int kWidth, class T>
 __device__ __forceinline__ Raw<T, kWidth> fetch(const T* from) {
-  if constexpr (kWidth == 1)
+  if constexpr (kWidth == 1) {
     return *from;
-  else
+  } else if constexpr (kWidth == kVector<T>) {
     return load(from, kVector<T>);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    Quad<T> raw;
+    const unsigned both[] = {words.x, words.y};
+    std::memcpy(&raw, both, sizeof raw);
+    return raw;
+  }
 }
 template <int kWidth, class T>
 __device__ __forceinline__ float number(const Raw<T, kWidth>& raw, int i) {
@@ -155,10 +168,16 @@ __device__ __forceinline__ void write_numbers(const float (&values)[kWidth], T* 
   if constexpr (kWidth == 1) {
     from_float(values[0], *to);
   } else {
-    Vector<T> packed;
+    Raw<T, kWidth> packed;
     CNNOPS_UNROLL
     for (int i = 0; i < kWidth; ++i) from_float(values[i], packed.at[i]);
-    store(packed, to, kVector<T>);
+    if constexpr (kWidth == kVector<T>) {
+      store(packed, to, kVector<T>);
+    } else {
+      unsigned words[2];
+      std::memcpy(words, &packed, sizeof words);
+      *reinterpret_cast<uint2*>(to) = uint2{words[0], words[1]};
+    }
   }
 }
 
@@ -273,6 +292,12 @@ struct ForwardTile {
   O offsets[kTileColumns][kOffsetPitch<O>];
 };
 
+template <class T, class O>
+struct BackwardTile {
+  T dy[kTileChannels][kStagedWindows];
+  O offsets[kStagedWindows][kOffsetPitch<O>];
+};
+
 // The tile of a block: image n, `channels` channels from c on, `columns` columns of a row from `first` on.
 struct PoolTile {
   int64_t n, c;
@@ -369,9 +394,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
 template <class Kind, class T>
 __global__ void __launch_bounds__(kPoolThreads, 2)
     pool2d_backward_nchw_kernel(Pool pool, const T* dy, const typename Kind::Offset* offsets, T* dx) {
-  using O = typename Kind::Offset;
-  using Staged = O[kStagedWindows][kOffsetPitch<O>];
-  CNNOPS_SHARED(Staged, shared);
+  using Tile = BackwardTile<T, typename Kind::Offset>;
+  CNNOPS_SHARED(Tile, shared);
   const int P = pool.rows.out, Q = pool.cols.out, H = pool.rows.in, W = pool.cols.in;
   const PoolTile tile = PoolTile::of(blockIdx.x, pool.C, H, W);
   const PoolTile::Part part = tile.part();
@@ -386,26 +410,29 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     if (r < 0) continue;
     for (int64_t chunk = begin; chunk < end; chunk += kStagedWindows) {
       const int from = static_cast<int>(chunk), to = lesser(chunk + kStagedWindows, end);
-      if constexpr (Kind::kKeepsTaps) {
-        __syncthreads();  // nobody reads what was here before
-        for (int i = static_cast<int>(threadIdx.x); i < tile.channels * (to - from); i += kPoolThreads) {
-          const int column = i / tile.channels, channel = i % tile.channels;
-          shared[column][channel] = offsets[((tile.n * P + p) * Q + from + column) * pool.C + tile.c + channel];
-        }
-        __syncthreads();
+      const int staged = tile.channels * (to - from);
+      __syncthreads();  // nobody reads what was here before
+      for (int i = static_cast<int>(threadIdx.x); i < staged; i += kPoolThreads) {
+        const int channel = i / (to - from), column = i % (to - from);
+        shared.dy[channel][column] = dy[((tile.n * pool.C + tile.c + channel) * P + p) * Q + from + column];
       }
+      if constexpr (Kind::kKeepsTaps)
+        for (int i = static_cast<int>(threadIdx.x); i < staged; i += kPoolThreads) {
+          const int column = i / tile.channels, channel = i % tile.channels;
+          shared.offsets[column][channel] = offsets[((tile.n * P + p) * Q + from + column) * pool.C + tile.c + channel];
+        }
+      __syncthreads();
       if (!mine) continue;
       const int stop = lesser(to, over_w.end);
       for (int q = greater(from, over_w.begin); q < stop; ++q) {
         const int s = pool.cols.tap_of(q, w);
         if (s < 0) continue;
         const typename Kind::Share share(pool, p, q, r, s);
-        const T* const column = dy + ((tile.n * pool.C + tile.c) * P + p) * Q + q;
         CNNOPS_UNROLL
         for (int item = 0; item < kTileItems; ++item) {
           const int channel = part.channel + item * part.step;
           if (channel < tile.channels)
-            share.template add<T>(column[int64_t{channel} * P * Q], &shared[q - from][channel], sum[item]);
+            share.template add<T>(shared.dy[channel][q - from], &shared.offsets[q - from][channel], sum[item]);
         }
       }
     }
@@ -498,11 +525,13 @@ __global__ void __launch_bounds__(kSplitThreads)
   }
 }
 
-// f(width) for the channels (or columns) that threads may take together: kVector<T>, or 1.
-template <class T, class F>
+// f(width) for the channels (or columns) that threads take together: as many as fill 16 bytes, or 1. Offsets of 4 bytes
+// count as well: their sectors, too, are to be moved whole.
+template <class Kind, class T, class F>
 void with_width(int64_t extent, const F& f) {
-  if (extent % kVector<T> == 0)
-    f(std::integral_constant<int, kVector<T>>{});
+  constexpr int kBytes = std::max<int>(sizeof(T), Kind::kKeepsTaps ? sizeof(typename Kind::Offset) : 1);
+  if (extent % (16 / kBytes) == 0)
+    f(std::integral_constant<int, 16 / kBytes>{});
   else
     f(std::integral_constant<int, 1>{});
 }
@@ -524,7 +553,7 @@ void pool2d_forward(const Pool2dProblem& p, const T* x, T* y, typename Kind::Off
                     offsets);
       return;
     }
-    with_width<T>(p.C, [&](auto width) {
+    with_width<Kind, T>(p.C, [&](auto width) {
       constexpr int64_t kDeep = 16;  // positions a thread, beyond which fewer channels share a block
       int items = 1;
       while (items < 32 && items * width < p.C) items *= 2;
@@ -537,13 +566,13 @@ void pool2d_forward(const Pool2dProblem& p, const T* x, T* y, typename Kind::Off
     return;
   }
   if (!p.channels_last) {
-    with_width<T>(p.W, [&](auto width) {
+    with_width<Kind, T>(p.W, [&](auto width) {
       constexpr auto kernel = pool2d_forward_nchw_kernel<Kind, T, width>;
       CNNOPS_LAUNCH(kernel, blocks(PoolTile::count(p.N, p.C, p.P, p.Q)), kPoolThreads, 0, stream, pool, x, y, offsets);
     });
     return;
   }
-  with_width<T>(p.C, [&](auto width) {
+  with_width<Kind, T>(p.C, [&](auto width) {
     const auto launch = [&](auto taps, auto stride) {
       constexpr auto kernel = pool2d_forward_nhwc_kernel<Kind, T, width, taps, stride>;
       const int64_t strips = taps > stride ? ceil_div(P, 2) : P;
@@ -570,7 +599,7 @@ void pool2d_backward(const Pool2dProblem& p, const T* dy, const typename Kind::O
     CNNOPS_LAUNCH(kernel, blocks(PoolTile::count(p.N, p.C, p.H, p.W)), kPoolThreads, 0, stream, pool, dy, offsets, dx);
     return;
   }
-  with_width<T>(p.C, [&](auto width) {
+  with_width<Kind, T>(p.C, [&](auto width) {
     constexpr auto kernel = pool2d_backward_nhwc_kernel<Kind, T, width>;
     CNNOPS_LAUNCH(kernel, blocks(ceil_div(pool.inputs() / width, kPoolThreads)), kPoolThreads, 0, stream, pool, dy,
                   offsets, dx);

@@ -27,6 +27,13 @@ __forceinline__ void from_float(float v, BFloat16& out) {
 
 inline uint32_t shared_address(const void* p) { return simt::shared_offset(p); }
 
+// The empty statement keeps the compiler from reading only what is used, and that piece by piece.
+template <class Words>
+__forceinline__ Words load_16(const Words* global) {
+  Words words = *global;
+  asm volatile("" : "+m"(words));
+  return words;
+}
 inline void store_16(void* global, const void* from) {
   *static_cast<uint4*>(global) = *static_cast<const uint4*>(from);
 }
@@ -163,6 +170,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+template <class Words>
+__device__ __forceinline__ Words load_16(const Words* global) {
+  return *global;
+}
 // One store of 16 bytes: the compiler may take an assignment apart where a branch beside it stores element by element.
 __device__ __forceinline__ void store_16(void* global, const void* from) {
   const uint4 words = *static_cast<const uint4*>(from);

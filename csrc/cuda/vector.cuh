@@ -17,7 +17,7 @@ struct alignas(16) Vector {
 // to 16 bytes.
 template <class T>
 __device__ __forceinline__ Vector<T> load(const T* from, int count) {
-  if (count == kVector<T>) return *reinterpret_cast<const Vector<T>*>(from);
+  if (count == kVector<T>) return load_16(reinterpret_cast<const Vector<T>*>(from));
   Vector<T> values = {};
   CNNOPS_UNROLL
   for (int i = 0; i < kVector<T>; ++i)  // unrolled, so that `values` stays in registers
