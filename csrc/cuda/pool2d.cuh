@@ -1,6 +1,6 @@
 // What the pools share: windows, vectors of channels, and the kernels that walk over them. A pool's kind says what it
-// keeps of a window (Kind::Kept<kWidth>: start, add, merge; Kind::write) and what a window hands back to an input
-// (Kind::Share); the kernels say who reads what:
+// keeps of a window (Kind::Kept: start, add, merge, finish, write_taps) and what a window hands back to one of its
+// inputs (Kind::Share: add); the kernels say who reads what:
 //
 //   pool2d_forward_nhwc     One thread owns kWidth channels of kRows outputs, one below the other; lanes run along the
 //                           channels. With kTaps the windows are kTaps x kTaps, kStride rows apart, and a row that two
@@ -181,7 +181,7 @@ __device__ __forceinline__ void write_numbers(const float (&values)[kWidth], T* 
   }
 }
 
-// Where a thread's channels are: of `position`, which counts the images' rows and columns.
+// Where the i-th `width` channels of an NHWC tensor lie, by image, row, column and first channel.
 struct PoolSite {
   int64_t n, c;
   int row, col;
