@@ -33,7 +33,7 @@ DEVICES = (
     (120, 188, 99 << 10),
 )
 HOPPER = DEVICES[3]
-LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
+LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
 SM90_ALONE = ("wgmma", "halo")
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 0)
 
