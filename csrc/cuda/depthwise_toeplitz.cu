@@ -93,14 +93,14 @@ __device__ void load_planes(const Correlation& conv, const Place& at, const Toep
   // registers for are under way together.
   constexpr int kTogether = 4;
   for (int first = static_cast<int>(threadIdx.x); first < pixels; first += kTogether * kThreads) {
-    Vector<T> piece[kTogether][2] = {};
+    uint4 piece[kTogether][2];
     CNNOPS_UNROLL
     for (int i = 0; i < kTogether; ++i) {
       const int index = first + i * kThreads, pixel = index / 2 * 2, c = index % 2 * kVector<T>;
       CNNOPS_UNROLL
       for (int e = 0; e < 2; ++e) {
         const T* const from = index < pixels && at.c + c < conv.C ? find(pixel + e) : nullptr;
-        if (from) piece[i][e] = *reinterpret_cast<const Vector<T>*>(from + c);
+        piece[i][e] = from ? *reinterpret_cast<const uint4*>(from + c) : uint4{0, 0, 0, 0};
       }
     }
     CNNOPS_UNROLL
@@ -108,10 +108,16 @@ __device__ void load_planes(const Correlation& conv, const Place& at, const Toep
       const int index = first + i * kThreads, pixel = index / 2 * 2, c = index % 2 * kVector<T>;
       if (index >= pixels) continue;
       T* const to = planes + layout.plane(c) + pixel;
+      const uint32_t left[] = {piece[i][0].x, piece[i][0].y, piece[i][0].z, piece[i][0].w};
+      const uint32_t right[] = {piece[i][1].x, piece[i][1].y, piece[i][1].z, piece[i][1].w};
       CNNOPS_UNROLL
-      for (int j = 0; j < kVector<T>; ++j)
-        *reinterpret_cast<uint32_t*>(to + j * layout.rows * layout.pitch) =
-            piece[i][0].at[j].bits | static_cast<uint32_t>(piece[i][1].at[j].bits) << 16;
+      for (int j = 0; j < 4; ++j) {
+        const auto put = [&](int channel, uint32_t word) {
+          *reinterpret_cast<uint32_t*>(to + channel * layout.rows * layout.pitch) = word;
+        };
+        put(2 * j, (left[j] & 0xffff) | right[j] << 16);
+        put(2 * j + 1, left[j] >> 16 | (right[j] & 0xffff0000));
+      }
     }
   }
 }
