@@ -76,47 +76,48 @@ __device__ __forceinline__ const T* pixel_at(const Correlation& conv, const Plac
 template <class T, int kSide>
 __device__ void load_planes(const Correlation& conv, const Place& at, const ToeplitzLayout<kSide>& layout, const T* x,
                             T* planes) {
-  const int columns = kSide + conv.S - 1, pixels = layout.rows * layout.pitch;
-  const auto find = [&](int pixel) -> const T* {
-    const int row = pixel / layout.pitch, column = pixel - row * layout.pitch;
-    return column < columns ? pixel_at(conv, at, x, row, column) : nullptr;
+  const int thread = static_cast<int>(threadIdx.x), pitch = layout.pitch, plane = layout.rows * pitch;
+  const auto find = [&](int row, int column) -> const T* {
+    return column < kSide + conv.S - 1 ? pixel_at(conv, at, x, row, column) : nullptr;
   };
   if (conv.C % kVector<T> != 0) {
-    for (int i = static_cast<int>(threadIdx.x); i < pixels * kChannels; i += kThreads) {
-      const int c = i % kChannels;
-      const T* const from = at.c + c < conv.C ? find(i / kChannels) : nullptr;
+    for (int i = thread; i < plane * kChannels; i += kThreads) {
+      const int c = i % kChannels, row = i / kChannels / pitch, column = i / kChannels - row * pitch;
+      const T* const from = at.c + c < conv.C ? find(row, column) : nullptr;
       planes[layout.plane(c) + i / kChannels] = from ? from[c] : T{};
     }
     return;
   }
-  // A thread has 8 channels of two neighbouring pixels, which are one word of each plane. All pieces that it has
-  // registers for are under way together.
+  // A thread has 8 channels of two neighbouring pixels, which are one word of each plane. kTogether pairs are under way
+  // at a time.
   constexpr int kTogether = 4;
-  for (int first = static_cast<int>(threadIdx.x); first < pixels; first += kTogether * kThreads) {
-    uint4 piece[kTogether][2];
+  const int c = thread % 2 * kVector<T>, down = kThreads / pitch, across = kThreads - down * pitch;
+  const bool there = at.c + c < conv.C;
+  int row = thread / 2 * 2 / pitch, column = thread / 2 * 2 - row * pitch;
+  while (row < layout.rows) {
+    uint4 pixels[kTogether][2];
+    T* to[kTogether];
     CNNOPS_UNROLL
     for (int i = 0; i < kTogether; ++i) {
-      const int index = first + i * kThreads, pixel = index / 2 * 2, c = index % 2 * kVector<T>;
+      to[i] = row < layout.rows ? planes + layout.plane(c) + row * pitch + column : nullptr;
       CNNOPS_UNROLL
       for (int e = 0; e < 2; ++e) {
-        const T* const from = index < pixels && at.c + c < conv.C ? find(pixel + e) : nullptr;
-        piece[i][e] = from ? *reinterpret_cast<const uint4*>(from + c) : uint4{0, 0, 0, 0};
+        const T* const from = there && to[i] ? find(row, column + e) : nullptr;
+        pixels[i][e] = from ? *reinterpret_cast<const uint4*>(from + c) : uint4{0, 0, 0, 0};
       }
+      row += down, column += across;
+      if (column >= pitch) ++row, column -= pitch;
     }
     CNNOPS_UNROLL
     for (int i = 0; i < kTogether; ++i) {
-      const int index = first + i * kThreads, pixel = index / 2 * 2, c = index % 2 * kVector<T>;
-      if (index >= pixels) continue;
-      T* const to = planes + layout.plane(c) + pixel;
-      const uint32_t left[] = {piece[i][0].x, piece[i][0].y, piece[i][0].z, piece[i][0].w};
-      const uint32_t right[] = {piece[i][1].x, piece[i][1].y, piece[i][1].z, piece[i][1].w};
+      if (!to[i]) continue;
+      const uint32_t left[] = {pixels[i][0].x, pixels[i][0].y, pixels[i][0].z, pixels[i][0].w};
+      const uint32_t right[] = {pixels[i][1].x, pixels[i][1].y, pixels[i][1].z, pixels[i][1].w};
       CNNOPS_UNROLL
       for (int j = 0; j < 4; ++j) {
-        const auto put = [&](int channel, uint32_t word) {
-          *reinterpret_cast<uint32_t*>(to + channel * layout.rows * layout.pitch) = word;
-        };
-        put(2 * j, (left[j] & 0xffff) | right[j] << 16);
-        put(2 * j + 1, left[j] >> 16 | (right[j] & 0xffff0000));
+        auto* const words = reinterpret_cast<uint32_t*>(to[i] + 2 * j * plane);
+        words[0] = (left[j] & 0xffff) | right[j] << 16;
+        words[plane / 2] = left[j] >> 16 | (right[j] & 0xffff0000);
       }
     }
   }
