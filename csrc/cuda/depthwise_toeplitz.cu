@@ -123,35 +123,43 @@ __device__ void load_planes(const Correlation& conv, const Place& at, const Toep
   }
 }
 
-// Filters lie side by side in memory as well as here, turned or not.
-template <class T>
-__device__ void load_filters(const Correlation& conv, const Place& at, const T* weight, T* filters) {
-  const int taps = conv.R * conv.S;
-  for (int i = static_cast<int>(threadIdx.x); i < kChannels * taps; i += kThreads) {
-    const int c = i / taps, tap = i - c * taps;
-    filters[conv.turned ? c * taps + taps - 1 - tap : i] = at.c + c < conv.C ? weight[int64_t{at.c} * taps + i] : T{};
+// Filters, turned or not, each row of taps twice: from an even and from an odd word on, with zeros around, so that any
+// two neighbouring taps are one word. `filters` is zero before. As in memory, threads have taps side by side.
+template <class T, int kSide>
+__device__ void load_filters(const Correlation& conv, const Place& at, const ToeplitzLayout<kSide>& layout,
+                             const T* weight, T* filters) {
+  const int thread = static_cast<int>(threadIdx.x), taps = conv.R * conv.S;
+  const int next = kThreads / taps, down = kThreads % taps / conv.S, across = kThreads % taps % conv.S;
+  int c = thread / taps, r = thread % taps / conv.S, s = thread % taps % conv.S;
+  for (int64_t tap = int64_t{at.c} * taps + thread; c < kChannels && at.c + c < conv.C; tap += kThreads) {
+    T* const row = filters + layout.filter(c, conv.turned ? conv.R - 1 - r : r);
+    T* const to = row + (conv.turned ? conv.S - 1 - s : s);
+    to[0] = to[2 * layout.words + 1] = weight[tap];
+    c += next, r += down, s += across;
+    if (s >= conv.S) s -= conv.S, ++r;
+    if (r >= conv.R) r -= conv.R, ++c;
   }
 }
 
-// This thread's taps of 16 rows j of a band, of which `first` is the place of its first in the row of taps: a fragment
-// of B.
-template <class T>
-__device__ __forceinline__ void load_band(uint32_t (&band)[2], const T* row, int first, int S) {
-  const auto tap = [&](int s) -> uint32_t {
-    return static_cast<unsigned>(s) < static_cast<unsigned>(S) ? row[s].bits : 0;
-  };
+// This thread's taps of 16 rows j of a band, a fragment of B: each word has those of two rows j for one output i, which
+// are neighbours in the row of taps. `first` is the place of the first word in the row.
+__device__ __forceinline__ void load_band(uint32_t (&band)[2], const uint32_t* row, int first, int words) {
   CNNOPS_UNROLL
-  for (int half = 0; half < 2; ++half) band[half] = tap(first + half * 8) | tap(first + half * 8 + 1) << 16;
+  for (int half = 0; half < 2; ++half) {
+    const int word = first + half * 4;
+    band[half] = static_cast<unsigned>(word) < static_cast<unsigned>(words) ? row[word] : 0;
+  }
 }
 
 // One output, by its own taps alone.
-template <class T>
-__device__ float sum_of(const Correlation& conv, const Place& at, const T* x, const T* filter, int p, int q, int c) {
+template <class T, int kSide>
+__device__ float sum_of(const Correlation& conv, const Place& at, const ToeplitzLayout<kSide>& layout, const T* x,
+                        const T* filters, int p, int q, int c) {
   float sum = 0;
   for (int r = 0; r < conv.R; ++r)
     for (int s = 0; s < conv.S; ++s) {
       const T* const from = pixel_at(conv, at, x, p + r, q + s);
-      sum += (from ? to_float(from[c]) : 0.f) * to_float(filter[r * conv.S + s]);
+      sum += (from ? to_float(from[c]) : 0.f) * to_float(filters[layout.filter(c, r) + s]);
     }
   return sum;
 }
@@ -164,13 +172,15 @@ class Sums {
   using Layout = ToeplitzLayout<kSide>;
   static constexpr int kGroups = kSide / kRows;
 
-  __device__ void multiply(const Layout& layout, int R, int S, const T* planes, const T* filters) {
+  __device__ void multiply(const Layout& layout, int R, const T* planes, const T* filters) {
     CNNOPS_UNROLL
     for (int pass = 0; pass < kGroups; ++pass) {
       const int channel = warp() * 2 + (kTogether == 1 ? pass : lane() / kRows);
       const T* rows = planes + layout.plane(channel) + (kTogether == 1 ? lane() : lane() % kRows) * layout.pitch;
-      const T* taps = filters + (warp() * 2 + pass) * R * S;
-      for (int r = 0; r < R; ++r, rows += layout.pitch, taps += S) {
+      // The 8 outputs' taps begin one after another: every second one's at an odd word.
+      const T* taps = filters + layout.filter(warp() * 2 + pass, 0) + lane() / 4 % 2 * 2 * layout.words;
+      const int first = lane() % 4 - lane() / 8;
+      for (int r = 0; r < R; ++r, rows += layout.pitch, taps += 4 * layout.words) {
         uint32_t x[kAcross + 2 * kMostSteps - 1][4];  // of 8 columns: both halves of 16 rows, twice
         CNNOPS_UNROLL
         for (int step = 0; step < kMostSteps; ++step) {
@@ -178,7 +188,8 @@ class Sums {
           uint32_t band[kTogether][2];
           CNNOPS_UNROLL
           for (int i = 0; i < kTogether; ++i)
-            load_band(band[i], taps + i * R * S, step * 16 + lane() % 4 * 2 - lane() / 4, S);
+            load_band(band[i], reinterpret_cast<const uint32_t*>(taps + i * layout.filter(1, 0)), step * 8 + first,
+                      layout.words);
           CNNOPS_UNROLL
           for (int eight = step ? kAcross + 2 * step - 1 : 0; eight <= kAcross + 2 * step; ++eight)
             ldmatrix_x4<false>(x[eight], rows + eight * 8);
@@ -259,11 +270,14 @@ __global__ void __launch_bounds__(kThreads, kResident)
   auto* const filters = reinterpret_cast<T*>(shared + layout.filters);
   auto* const stage = reinterpret_cast<float*>(shared);
   const Place at = Place::of<kSide>(conv);
+  for (int i = static_cast<int>(threadIdx.x); i < kChannels * conv.R * layout.words / 2; i += kThreads)
+    reinterpret_cast<uint4*>(filters)[i] = uint4{0, 0, 0, 0};
   load_planes<T, kSide>(conv, at, layout, x, planes);
-  load_filters(conv, at, weight, filters);
+  __syncthreads();  // the filters are zero
+  load_filters(conv, at, layout, weight, filters);
   __syncthreads();
   Sums sums;
-  sums.multiply(layout, conv.R, conv.S, planes, filters);
+  sums.multiply(layout, conv.R, planes, filters);
 
   const int first = static_cast<int>(threadIdx.x) / 32 * Layout::kWarpRows;  // of the rows that this warp writes
   const bool aligned = conv.C % kVector<T> == 0;
@@ -274,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     __syncthreads();  // nobody reads the planes, or the sums before, any more
     sums.store(stage, group, [&](int row, int column, int c) {
       if (at.p + p + row >= conv.P || at.q + column >= conv.Q || at.c + c >= conv.C) return 0.f;
-      return sum_of(conv, at, x, filters + c * conv.R * conv.S, p + row, column, c);
+      return sum_of(conv, at, layout, x, filters, p + row, column, c);
     });
     __syncthreads();
     const auto row_of = [&](int i) -> int64_t {

@@ -23,20 +23,25 @@ struct ToeplitzLayout {
 
   int steps;        // of 16 columns, for the taps of 8 neighbouring outputs
   int rows, pitch;  // of a plane
+  int taps, words;  // rows of a filter's taps, and words of a row, of which there are two copies
   size_t filters, end;
 
   __host__ __device__ ToeplitzLayout(int R, int S) {
+    taps = R;
+    words = S / 2 + 1;
     steps = (S + 7 + 15) / 16;
     rows = kSide + R - 1;
     pitch = kSide - 8 + 16 * steps;
     const size_t halo = (kToeplitzChannels * rows * pitch + kShift) * sizeof(uint16_t);
     constexpr size_t kSums = kToeplitzWarps * kWarpFloats * sizeof(float);
     filters = halo > kSums ? halo : kSums;
-    end = filters + kToeplitzChannels * R * S * sizeof(uint16_t);
+    end = filters + kToeplitzChannels * 2 * R * words * sizeof(uint32_t);
   }
 
   // A channel's plane, in elements from the start.
   __device__ int plane(int channel) const { return channel * rows * pitch + channel / 8 * kShift; }
+  // A row of a channel's taps, in elements from the start of filters.
+  __device__ int filter(int channel, int row) const { return (channel * taps + row) * 4 * words; }
   // The first sum of an output, in floats from the start.
   static __device__ int sum(int row, int column) {
     return row / kWarpRows * kWarpFloats + (row % kWarpRows * kSide + column) * kPixelFloats;
