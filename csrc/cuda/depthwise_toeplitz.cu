@@ -177,7 +177,8 @@ class Sums {
     for (int pass = 0; pass < kGroups; ++pass) {
       const int channel = warp() * 2 + (kTogether == 1 ? pass : lane() / kRows);
       const T* rows = planes + layout.plane(channel) + (kTogether == 1 ? lane() : lane() % kRows) * layout.pitch;
-      // The 8 outputs' taps begin one after another: every second one's at an odd word.
+      // In a band, each output's taps begin one row after those of the output before: every second output's in the
+      // upper half of a word, but for the second copy.
       const T* taps = filters + layout.filter(warp() * 2 + pass, 0) + lane() / 4 % 2 * 2 * layout.words;
       const int first = lane() % 4 - lane() / 8;
       for (int r = 0; r < R; ++r, rows += layout.pitch, taps += 4 * layout.words) {
