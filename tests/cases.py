@@ -482,7 +482,7 @@ _CONV2D_CORNERS = (
     _conv("depthwise-9x9-ragged", (1, 18, 17, 20), (18, 9, 9), padding=(4, 4), groups=18, bias=True),
     _conv("depthwise-13x13", (1, 8, 18, 15), (8, 13, 13), padding=(6, 6), groups=8),
     _conv("depthwise-7x31", (1, 24, 8, 33), (24, 7, 31), padding=(3, 15), groups=24, bias=True),
-    _conv("depthwise-31x31", (1, 5, 17, 14), (5, 31, 31), padding=(15, 15), groups=5),
+    _conv("depthwise-31x25", (1, 5, 17, 14), (5, 31, 25), padding=(15, 12), groups=5),
     _conv("depthwise-8x10-padding-exceeds-filter", (2, 9, 4, 3), (9, 8, 10), padding=(9, 12), groups=9),
     _conv("depthwise-multiplier-9-few", (2, 3, 6, 5), (27, 2, 3), (2, 1), (1, 1), groups=3),
     _conv("same-3x3", (2, 4, 6, 7), (6, 3, 3), padding="same", bias=True),
