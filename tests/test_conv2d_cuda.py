@@ -47,6 +47,7 @@ STEM, STEM_SHORT, STEM_LONG = (
     "conv2d_stem_*_kernel<{T}, Shape<64, 160,",
 )
 PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
+BANDS_SMALL, BANDS_LARGE = ((f"conv2d_toeplitz_kernel<{{T}}, {side}>",) * 2 + PACKED[2:] for side in (16, 32))
 
 PLANNED = (
     # Tails along both sides of a tile, taps that channels of 24 cut across steps.
@@ -80,6 +81,11 @@ PLANNED = (
         PACKED,
     ),
     Planned(Conv2dCase("packed-uneven", 2, 30, 9, 11, 42, 2, 3, padding=(1, 1), groups=6), PACKED, PACKED),
+    # 16 and 48 columns of a band; tails along both sides of a tile, and of its channels.
+    Planned(
+        Conv2dCase("bands-small", 2, 24, 9, 18, 24, 7, 31, padding=(3, 15), groups=24, bias=True), BANDS_SMALL, PACKED
+    ),
+    Planned(Conv2dCase("bands-large", 1, 40, 22, 19, 40, 9, 7, padding=(4, 3), groups=40), BANDS_LARGE, PACKED),
     # Rows of x that begin at the same place within 16 bytes, and rows that do not.
     Planned(
         Conv2dCase("stem-3x3", 2, 3, 17, 24, 72, 3, 3, padding=(1, 1), bias=True),

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import helpers
 import pytest
@@ -33,7 +34,7 @@ DEVICES = (
     (120, 188, 99 << 10),
 )
 HOPPER = DEVICES[3]
-LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
+LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
 SM90_ALONE = ("wgmma", "halo")
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 0)
 
@@ -80,6 +81,14 @@ CHOICES = {
     "of a small map": (Conv2dCase("", 1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), "portable", (64, 64)),
     "of odd channels": (Conv2dCase("", 32, 63, 56, 56, 61, 3, 3, padding=(1, 1)), "portable", (64, 64)),
     "depthwise": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=64), "packed", (128, 32)),
+    "of large depthwise filters": (
+        Conv2dCase("", 32, 96, 56, 56, 96, 7, 7, padding=(3, 3), groups=96),
+        *("toeplitz", (32, 32)),
+    ),
+    "of large depthwise filters and a small map": (
+        Conv2dCase("", 32, 384, 14, 14, 384, 7, 7, padding=(3, 3), groups=384),
+        *("toeplitz", (16, 16)),
+    ),
     "of an image": (Conv2dCase("", 32, 3, 224, 224, 64, 7, 7, stride=(2, 2), padding=(3, 3)), "stem", (64, 64)),
 }
 
@@ -102,6 +111,44 @@ def test_choice_for_a_layer_on_hopper(layer: str) -> None:
     taken["of a small map"] = ("wgmma", (128, 64))
     [(_, _, chosen, rows, columns, _, _)] = plans("conv2d_forward", case, torch.bfloat16, HOPPER)
     assert (chosen, (int(rows), int(columns))) == taken.get(layer, (family, tile))
+
+
+LARGE_DEPTHWISE = Conv2dCase("", 8, 64, 28, 40, 64, 13, 9, padding=(6, 4), groups=64)
+
+
+def families(case: Conv2dCase, dtype: torch.dtype, device: tuple[int, int, int] = DEVICES[0]) -> list[str]:
+    """Of the forward pass and both gradients."""
+    return [found[2] for name in ("conv2d_forward", "conv2d_backward") for found in plans(name, case, dtype, device)]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device[0]}")
+def test_bands_are_for_large_depthwise_filters_of_16_bits(device: tuple[int, int, int]) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        taken = families(LARGE_DEPTHWISE, dtype, device)
+        assert taken[:2] == ["toeplitz"] * 2 and taken[2] != "toeplitz"
+    assert "toeplitz" not in families(LARGE_DEPTHWISE, torch.float32, device)
+    others = (
+        {"stride": (2, 1)},
+        {"dilation": (1, 2)},
+        {"K": 128},
+        {"groups": 32},
+        {"R": 6, "padding": (3, 4)},
+        {"S": 33, "padding": (6, 16)},
+    )
+    for other in others:
+        assert "toeplitz" not in families(replace(LARGE_DEPTHWISE, **other), torch.bfloat16, device), other
+
+
+def test_bands_are_for_filters_whose_taps_fit_in_shared_memory() -> None:
+    """Large tiles of 31 x 31 taps fit on Hopper, small ones on sm_80, none where a block has 99 KB."""
+    case = Conv2dCase("", 32, 128, 56, 56, 128, 31, 31, padding=(15, 15), groups=128)
+    tiles = {}
+    for device in DEVICES:
+        for name in ("conv2d_forward", "conv2d_backward"):
+            _, _, family, rows, columns, *_ = plans(name, case, torch.bfloat16, device)[0]
+            tiles[device[0], name] = (family == "toeplitz", (int(rows), int(columns)))
+    expected = {80: (True, (16, 16)), 90: (True, (32, 32)), 100: (True, (32, 32))}
+    assert all(tile == expected[arch] if arch in expected else not tile[0] for (arch, _), tile in tiles.items())
 
 
 @pytest.mark.parametrize("case", [case for case in REACH if case.architecture < 90])

@@ -173,12 +173,14 @@ def test_instantiations_stay_in_their_budget() -> None:
     """Which csrc/cuda/conv2d.cuh states, for the kernels of convolutions that take anything."""
     kernels = emulated_kernels()
     hopper = {kernel for kernel in kernels if is_hopper(kernel)}
-    portable = {kernel for kernel in kernels - hopper if re.match("conv2d_|add_slabs|finish_moments", kernel)}
+    bands = {kernel for kernel in kernels if kernel.startswith("conv2d_toeplitz_")}
+    portable = {kernel for kernel in kernels - hopper - bands if re.match("conv2d_|add_slabs|finish_moments", kernel)}
     assert len(portable) <= 70
     assert len(hopper) <= 23, (
         "3 widths and the halo form, 2 passes, 2 dtypes; 3 forms of backward_weight; 1 that clears"
     )
-    assert len(kernels - portable - hopper) <= 23, "copies, activations, a batch norm's folding"
+    assert len(bands) <= 4, "2 tiles, 2 dtypes; both passes are one kernel"
+    assert len(kernels - portable - hopper - bands) <= 23, "copies, activations, a batch norm's folding"
 
 
 @cuda_built
@@ -252,6 +254,20 @@ def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -
             assert sass.opcodes(copying, "LDGSTS") and sass.opcodes(loop, "LDSM", "LDS"), (image, kernel)
         found[image, number].add(re.search("|".join(PASSES), kernel)[0])
     assert found == {(image, number): set(PASSES) for image in ("sm_80", "sm_90a") for number in PRODUCTS}
+
+
+@cuda_built
+def test_bands_multiply_on_tensor_cores_what_lies_in_shared_memory() -> None:
+    """x comes and y goes 16 bytes at a time."""
+    found = set()
+    for (image, kernel), code in code_of("conv2d_toeplitz_kernel<"):
+        number = re.search(r"_kernel<(\w+)", kernel)[1]
+        loops = sass.innermost(code, "HMMA")
+        assert loops and {opcode.split(".")[1] for opcode in sass.opcodes(code, "HMMA")} == PRODUCTS[number]
+        assert all(sass.opcodes(loop, "LDSM") and not sass.opcodes(loop, "LDG", "STG") for loop in loops)
+        assert {"LDG.E.128", "STG.E.128"} <= set(sass.opcodes(code, "LDG", "STG")), (image, kernel)
+        found.add((image, number))
+    assert found == {(image, number) for image in ("sm_80", "sm_90a") for number in ("Half", "BFloat16")}
 
 
 def listing(*lines: str) -> list[sass.Instruction]:

@@ -70,6 +70,8 @@ REACH = (
     *_portable(Reach((1, 16, 6, 6), (16, 4, 3, 3), groups=4)),  # several groups to a block
     *_portable(Reach((1, 3, 8, 8), (16, 3, 3, 3))),  # few channels, of few taps and of many
     *_portable(Reach((1, 3, 9, 9), (16, 3, 7, 7), stride=2, pad=3)),
+    Reach((1, 8, 9, 9), (8, 1, 7, 7), pad=3, groups=8, dtypes=HALVES),  # large depthwise filters
+    Reach((1, 40, 17, 17), (40, 1, 7, 7), pad=3, groups=40, dtypes=HALVES),  # large tiles of them
     _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
     _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
     _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),

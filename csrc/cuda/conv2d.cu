@@ -34,6 +34,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kWgmmaConv2d;
     case Conv2dKernel::kHalo:
       return kHaloConv2d;
+    case Conv2dKernel::kToeplitz:
+      return kToeplitzConv2d;
   }
   throw std::runtime_error("conv2d: a plan without a kernel");
 }

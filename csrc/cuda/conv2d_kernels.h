@@ -24,6 +24,7 @@ struct Conv2dFamily {
 // A null function is a pass that the family does not have. The sm_90a ones are null throughout where the library was
 // not compiled for that architecture.
 extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kStemConv2d, kWgmmaConv2d, kHaloConv2d;
+extern const Conv2dFamily kToeplitzConv2d;
 
 // Moments of tiles, merged in order: partial[tile][count, mean, m2][K] gives epilogue.mean and epilogue.m2.
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream);

@@ -6,6 +6,7 @@
 
 #include "conv2d.cuh"
 #include "conv2d_sm90.h"
+#include "depthwise_toeplitz.h"
 
 namespace cnnops::cuda {
 namespace {
@@ -80,6 +81,30 @@ Row stem(const Conv2dProblem& p, const Device& device, int64_t least_taps, int64
 
 int vector_of(const Conv2dProblem& p) { return p.dtype == DType::kFloat ? 4 : 8; }
 
+// Large filters of one channel each.
+template <int kSide>
+Row toeplitz(const Conv2dProblem& p, const Device& device, bool chosen, const char* reason) {
+  const auto large = [](int taps) { return taps >= kLeastToeplitzTaps && taps <= kMostToeplitzTaps; };
+  const bool depthwise = p.groups > 1 && p.groups == p.C && p.C == p.K && p.dtype != DType::kFloat;
+  const bool dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  const bool allowed = chosen && depthwise && dense && large(p.R) && large(p.S) &&
+                       ToeplitzLayout<kSide>(p.R, p.S).end <= static_cast<size_t>(device.shared_bytes);
+  return {allowed, Conv2dKernel::kToeplitz, kSide, kSide, 1, reason};
+}
+
+// P x Q is the result, y or dx. Large tiles read x less often, small ones compute less beside the result.
+Row large_toeplitz(const Conv2dProblem& p, const Device& device, int P, int Q) {
+  const auto tiles = [&](int side) { return ceil_div(P, side) * ceil_div(Q, side); };
+  const int64_t large = tiles(kLargeToeplitzSide), small = tiles(kSmallToeplitzSide);
+  const bool fills = p.N * large * ceil_div(p.C, kToeplitzChannels) >= device.multiprocessors;
+  return toeplitz<kLargeToeplitzSide>(p, device, fills && 3 * large <= small,
+                                      "large depthwise filters, large tiles fill the device");
+}
+
+Row small_toeplitz(const Conv2dProblem& p, const Device& device) {
+  return toeplitz<kSmallToeplitzSide>(p, device, true, "large depthwise filters");
+}
+
 // The passes whose rows are pixels; rows of one of them alone go before.
 template <class... Rows>
 Conv2dPlan plan_pixels(const Conv2dProblem& p, const Device& device, const Gemm& gemm, const Rows&... before) {
@@ -103,7 +128,8 @@ Conv2dPlan plan_portable_forward(const Conv2dProblem& p, const Device& device) {
   const int64_t channels = p.C / p.groups;
   const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, int64_t{p.R} * p.S * channels, p.groups,
                   channels % vector_of(p) == 0};
-  Conv2dPlan plan = plan_pixels(p, device, gemm, stem(p, device, 1, 160, 64, 64));
+  Conv2dPlan plan = plan_pixels(p, device, gemm, large_toeplitz(p, device, p.P, p.Q), small_toeplitz(p, device),
+                                stem(p, device, 1, 160, 64, 64));
   const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
   if (plan.kernel == Conv2dKernel::kPortable && 2 * count <= device.multiprocessors) {
     constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
@@ -117,7 +143,7 @@ Conv2dPlan plan_portable_backward_input(const Conv2dProblem& p, const Device& de
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups;
   const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels,
                   int64_t{p.R} * p.S * filters, p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
-  return plan_pixels(p, device, gemm);
+  return plan_pixels(p, device, gemm, large_toeplitz(p, device, p.H, p.W), small_toeplitz(p, device));
 }
 
 Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& device) {
@@ -167,7 +193,7 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
 }
 
 std::string describe(const Conv2dPlan& plan) {
-  const char* const names[] = {"portable", "packed", "stem", "wgmma", "halo"};
+  const char* const names[] = {"portable", "packed", "stem", "wgmma", "halo", "toeplitz"};
   return std::string(names[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
          std::to_string(plan.block_n) + " " + std::to_string(plan.stages) + " stages, clusters of " +
          std::to_string(plan.cluster) + ", " + std::to_string(plan.splits) + " slabs: " + plan.reason +

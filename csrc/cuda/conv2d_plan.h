@@ -16,6 +16,7 @@ enum class Conv2dKernel : int {
   kStem,      // conv2d_stem.cu: few input channels, im2col in shared memory
   kWgmma,     // conv2d_sm90.cu: TMA and wgmma
   kHalo,      // conv2d_halo_sm90.cu: TMA and wgmma, every tap from one tile of x
+  kToeplitz,  // depthwise_toeplitz.cu: large depthwise filters as banded matrices
 };
 
 struct Conv2dPlan {
