@@ -28,6 +28,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kPortableConv2d;
     case Conv2dKernel::kPacked:
       return kPackedConv2d;
+    case Conv2dKernel::kDepthwise:
+      return kDepthwiseConv2d;
     case Conv2dKernel::kStem:
       return kStemConv2d;
     case Conv2dKernel::kWgmma:
@@ -134,13 +136,13 @@ void conv2d_backward(const Conv2dProblem& p, const void* dy, const void* x, cons
   check_limits(p);
   const BackwardWorkspace parts(p, dx, dweight, dbias);
   auto* const scratch = static_cast<char*>(workspace);
-  if (dx) {
-    const Conv2dPlan plan = plan_backward_input(p, device());
-    family_of(plan).backward_input(p, plan, {}, dy, weight, dx, scratch, stream);
-  }
-  if (dweight) {
-    const Conv2dPlan plan = plan_backward_weight(p, device());
-    family_of(plan).backward_weight(p, plan, dy, x, dweight, scratch + parts.input, stream);
+  const Conv2dPlan input = plan_backward_input(p, device()), sums = plan_backward_weight(p, device());
+  const Conv2dFamily& family = family_of(sums);
+  if (dx && dweight && input.kernel == sums.kernel && family.backward) {
+    family.backward(p, dy, x, weight, dx, dweight, scratch + parts.input, stream);
+  } else {
+    if (dx) family_of(input).backward_input(p, input, {}, dy, weight, dx, scratch, stream);
+    if (dweight) family.backward_weight(p, sums, dy, x, dweight, scratch + parts.input, stream);
   }
   if (dbias) backward_bias(p, dy, dbias, reinterpret_cast<float*>(scratch + parts.input + parts.weight), stream);
 }

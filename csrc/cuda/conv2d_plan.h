@@ -11,11 +11,12 @@
 namespace cnnops::cuda {
 
 enum class Conv2dKernel : int {
-  kPortable,  // conv2d_portable.cu: any problem, mma.sync or CUDA cores
-  kPacked,    // conv2d_packed.cu: groups of few channels, block-diagonally
-  kStem,      // conv2d_stem.cu: few input channels, im2col in shared memory
-  kWgmma,     // conv2d_sm90.cu: TMA and wgmma
-  kHalo,      // conv2d_halo_sm90.cu: TMA and wgmma, every tap from one tile of x
+  kPortable,   // conv2d_portable.cu: any problem, mma.sync or CUDA cores
+  kPacked,     // conv2d_packed.cu: groups of few channels, block-diagonally
+  kDepthwise,  // depthwise_conv2d.cu: groups of one channel
+  kStem,       // conv2d_stem.cu: few input channels, im2col in shared memory
+  kWgmma,      // conv2d_sm90.cu: TMA and wgmma
+  kHalo,       // conv2d_halo_sm90.cu: TMA and wgmma, every tap from one tile of x
 };
 
 struct Conv2dPlan {
