@@ -69,6 +69,14 @@ REACH = (
     *_portable(Reach((1, 16, 6, 6), (16, 4, 3, 3), groups=4)),  # several groups to a block
     *_portable(Reach((1, 3, 8, 8), (16, 3, 3, 3))),  # few channels, of few taps and of many
     *_portable(Reach((1, 3, 9, 9), (16, 3, 7, 7), stride=2, pad=3)),
+    *(
+        Reach(
+            (1, 24, 11, 10), (24, 1, side, side), stride, side // 2, groups=24
+        )  # a channel to a group, one filter each
+        for side in (3, 5, 7)
+        for stride in (1, 2)
+    ),
+    Reach((1, 10, 9, 10), (20, 1, 4, 4), groups=10),  # and several, of any size
     _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
     _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
     _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),
@@ -118,7 +126,7 @@ def launches() -> dict[str, dict[str, int]]:
         emulator.set_device(case.architecture)
         for dtype in case.dtypes:
             convolve(case, dtype)
-            if case is REACH[0]:
+            if case is REACH[0] or case.groups == case.x[1]:  # which have kernels of their own for statistics
                 fuse(case, dtype)
     emulator.set_device()
     for run in BESIDE:

@@ -27,10 +27,11 @@ template <class T>
 struct Inputs {
   int multiplier, first, width;
 
-  __device__ Inputs(const Conv2dProblem& p, const DepthwiseCut& cut, int64_t k)
-      : multiplier(p.K / p.C),
-        first(static_cast<int>(k) / multiplier / kVector<T> * kVector<T>),
-        width(multiplier == 1 ? kAnyChannels<T> : cut.pixel) {}
+  __device__ Inputs(const Conv2dProblem& p, int64_t k)
+      : multiplier(p.K / p.C), first(static_cast<int>(k) / multiplier / kVector<T> * kVector<T>) {
+    const int last = (static_cast<int>(k) + kAnyChannels<T> - 1) / multiplier;
+    width = (last - first) / kVector<T> * kVector<T> + kVector<T>;
+  }
   __device__ int place(int64_t k) const { return static_cast<int>(k) / multiplier - first; }
 };
 
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
   const DepthwiseThread<kChannels> thread(cut);
   const Split block = split(blockIdx.x, cut.channel_tiles);
   const int64_t k = block.remainder * kChannels;
-  const Inputs<T> inputs(p, cut, k);
+  const Inputs<T> inputs(p, k);
   const Ring<T> ring{reinterpret_cast<T*>(shared), cut.window + cut.advance, cut.ring_columns, cut.pixel};
   auto* const weights = reinterpret_cast<T*>(shared + cut.weights);
   auto* const sums = reinterpret_cast<float*>(shared + cut.sums);
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
   const int64_t k = block.remainder * kChannels;
   const int first_r = static_cast<int>(part.remainder) * kTapRows;
   const int rows = p.R - first_r < kTapRows ? p.R - first_r : kTapRows;
-  const Inputs<T> inputs(p, cut, k);
+  const Inputs<T> inputs(p, k);
+  cut.window -= ((p.R < kTapRows ? p.R : kTapRows) - rows) * p.dilation_h;  // of the block with the last rows
   const Ring<T> ring{reinterpret_cast<T*>(shared), cut.window + cut.advance, cut.ring_columns, cut.pixel};
   const auto tile_of_dy = [&](int other) {
     return Ring<T>{reinterpret_cast<T*>(shared + cut.other) + other * cut.step * cut.columns * kChannels, cut.step,
