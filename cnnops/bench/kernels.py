@@ -100,6 +100,10 @@ def fuse(case: Reach, dtype: torch.dtype) -> None:
     case.function("conv2d_bn_act_forward")(
         *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
     )
+    if case.groups == case.x[1]:
+        case.function("conv2d_bn_act_pooled_forward")(
+            *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
+        )
     y, z = case.function("conv2d_act_forward")(x, weight, None, None, *case.geometry, "silu", True)
     simt.library.function("activation_backward")(y, z, "silu")
 

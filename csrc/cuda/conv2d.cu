@@ -128,6 +128,8 @@ void conv2d_forward(const Conv2dProblem& p, const Epilogue& epilogue, const void
                     void* workspace, Stream stream) {
   check_limits(p);
   const Conv2dPlan plan = plan_forward(p, device());
+  if (epilogue.pooled && !family_of(plan).pools)
+    throw std::runtime_error("conv2d: only depthwise kernels pool their results, but the plan is " + describe(plan));
   family_of(plan).forward(p, plan, epilogue, x, weight, y, workspace, stream);
 }
 

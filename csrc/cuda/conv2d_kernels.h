@@ -22,6 +22,7 @@ struct Conv2dFamily {
   // Both gradients from one read of dy, in backward_weight's workspace.
   void (*backward)(const Conv2dProblem&, const void* dy, const void* x, const void* weight, void* dx, void* dweight,
                    void* workspace, Stream) = nullptr;
+  bool pools = false;  // whether forward fills Epilogue::pooled
 };
 
 // A null function is a pass that the family does not have. The sm_90a ones are null throughout where the library was

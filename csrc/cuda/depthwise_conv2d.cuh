@@ -39,14 +39,14 @@ struct DepthwiseThread {
 };
 
 struct Strip {
-  int64_t n;
+  int64_t index, n;
   int row, end, column;  // end: where its rows end
 };
 
 __device__ inline Strip strip_of(const DepthwiseCut& cut, int64_t index) {
   const Split w = split(index, cut.strips_w), h = split(w.quotient, cut.chunks);
   const int64_t row = h.remainder * cut.chunk_rows, end = row + cut.chunk_rows;
-  return {h.quotient, static_cast<int>(row), static_cast<int>(end < cut.rows ? end : cut.rows),
+  return {index, h.quotient, static_cast<int>(row), static_cast<int>(end < cut.rows ? end : cut.rows),
           static_cast<int>(w.remainder * cut.columns)};
 }
 
@@ -175,6 +175,20 @@ __device__ void write_moments(Moments (&moments)[kVector<T>], int64_t tile, int6
     to[first + i] = moments[i].count;
     to[K + first + i] = moments[i].mean;
     to[2 * K + first + i] = moments[i].m2;
+  }
+}
+
+// A warp's sums over a strip, partial[strip][warp][K], of the moments of what it wrote there.
+template <class T, int kChannels>
+__device__ void write_pooled(Moments (&moments)[kVector<T>], int64_t strip, int64_t k, int64_t K, float* partial) {
+  merge_lanes<T, kChannels>(moments);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t first = k + column_of<T, kChannels>();
+  CNNOPS_UNROLL
+  for (int i = 0; i < kVector<T>; ++i) {
+    if (static_cast<int>(threadIdx.x) % 32 < kChannels / kVector<T> && first + i < K)
+      partial[(strip * kDepthwiseWarps + warp) * K + first + i] = moments[i].count * moments[i].mean;
+    moments[i] = {};
   }
 }
 

@@ -103,9 +103,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
       write_sums<T, kChannels, true>(epilogue, acc, sums, at, k, p.K, aligned, y, moments);
     else
       write_sums<T, kChannels, false>(epilogue, acc, sums, at, k, p.K, aligned, y, moments);
+    if (epilogue.pooled && row + cut.step >= strip.end)
+      write_pooled<T, kChannels>(moments, strip.index, k, p.K, partial);
   };
   march(cut, block.quotient, rows_of, step);
-  if (partial)
+  if (partial && !epilogue.pooled)
     write_moments<T, kChannels>(moments, block.quotient * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32, k, p.K,
                                 partial);
 }

@@ -85,10 +85,13 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 3 ? 4 : 3)
       return h < strip.end && w < p.Q ? ((strip.n * p.P + h) * p.Q + w) * p.K : -1;
     };
     write_sums<T, kChannels, kMoments>(epilogue, acc, sums, at, k, p.K, aligned, y, moments);
+    if constexpr (kMoments)
+      if (epilogue.pooled && row + cut.step >= strip.end)
+        write_pooled<T, kChannels>(moments, strip.index, k, p.K, partial);
   };
   march(cut, block.quotient, rows_of, step);
 
-  if constexpr (kMoments)
+  if (kMoments && !epilogue.pooled)
     write_moments<T, kChannels>(moments, block.quotient * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32, k, p.K,
                                 partial);
 }
