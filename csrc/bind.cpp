@@ -437,9 +437,10 @@ struct ConvGradients {
 };
 
 template <bool kTf32>
-Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, OptionalTensor residual,
-                             const Tensor& running_mean, const Tensor& running_var, OptionalTensor bn_weight,
-                             OptionalTensor bn_bias, CNNOPS_CONV2D_PARAMS, double eps, std::string activation) {
+Tensor conv2d_bn_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& residual,
+                     const Tensor& running_mean, const Tensor& running_var, const OptionalTensor& bn_weight,
+                     const OptionalTensor& bn_bias, CNNOPS_CONV2D_PARAMS, double eps, const std::string& activation,
+                     void* pooled) {
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x), acc = accumulation(x.scalar_type());
   const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
@@ -459,9 +460,33 @@ Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTens
                              .scale = scale.data_ptr(),
                              .shift = shift.data_ptr()},
                             launch);
-  const Epilogue epilogue{.bias = shift.data_ptr(), .activation = activation_of(activation), .scale = scale.data_ptr()};
+  const Epilogue epilogue{
+      .bias = shift.data_ptr(), .activation = activation_of(activation), .scale = scale.data_ptr(), .pooled = pooled};
   convolve(problem, x, weight, residual, epilogue, y.data(), launch);
   return y.finish(launch);
+}
+
+template <bool kTf32>
+Tensor conv2d_bn_act_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias, OptionalTensor residual,
+                             const Tensor& running_mean, const Tensor& running_var, OptionalTensor bn_weight,
+                             OptionalTensor bn_bias, CNNOPS_CONV2D_PARAMS, double eps, std::string activation) {
+  return conv2d_bn_act<kTf32>(x, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+                              CNNOPS_CONV2D_ARGS, eps, activation, nullptr);
+}
+
+// And the mean of each image's results of a filter, as rounded.
+template <bool kTf32>
+std::tuple<Tensor, Tensor> conv2d_bn_act_pooled_forward(const Tensor& x, const Tensor& weight, OptionalTensor bias,
+                                                        OptionalTensor residual, const Tensor& running_mean,
+                                                        const Tensor& running_var, OptionalTensor bn_weight,
+                                                        OptionalTensor bn_bias, CNNOPS_CONV2D_PARAMS, double eps,
+                                                        std::string activation) {
+  const Launch launch(x);
+  const std::array<int64_t, 2> sizes{x.size(0), weight.size(0)};
+  const Tensor pooled = empty(sizes, accumulation(x.scalar_type()), x, false);
+  const Tensor y = conv2d_bn_act<kTf32>(x, weight, bias, residual, running_mean, running_var, bn_weight, bn_bias,
+                                        CNNOPS_CONV2D_ARGS, eps, activation, pooled.data_ptr());
+  return {y, pooled};
 }
 
 template <bool kTf32>
@@ -1147,6 +1172,7 @@ STABLE_TORCH_LIBRARY_IMPL(CNNOPS_NS, CNNOPS_KEY, m) {
   CNNOPS_IMPL_CONV(conv_transpose2d_forward, conv_transpose2d_backward);
   CNNOPS_IMPL_CONV(fold_batch_norm, conv2d_bn_act_forward);
   CNNOPS_IMPL_CONV(conv2d_statistics, conv2d_statistics_forward);
+  CNNOPS_IMPL_CONV(conv2d_pooled, conv2d_bn_act_pooled_forward);
   CNNOPS_IMPL(activation_backward, activation_backward);
   CNNOPS_IMPL(max_pool2d_forward, max_pool2d_forward);
   CNNOPS_IMPL(max_pool2d_backward, max_pool2d_backward);

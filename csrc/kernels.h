@@ -24,6 +24,9 @@ struct Epilogue {
   // [K] in the accumulation type, or null: of each filter's rounded results over N, P and Q, the mean and the sum of
   // squared deviations from it. Without an activation.
   void *mean = nullptr, *m2 = nullptr;
+  // [N,K] in the accumulation type, or null: of each image and filter, the mean over P and Q of the rounded results.
+  // Not together with mean and m2, and only of problems whose plan is a depthwise kernel.
+  void* pooled = nullptr;
 };
 
 struct BatchNormForward {
@@ -132,6 +135,7 @@ struct Kernels {
 
   bool pool2d_nchw = false;        // pools take channels_last = false; otherwise the caller makes x NHWC
   bool conv2d_statistics = false;  // conv2d_forward fills Epilogue::mean and m2
+  bool conv2d_pooled = false;      // and Epilogue::pooled
   bool tf32 = false;               // convolutions look at Conv2dProblem::tf32
   bool conv2d_in_float = false;    // conv2d wants half and bfloat16 widened to float by the caller
 };

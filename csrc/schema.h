@@ -14,24 +14,28 @@
 // _(name, arguments, results)
 //
 // The convolutions. Where a backend's kernels know TF32, each is there a second time, as <name>_tf32.
-#define CNNOPS_CONV_SCHEMA(_)                                                                                  \
-  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                         \
-  _(conv2d_backward,                                                                                           \
-    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias", \
-    "(Tensor?, Tensor?, Tensor?)")                                                                             \
-  _(conv2d_act_forward,                                                                                        \
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z", \
-    "(Tensor, Tensor?)")                                                                                       \
-  _(conv_transpose2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV_TRANSPOSE2D, "Tensor")     \
-  _(conv_transpose2d_backward,                                                                                 \
-    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                             \
-    ", bool need_dx, bool need_dweight, bool need_dbias",                                                      \
-    "(Tensor?, Tensor?, Tensor?)")                                                                             \
-  _(conv2d_bn_act_forward,                                                                                     \
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "       \
-    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                        \
-    "Tensor")                                                                                                  \
-  _(conv2d_statistics_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "(Tensor, Tensor, Tensor)")
+#define CNNOPS_CONV_SCHEMA(_)                                                                                       \
+  _(conv2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "Tensor")                              \
+  _(conv2d_backward,                                                                                                \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV2D ", bool need_dx, bool need_dweight, bool need_dbias",      \
+    "(Tensor?, Tensor?, Tensor?)")                                                                                  \
+  _(conv2d_act_forward,                                                                                             \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, " CNNOPS_CONV2D ", str activation, bool need_z",      \
+    "(Tensor, Tensor?)")                                                                                            \
+  _(conv_transpose2d_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV_TRANSPOSE2D, "Tensor")          \
+  _(conv_transpose2d_backward,                                                                                      \
+    "Tensor dy, Tensor x, Tensor weight, " CNNOPS_CONV_TRANSPOSE2D                                                  \
+    ", bool need_dx, bool need_dweight, bool need_dbias",                                                           \
+    "(Tensor?, Tensor?, Tensor?)")                                                                                  \
+  _(conv2d_bn_act_forward,                                                                                          \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "            \
+    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                             \
+    "Tensor")                                                                                                       \
+  _(conv2d_statistics_forward, "Tensor x, Tensor weight, Tensor? bias, " CNNOPS_CONV2D, "(Tensor, Tensor, Tensor)") \
+  _(conv2d_bn_act_pooled_forward,                                                                                   \
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor running_mean, Tensor running_var, "            \
+    "Tensor? bn_weight, Tensor? bn_bias, " CNNOPS_CONV2D ", float eps, str activation",                             \
+    "(Tensor, Tensor)")
 
 #define CNNOPS_SCHEMA(_)                                                                                               \
   _(activation_backward, "Tensor dy, Tensor saved, str activation", "Tensor")                                          \

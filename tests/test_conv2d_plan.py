@@ -34,7 +34,9 @@ DEVICES = (
     (120, 188, 99 << 10),
 )
 HOPPER = DEVICES[3]
-LINE = re.compile(r"(\w+) in (\w+): (portable|packed|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)")
+LINE = re.compile(
+    r"(\w+) in (\w+): (portable|packed|depthwise|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)"
+)
 SM90_ALONE = ("wgmma", "halo")
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 0)
 
@@ -80,7 +82,14 @@ CHOICES = {
     "of few filters": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1)), "portable", (128, 64)),
     "of a small map": (Conv2dCase("", 1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), "portable", (64, 64)),
     "of odd channels": (Conv2dCase("", 32, 63, 56, 56, 61, 3, 3, padding=(1, 1)), "portable", (64, 64)),
-    "depthwise": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=64), "packed", (128, 32)),
+    "depthwise": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=64), "depthwise", (64, 32)),
+    "depthwise of any size": (
+        Conv2dCase("", 32, 64, 56, 56, 128, 9, 9, padding=(4, 4), groups=64),
+        "depthwise",
+        (64, 16),
+    ),
+    "depthwise beyond the largest": (Conv2dCase("", 8, 64, 56, 56, 64, 33, 33, groups=64), "packed", (128, 32)),
+    "of groups of two": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=32), "packed", (128, 32)),
     "of large depthwise filters": (
         Conv2dCase("", 32, 96, 56, 56, 96, 7, 7, padding=(3, 3), groups=96),
         *("toeplitz", (32, 32)),

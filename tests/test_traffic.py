@@ -33,8 +33,6 @@ CASES = (
     Conv2dCase("3x3-few-pixels", 1, 128, 6, 7, 64, 3, 3, padding=(1, 1)),
     Conv2dCase("3x3-grouped", 2, 128, 11, 13, 128, 3, 3, padding=(1, 1), groups=2),
     Conv2dCase("3x3-groups-of-8", 2, 64, 13, 14, 64, 3, 3, padding=(1, 1), groups=8),
-    Conv2dCase("3x3-depthwise", 2, 64, 15, 14, 64, 3, 3, padding=(1, 1), groups=64),
-    Conv2dCase("5x5-depthwise-s2", 2, 64, 17, 16, 64, 5, 5, stride=(2, 2), padding=(2, 2), groups=64),
     Conv2dCase("5x3-dilated", 1, 48, 22, 19, 96, 5, 3, padding=(4, 2), dilation=(2, 2)),
     Conv2dCase("1x1", 3, 96, 13, 14, 80, 1, 1),
     Conv2dCase("1x1-wide", 2, 64, 14, 16, 256, 1, 1),

@@ -36,6 +36,7 @@ CONVOLUTIONS = {
     "conv2d_act_forward": ("forward",),
     "conv2d_bn_act_forward": ("forward",),
     "conv2d_statistics_forward": ("forward",),
+    "conv2d_bn_act_pooled_forward": ("forward",),
     "conv_transpose2d_forward": ("backward_input",),
     "conv_transpose2d_backward": ("forward", "backward_weight"),
 }
@@ -174,6 +175,12 @@ def runs_on(image: str, major: int, minor: int) -> bool:
     return made_for[0] == major and made_for[1] <= minor
 
 
+def _depthwise(problem: Conv2dProblem | ConvTranspose2dProblem) -> bool:
+    """Whether the depthwise kernels take a convolution: csrc/cuda/depthwise_conv2d_cut.cu."""
+    small = max(problem.R, problem.S) <= 31 and problem.K <= 16 * problem.C
+    return problem.groups == problem.C > 1 and small
+
+
 def supports(function: str, problem: Problem) -> Support:
     """Two-dimensional convolutions, transposed ones too, with what their epilogues fuse, pools, batch norm also before a
     pool, and squeeze_excite, in float32, bfloat16 and float16."""
@@ -194,6 +201,8 @@ def supports(function: str, problem: Problem) -> Support:
         return no(f"pads with zeros alone, not by {problem.pad_mode}")
     if problem.C == 0:
         return no("a convolution without input channels has nothing to sum")
+    if function == "conv2d_bn_act_pooled_forward" and not _depthwise(problem):
+        return no("pools the results of depthwise convolutions alone")
     terms = problem.R * problem.S * max(problem.C, problem.K) // problem.groups
     if terms > LARGEST_SUM:
         return no(f"a sum of {terms} terms is beyond {LARGEST_SUM}")

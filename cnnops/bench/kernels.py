@@ -72,6 +72,12 @@ REACH = (
     *_portable(Reach((1, 3, 9, 9), (16, 3, 7, 7), stride=2, pad=3)),
     Reach((1, 8, 9, 9), (8, 1, 7, 7), pad=3, groups=8, dtypes=HALVES),  # large depthwise filters
     Reach((1, 40, 17, 17), (40, 1, 7, 7), pad=3, groups=40, dtypes=HALVES),  # large tiles of them
+    *(  # a channel to a group, one filter each
+        Reach((1, 24, *size), (24, 1, side, side), stride, side // 2, groups=24)
+        for side, size in ((3, (11, 10)), (5, (11, 10)), (7, (8, 8)))
+        for stride in (1, 2)
+    ),
+    Reach((1, 10, 9, 10), (20, 1, 4, 4), groups=10),  # and several, of any size
     _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
     _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
     _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),
@@ -95,6 +101,10 @@ def fuse(case: Reach, dtype: torch.dtype) -> None:
     case.function("conv2d_bn_act_forward")(
         *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
     )
+    if case.groups == case.x[1]:
+        case.function("conv2d_bn_act_pooled_forward")(
+            *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
+        )
     y, z = case.function("conv2d_act_forward")(x, weight, None, None, *case.geometry, "silu", True)
     simt.library.function("activation_backward")(y, z, "silu")
 
@@ -174,7 +184,7 @@ def launches() -> dict[str, dict[str, int]]:
         emulator.set_device(case.architecture)
         for dtype in case.dtypes:
             convolve(case, dtype)
-            if case is REACH[0]:
+            if case is REACH[0] or case.groups == case.x[1]:  # which have kernels of their own for statistics
                 fuse(case, dtype)
     emulator.set_device()
     for run in BESIDE:

@@ -28,6 +28,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kPortableConv2d;
     case Conv2dKernel::kPacked:
       return kPackedConv2d;
+    case Conv2dKernel::kDepthwise:
+      return kDepthwiseConv2d;
     case Conv2dKernel::kStem:
       return kStemConv2d;
     case Conv2dKernel::kWgmma:
@@ -115,7 +117,7 @@ struct BackwardWorkspace {
 }  // namespace
 
 int64_t conv2d_forward_workspace(const Conv2dProblem& p, const Epilogue& epilogue) {
-  const Conv2dPlan plan = plan_forward(p, device());
+  const Conv2dPlan plan = plan_forward(p, device(), epilogue.pooled);
   return family_of(plan).forward_workspace(p, plan, epilogue);
 }
 
@@ -127,7 +129,9 @@ int64_t conv2d_backward_workspace(const Conv2dProblem& p, bool need_dx, bool nee
 void conv2d_forward(const Conv2dProblem& p, const Epilogue& epilogue, const void* x, const void* weight, void* y,
                     void* workspace, Stream stream) {
   check_limits(p);
-  const Conv2dPlan plan = plan_forward(p, device());
+  const Conv2dPlan plan = plan_forward(p, device(), epilogue.pooled);
+  if (epilogue.pooled && !family_of(plan).pools)
+    throw std::runtime_error("conv2d: only depthwise kernels pool their results, but the plan is " + describe(plan));
   family_of(plan).forward(p, plan, epilogue, x, weight, y, workspace, stream);
 }
 
@@ -136,13 +140,13 @@ void conv2d_backward(const Conv2dProblem& p, const void* dy, const void* x, cons
   check_limits(p);
   const BackwardWorkspace parts(p, dx, dweight, dbias);
   auto* const scratch = static_cast<char*>(workspace);
-  if (dx) {
-    const Conv2dPlan plan = plan_backward_input(p, device());
-    family_of(plan).backward_input(p, plan, {}, dy, weight, dx, scratch, stream);
-  }
-  if (dweight) {
-    const Conv2dPlan plan = plan_backward_weight(p, device());
-    family_of(plan).backward_weight(p, plan, dy, x, dweight, scratch + parts.input, stream);
+  const Conv2dPlan input = plan_backward_input(p, device()), sums = plan_backward_weight(p, device());
+  const Conv2dFamily& family = family_of(sums);
+  if (dx && dweight && input.kernel == sums.kernel && family.backward) {
+    family.backward(p, dy, x, weight, dx, dweight, scratch + parts.input, stream);
+  } else {
+    if (dx) family_of(input).backward_input(p, input, {}, dy, weight, dx, scratch, stream);
+    if (dweight) family.backward_weight(p, sums, dy, x, dweight, scratch + parts.input, stream);
   }
   if (dbias) backward_bias(p, dy, dbias, reinterpret_cast<float*>(scratch + parts.input + parts.weight), stream);
 }

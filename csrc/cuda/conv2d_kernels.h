@@ -19,12 +19,16 @@ struct Conv2dFamily {
   int64_t (*backward_weight_workspace)(const Conv2dProblem&, const Conv2dPlan&);
   void (*backward_weight)(const Conv2dProblem&, const Conv2dPlan&, const void* dy, const void* x, void* dweight,
                           void* workspace, Stream);
+  // Both gradients from one read of dy, in backward_weight's workspace.
+  void (*backward)(const Conv2dProblem&, const void* dy, const void* x, const void* weight, void* dx, void* dweight,
+                   void* workspace, Stream) = nullptr;
+  bool pools = false;  // whether forward fills Epilogue::pooled
 };
 
 // A null function is a pass that the family does not have. The sm_90a ones are null throughout where the library was
 // not compiled for that architecture.
-extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kStemConv2d, kWgmmaConv2d, kHaloConv2d;
-extern const Conv2dFamily kToeplitzConv2d;
+extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kDepthwiseConv2d, kToeplitzConv2d, kStemConv2d, kWgmmaConv2d,
+    kHaloConv2d;
 
 // Moments of tiles, merged in order: partial[tile][count, mean, m2][K] gives epilogue.mean and epilogue.m2.
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream);

@@ -6,6 +6,7 @@
 
 #include "conv2d.cuh"
 #include "conv2d_sm90.h"
+#include "depthwise_conv2d.h"
 #include "depthwise_toeplitz.h"
 
 namespace cnnops::cuda {
@@ -66,6 +67,17 @@ Row packed(const Conv2dProblem& p, int block_m, int block_n) {
   return {packs(p), Conv2dKernel::kPacked, block_m, block_n, 3, "groups of few channels"};
 }
 
+Row depthwise(const Conv2dProblem& p, DepthwisePass pass, const Device& device) {
+  if (!depthwise_takes(p, pass, device)) return {};
+  const DepthwiseCut cut = depthwise_cut(p, pass, device);
+  return {true,
+          Conv2dKernel::kDepthwise,
+          cut.step * cut.columns,
+          cut.channels,
+          2,
+          cut.sized ? "a channel to a group" : "a channel to a group, of a filter of any size"};
+}
+
 // Whether the taps of all channels fit in the rows of an im2col matrix in shared memory.
 Row stem(const Conv2dProblem& p, const Device& device, int64_t least_taps, int64_t most_taps, int block_m,
          int block_n) {
@@ -101,8 +113,11 @@ Row large_toeplitz(const Conv2dProblem& p, const Device& device, int P, int Q) {
                                       "large depthwise filters, large tiles fill the device");
 }
 
-Row small_toeplitz(const Conv2dProblem& p, const Device& device) {
-  return toeplitz<kSmallToeplitzSide>(p, device, true, "large depthwise filters");
+// Of the smallest filters on small maps, most of a tile would be beside the result.
+Row small_toeplitz(const Conv2dProblem& p, const Device& device, int P, int Q) {
+  const bool filled = P > kSmallToeplitzSide / 2 && Q > kSmallToeplitzSide / 2;
+  const bool smallest = p.R == kLeastToeplitzTaps && p.S == kLeastToeplitzTaps;
+  return toeplitz<kSmallToeplitzSide>(p, device, filled || !smallest, "large depthwise filters");
 }
 
 // The passes whose rows are pixels; rows of one of them alone go before.
@@ -124,12 +139,14 @@ int64_t splits_of(int64_t terms, int64_t least_terms, int64_t tiles, int64_t wan
   return ceil_div(terms, each);
 }
 
-Conv2dPlan plan_portable_forward(const Conv2dProblem& p, const Device& device) {
+Conv2dPlan plan_portable_forward(const Conv2dProblem& p, const Device& device, bool pooled) {
   const int64_t channels = p.C / p.groups;
   const Gemm gemm{int64_t{p.N} * p.P * p.Q, p.K / p.groups, int64_t{p.R} * p.S * channels, p.groups,
                   channels % vector_of(p) == 0};
-  Conv2dPlan plan = plan_pixels(p, device, gemm, large_toeplitz(p, device, p.P, p.Q), small_toeplitz(p, device),
-                                stem(p, device, 1, 160, 64, 64));
+  const Row by_taps = depthwise(p, DepthwisePass::kForward, device), few_channels = stem(p, device, 1, 160, 64, 64);
+  Conv2dPlan plan = pooled ? plan_pixels(p, device, gemm, by_taps, few_channels)
+                           : plan_pixels(p, device, gemm, large_toeplitz(p, device, p.P, p.Q),
+                                         small_toeplitz(p, device, p.P, p.Q), by_taps, few_channels);
   const int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
   if (plan.kernel == Conv2dKernel::kPortable && 2 * count <= device.multiprocessors) {
     constexpr int64_t kLeastTerms = 256;  // 8 to 16 steps of the ring, so that filling it is a small part
@@ -143,7 +160,8 @@ Conv2dPlan plan_portable_backward_input(const Conv2dProblem& p, const Device& de
   const int64_t filters = p.K / p.groups, channels = p.C / p.groups;
   const Gemm gemm{largest_class(p) * classes(p.H, p.stride_h) * classes(p.W, p.stride_w), channels,
                   int64_t{p.R} * p.S * filters, p.groups, channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
-  return plan_pixels(p, device, gemm, large_toeplitz(p, device, p.H, p.W), small_toeplitz(p, device));
+  return plan_pixels(p, device, gemm, large_toeplitz(p, device, p.H, p.W), small_toeplitz(p, device, p.H, p.W),
+                     depthwise(p, DepthwisePass::kInput, device));
 }
 
 Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& device) {
@@ -152,12 +170,17 @@ Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& d
                   channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
   Conv2dPlan plan = first_of(
-      packed(p, 32, 128), stem(p, device, 1, 32, 64, 32), stem(p, device, 33, 160, 64, 160),
+      depthwise(p, DepthwisePass::kWeight, device), packed(p, 32, 128), stem(p, device, 1, 32, 64, 32),
+      stem(p, device, 33, 160, 64, 160),
       portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
       portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
       portable<TallTile>(gemm.fits<TallTile>(p, device) && filters > 64, "many filters, few taps and channels"),
       portable<SmallTile>(gemm.aligned, "few filters, taps and channels"),
       portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
+  if (plan.kernel == Conv2dKernel::kDepthwise) {
+    plan.splits = depthwise_cut(p, DepthwisePass::kWeight, device).parts;
+    return plan;
+  }
   constexpr int64_t kLeastPixels = 256;
   const int64_t resident = plan.block_m * plan.block_n > 128 * 64 ? 2 : 4;  // blocks on a multiprocessor
   int64_t count = tiles(gemm.m, gemm.n, p.groups, plan.block_m, plan.block_n);
@@ -180,8 +203,9 @@ Conv2dPlan either(const Conv2dProblem& p, const Device& device, Hopper&& hopper,
 
 }  // namespace
 
-Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device) {
-  return either(p, device, plan_forward_sm90, plan_portable_forward);
+Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device, bool pooled) {
+  return either(p, device, plan_forward_sm90,
+                [pooled](const auto& p, const Device& device) { return plan_portable_forward(p, device, pooled); });
 }
 
 Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
@@ -193,7 +217,7 @@ Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
 }
 
 std::string describe(const Conv2dPlan& plan) {
-  const char* const names[] = {"portable", "packed", "stem", "wgmma", "halo", "toeplitz"};
+  const char* const names[] = {"portable", "packed", "depthwise", "toeplitz", "stem", "wgmma", "halo"};
   return std::string(names[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
          std::to_string(plan.block_n) + " " + std::to_string(plan.stages) + " stages, clusters of " +
          std::to_string(plan.cluster) + ", " + std::to_string(plan.splits) + " slabs: " + plan.reason +

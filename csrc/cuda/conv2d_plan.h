@@ -11,12 +11,13 @@
 namespace cnnops::cuda {
 
 enum class Conv2dKernel : int {
-  kPortable,  // conv2d_portable.cu: any problem, mma.sync or CUDA cores
-  kPacked,    // conv2d_packed.cu: groups of few channels, block-diagonally
-  kStem,      // conv2d_stem.cu: few input channels, im2col in shared memory
-  kWgmma,     // conv2d_sm90.cu: TMA and wgmma
-  kHalo,      // conv2d_halo_sm90.cu: TMA and wgmma, every tap from one tile of x
-  kToeplitz,  // depthwise_toeplitz.cu: large depthwise filters as banded matrices
+  kPortable,   // conv2d_portable.cu: any problem, mma.sync or CUDA cores
+  kPacked,     // conv2d_packed.cu: groups of few channels, block-diagonally
+  kDepthwise,  // depthwise_conv2d.cu: groups of one channel
+  kToeplitz,   // depthwise_toeplitz.cu: large depthwise filters as banded matrices
+  kStem,       // conv2d_stem.cu: few input channels, im2col in shared memory
+  kWgmma,      // conv2d_sm90.cu: TMA and wgmma
+  kHalo,       // conv2d_halo_sm90.cu: TMA and wgmma, every tap from one tile of x
 };
 
 struct Conv2dPlan {
@@ -28,7 +29,8 @@ struct Conv2dPlan {
   const char* refusal = nullptr;  // why Hopper's kernels do not take the problem, where they do not
 };
 
-Conv2dPlan plan_forward(const Conv2dProblem&, const Device&);
+// pooled: by a kernel that gives Epilogue::pooled, if any does.
+Conv2dPlan plan_forward(const Conv2dProblem&, const Device&, bool pooled = false);
 Conv2dPlan plan_backward_input(const Conv2dProblem&, const Device&);
 Conv2dPlan plan_backward_weight(const Conv2dProblem&, const Device&);
 

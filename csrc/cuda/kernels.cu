@@ -134,6 +134,7 @@ const Kernels& kernels() {
     t.conv2d_plan = cuda::conv2d_plan;
     t.use_architecture = cuda::use_architecture;
     t.conv2d_statistics = true;
+    t.conv2d_pooled = true;
     t.pool2d_nchw = true;
     t.tf32 = true;
 #if defined(CNNOPS_SIMT)

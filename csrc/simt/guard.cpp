@@ -150,6 +150,7 @@ void conv2d_forward(const Conv2dProblem& p, const Epilogue& epilogue, const void
   inside.residual = call.in("residual", epilogue.residual, y_bytes(p));
   inside.mean = call.out("mean", epilogue.mean, scale_bytes);
   inside.m2 = call.out("m2", epilogue.m2, scale_bytes);
+  inside.pooled = call.out("pooled", epilogue.pooled, p.N * scale_bytes);
   plain.conv2d_forward(p, inside, call.in("x", x, x_bytes(p)), call.in("weight", weight, weight_bytes(p)),
                        call.out("y", y, y_bytes(p)),
                        call.scratch("workspace", workspace, plain.conv2d_forward_workspace(p, epilogue)), stream);
@@ -468,6 +469,7 @@ Kernels guarded(const Kernels& all) {
   CNNOPS_AS_IT_IS(max_unpool2d_workspace);
   CNNOPS_AS_IT_IS(pool2d_nchw);
   CNNOPS_AS_IT_IS(conv2d_statistics);
+  CNNOPS_AS_IT_IS(conv2d_pooled);
   CNNOPS_AS_IT_IS(tf32);
   CNNOPS_AS_IT_IS(conv2d_in_float);
 #undef CNNOPS_AS_IT_IS
