@@ -81,7 +81,10 @@ inline V activate(V z) {
     return y > six ? six : y;
   }
   if constexpr (A == Activation::kSilu) return z / (1 + exponential(-z));
-  if constexpr (A == Activation::kHardswish) return z * activate<Activation::kRelu6>(z + three) / six;
+  if constexpr (A == Activation::kHardswish) {
+    const V below = z * activate<Activation::kRelu>(z + three) / six;
+    return z >= three ? z : below;
+  }
   if constexpr (A == Activation::kSigmoid) return logistic(z);
   return z;
 }

@@ -20,7 +20,7 @@ __device__ void with_activation(Activation activation, F&& f) {
     case Activation::kSilu:
       return f([](float v) { return v / (1 + expf(-v)); });
     case Activation::kHardswish:
-      return f([](float v) { return v * (v < -3 ? 0 : v > 3 ? 6 : v + 3) / 6; });
+      return f([](float v) { return v >= 3 ? v : v * (v < -3 ? 0 : v + 3) / 6; });
     case Activation::kSigmoid:
       return f([](float v) { return 1 / (1 + expf(-v)); });
   }
