@@ -17,107 +17,23 @@
 #include "batch_norm.h"
 #include "dtype.h"
 #include "launchers.h"
+#include "pool2d_window.cuh"
 
 namespace cnnops::cuda {
 namespace {
 
 constexpr int kMappingBlocks = 8;  // for each multiprocessor, of sweeps that sum nothing up
 
-// A half-open range along one axis; empty where end <= begin.
-struct Span {
-  int64_t begin, end;
-};
-
-// One axis of a sliding window.
-struct Axis {
-  int64_t in, out, kernel, stride, pad, dilation;
-
-  __device__ int64_t first(int64_t p) const { return p * stride - pad; }
-
-  // The taps of output `p` that lie inside the input.
-  __device__ Span taps_of(int64_t p) const {
-    const int64_t h = first(p), room = in - 1 - h;
-    const int64_t begin = h >= 0 ? 0 : split(-h + dilation - 1, dilation).quotient;
-    if (room < 0) return {begin, begin};
-    return {begin, room >= (kernel - 1) * dilation ? kernel : split(room, dilation).quotient + 1};
-  }
-
-  // The outputs whose window spans input `h`; dilation may make a window skip it.
-  __device__ Span windows_over(int64_t h) const {
-    const int64_t last = split(h + pad, stride).quotient, end = last + 1 < out ? last + 1 : out;
-    int64_t begin = end;
-    while (begin > 0 && first(begin - 1) + (kernel - 1) * dilation >= h) --begin;
-    return {begin, end};
-  }
-
-  // The tap by which output `p`, one of windows_over(h), sees input `h`; -1 where it skips it.
-  __device__ int tap_of(int64_t p, int64_t h) const {
-    const int64_t distance = h - first(p);
-    if (dilation == 1) return static_cast<int>(distance);
-    const Split tap = split(distance, dilation);
-    return tap.remainder ? -1 : static_cast<int>(tap.quotient);
-  }
-};
-
-struct Window {
-  int64_t C;
-  Axis rows, cols;
-
-  explicit Window(const Pool2dProblem& p)
-      : C(p.C),
-        rows{p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h},
-        cols{p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w} {}
-};
-
 // Line `line` of [N,height,width].
 struct Place {
-  int64_t n, row, col;
+  int64_t n;
+  int row, col;
 
-  __device__ Place(int64_t line, int64_t height, int64_t width) {
-    const Split by_col = split(line, width), by_row = split(by_col.quotient, height);
-    n = by_row.quotient, row = by_row.remainder, col = by_col.remainder;
+  __device__ Place(int64_t line, int height, int width) {
+    const Split by_col = divided(line, width), by_row = divided(by_col.quotient, height);
+    n = by_row.quotient, row = static_cast<int>(by_row.remainder), col = static_cast<int>(by_col.remainder);
   }
 };
-
-// Offsets of kWidth channels, in as few pieces as their type allows.
-template <int kWidth>
-__device__ __forceinline__ void load_offsets(const int32_t* from, int (&taps)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    taps[0] = *from;
-  } else {
-    CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; k += 4) {
-      const Vector<int32_t> four = load(from + k, 4);
-      CNNOPS_UNROLL
-      for (int i = 0; i < 4; ++i) taps[k + i] = four.at[i];
-    }
-  }
-}
-template <int kWidth>
-__device__ __forceinline__ void store_offsets(const int (&taps)[kWidth], int32_t* to) {
-  if constexpr (kWidth == 1) {
-    *to = taps[0];
-  } else {
-    CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; k += 4)
-      store(Vector<int32_t>{{taps[k], taps[k + 1], taps[k + 2], taps[k + 3]}}, to + k, 4);
-  }
-}
-template <int kWidth>
-using PackedBytes = std::conditional_t<kWidth == 8, uint64_t, std::conditional_t<kWidth == 4, uint32_t, uint8_t>>;
-template <int kWidth>
-__device__ __forceinline__ void load_offsets(const uint8_t* from, int (&taps)[kWidth]) {
-  const auto packed = *reinterpret_cast<const PackedBytes<kWidth>*>(from);
-  CNNOPS_UNROLL
-  for (int k = 0; k < kWidth; ++k) taps[k] = static_cast<int>(packed >> 8 * k & 0xff);
-}
-template <int kWidth>
-__device__ __forceinline__ void store_offsets(const int (&taps)[kWidth], uint8_t* to) {
-  uint64_t packed = 0;
-  CNNOPS_UNROLL
-  for (int k = 0; k < kWidth; ++k) packed |= static_cast<uint64_t>(taps[k]) << 8 * k;
-  *reinterpret_cast<PackedBytes<kWidth>*>(to) = static_cast<PackedBytes<kWidth>>(packed);
-}
 
 // The channel arrays; weight and bias may be null.
 struct Parameters {
@@ -140,30 +56,27 @@ struct Parameters {
 // replaces a NaN but another; a tie replaces nothing. offsets may be null.
 template <class T, class O, int kWidth>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    bn_act_max_pool2d_forward_kernel(Sweep s, Window window, Activation activation, Parameters parameters, const T* x,
-                                     T* y, O* offsets) {
+    bn_act_max_pool2d_forward_kernel(Sweep s, Pool pool, Activation activation, Parameters parameters, const T* x, T* y,
+                                     O* offsets) {
   SweepPart part(s);
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
   parameters.load_maps(s, part, maps);
-  const int width = static_cast<int>(window.cols.kernel);
   with_activation(activation, [&](auto activate) {
     while (part.left > 0) {
-      const Place out(part.in_run, window.rows.out, window.cols.out);
+      const Place out(part.in_run, pool.rows.out, pool.cols.out);
       const int64_t to = part.next(s);
-      const Span r_span = window.rows.taps_of(out.row), s_span = window.cols.taps_of(out.col);
-      const bool any = r_span.begin < r_span.end && s_span.begin < s_span.end;
-      const int first_tap = any ? static_cast<int>(r_span.begin) * width + static_cast<int>(s_span.begin) : 0;
+      const Window rows = pool.rows.window(out.row), cols = pool.cols.window(out.col);
       float best[kWidth];
       int kept[kWidth];
       CNNOPS_UNROLL
-      for (int k = 0; k < kWidth; ++k) best[k] = -INFINITY, kept[k] = first_tap;
-      for (int64_t r = r_span.begin; r < r_span.end; ++r) {
-        const int64_t row = out.n * window.rows.in + window.rows.first(out.row) + r * window.rows.dilation;
-        for (int64_t s = s_span.begin; s < s_span.end; ++s) {
-          const int64_t col = window.cols.first(out.col) + s * window.cols.dilation;
-          const Vector<T> values = load(x + (row * window.cols.in + col) * window.C + part.channel, kWidth);
-          const int tap = static_cast<int>(r) * width + static_cast<int>(s);
+      for (int k = 0; k < kWidth; ++k) best[k] = -INFINITY, kept[k] = first_tap(rows, cols);
+      for (int r = rows.inside.begin; r < rows.inside.end; ++r) {
+        const int64_t row = out.n * pool.rows.in + rows.first + int64_t{r} * pool.rows.dilation;
+        for (int s = cols.inside.begin; s < cols.inside.end; ++s) {
+          const int64_t col = cols.first + int64_t{s} * pool.cols.dilation;
+          const Vector<T> values = load(x + (row * pool.cols.in + col) * pool.C + part.channel, kWidth);
+          const int tap = r * cols.taps + s;
           CNNOPS_UNROLL
           for (int k = 0; k < kWidth; ++k) {
             T rounded;
@@ -179,7 +92,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       CNNOPS_UNROLL
       for (int k = 0; k < kWidth; ++k) from_float(best[k], found.at[k]);
       store(found, y + to, kWidth);
-      if (offsets) store_offsets(kept, offsets + to);
+      if (offsets) store_taps(kept, offsets + to);
     }
   });
 }
@@ -187,7 +100,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 // What dz is made of.
 template <class T, class O>
 struct Gradient {
-  Window window;
+  Pool pool;
   Activation activation;
   const T *dy, *x;
   const O* offsets;
@@ -195,22 +108,22 @@ struct Gradient {
   // da at channels from c on of a line of x.
   template <int kWidth>
   __device__ __forceinline__ void gather(int64_t line, int64_t c, float (&da)[kWidth]) const {
-    const Axis &rows = window.rows, &cols = window.cols;
+    const PoolAxis &rows = pool.rows, &cols = pool.cols;
     const Place in(line, rows.in, cols.in);
     const Span over_row = rows.windows_over(in.row), over_col = cols.windows_over(in.col);
     CNNOPS_UNROLL
     for (int k = 0; k < kWidth; ++k) da[k] = 0;
-    for (int64_t p = over_row.begin; p < over_row.end; ++p) {
+    for (int p = over_row.begin; p < over_row.end; ++p) {
       const int r = rows.tap_of(p, in.row);
       if (r < 0) continue;
-      for (int64_t q = over_col.begin; q < over_col.end; ++q) {
+      for (int q = over_col.begin; q < over_col.end; ++q) {
         const int s = cols.tap_of(q, in.col);
         if (s < 0) continue;
-        const int tap = r * static_cast<int>(cols.kernel) + s;
-        const int64_t at = ((in.n * rows.out + p) * cols.out + q) * window.C + c;
+        const int tap = r * cols.kernel + s;
+        const int64_t at = ((in.n * rows.out + p) * cols.out + q) * pool.C + c;
         const Vector<T> values = load(dy + at, kWidth);
         int kept[kWidth];
-        load_offsets(offsets + at, kept);
+        load_taps(offsets + at, kept);
         CNNOPS_UNROLL
         for (int k = 0; k < kWidth; ++k) da[k] += kept[k] == tap ? to_float(values.at[k]) : 0;
       }
@@ -262,7 +175,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
       }
     });
   }
-  const int64_t channels = from.window.C;
+  const int64_t channels = from.pool.C;
   merge_block(s, part, mine, [&](int64_t c, const GradientSums& all) {
     float* const to = partial + part.slice * 2 * channels + c;
     to[0] = all.dz;
@@ -280,7 +193,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   parameters.load_maps(s, part, maps);
   float dz_shares[kWidth], x_shares[kWidth];
   load_channels(s, part, shares, 0, dz_shares);
-  load_channels(s, part, shares ? shares + from.window.C : nullptr, 0, x_shares);
+  load_channels(s, part, shares ? shares + from.pool.C : nullptr, 0, x_shares);
   from.for_pieces_of(s, part, shares, maps, [&](int64_t at, const float (&dz)[kWidth], const float (&x)[kWidth]) {
     Vector<T> out = {};
     CNNOPS_UNROLL
@@ -313,19 +226,13 @@ Parameters parameters_of(const Args& args) {
 // f(T{}, O{}) for the types of x and of the offsets.
 template <class F>
 void for_types(const Pool2dProblem& pool, F&& f) {
-  for_dtype(pool.dtype, [&]<class T>(T type) {
-    if (int64_t{pool.R} * pool.S <= 256)
-      f(type, uint8_t{});
-    else
-      f(type, int32_t{});
-  });
+  for_dtype(pool.dtype, [&]<class T>(T type) { for_offset(pool, [&]<class O>(O offset) { f(type, offset); }); });
 }
 
 template <class T, class O>
 void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormForward& args, void* kept,
              Stream stream) {
   const Sweep s = sweep_lines(norm, int64_t{pool.N} * pool.P * pool.Q, kMappingBlocks);
-  const Window window(pool);
   const Parameters parameters = parameters_of(args);
   const auto* const x = static_cast<const T*>(args.x);
   auto* const y = static_cast<T*>(args.y);
@@ -333,18 +240,18 @@ void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNorm
   constexpr auto whole = bn_act_max_pool2d_forward_kernel<T, O, kVector<T>>;
   constexpr auto single = bn_act_max_pool2d_forward_kernel<T, O, 1>;
   if (s.width > 1)
-    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, window, norm.activation, parameters, x, y,
+    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, Pool(pool), norm.activation, parameters, x, y,
                   offsets);
   else
-    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, window, norm.activation, parameters, x, y,
-                  offsets);
+    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, Pool(pool), norm.activation, parameters, x,
+                  y, offsets);
 }
 
 template <class T, class O>
 void backward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormBackward& args, const void* offsets,
               Stream stream) {
-  const Gradient<T, O> from{Window(pool), norm.activation, static_cast<const T*>(args.dy),
-                            static_cast<const T*>(args.x), static_cast<const O*>(offsets)};
+  const Gradient<T, O> from{Pool(pool), norm.activation, static_cast<const T*>(args.dy), static_cast<const T*>(args.x),
+                            static_cast<const O*>(offsets)};
   const Parameters parameters = parameters_of(args);
   auto* const shares = static_cast<float*>(args.workspace);
   if (args.dweight || args.dbias || (norm.training && args.dx)) {

@@ -17,51 +17,6 @@
 namespace cnnops::cuda {
 namespace {
 
-// As numbers of kWidth neighbours lie in registers, and in memory 4 to 16 bytes at a time.
-template <int kWidth, class O>
-__device__ __forceinline__ void store_taps(const int (&taps)[kWidth], O* to) {
-  if constexpr (kWidth == 1) {
-    *to = static_cast<O>(taps[0]);
-  } else if constexpr (sizeof(O) == 4) {
-    CNNOPS_UNROLL
-    for (int i = 0; i < kWidth; i += 4) {
-      const uint4 four{static_cast<unsigned>(taps[i]), static_cast<unsigned>(taps[i + 1]),
-                       static_cast<unsigned>(taps[i + 2]), static_cast<unsigned>(taps[i + 3])};
-      store_16(to + i, &four);
-    }
-  } else {
-    const auto word = [&](int i) {
-      return static_cast<unsigned>(taps[i] | taps[i + 1] << 8 | taps[i + 2] << 16 | taps[i + 3] << 24);
-    };
-    if constexpr (kWidth == 4)
-      *reinterpret_cast<unsigned*>(to) = word(0);
-    else
-      *reinterpret_cast<uint2*>(to) = uint2{word(0), word(4)};
-  }
-}
-
-template <int kWidth, class O>
-__device__ __forceinline__ void load_taps(const O* from, int (&taps)[kWidth]) {
-  if constexpr (kWidth == 1) {
-    taps[0] = static_cast<int>(*from);
-  } else if constexpr (sizeof(O) == 4) {
-    CNNOPS_UNROLL
-    for (int i = 0; i < kWidth; i += 4) {
-      const uint4 four = load_16(reinterpret_cast<const uint4*>(from + i));
-      taps[i] = static_cast<int>(four.x), taps[i + 1] = static_cast<int>(four.y);
-      taps[i + 2] = static_cast<int>(four.z), taps[i + 3] = static_cast<int>(four.w);
-    }
-  } else {
-    uint2 words{};
-    if constexpr (kWidth == 4)
-      words.x = *reinterpret_cast<const unsigned*>(from);
-    else
-      words = *reinterpret_cast<const uint2*>(from);
-    CNNOPS_UNROLL
-    for (int i = 0; i < kWidth; ++i) taps[i] = static_cast<int>((i < 4 ? words.x : words.y) >> 8 * (i % 4) & 0xff);
-  }
-}
-
 template <class O>
 struct Maximum {
   using Offset = O;
@@ -133,15 +88,6 @@ __global__ void __launch_bounds__(kPoolThreads)
     return h < 0 ? 0 : h < axis.in ? h : axis.in - 1;
   };
   indices[i] = inside(pool.rows, at.row, tap.quotient) * pool.cols.in + inside(pool.cols, at.col, tap.remainder);
-}
-
-// f(O{}) for the type of a pool's offsets.
-template <class F>
-void for_offset(const Pool2dProblem& p, F&& f) {
-  if (int64_t{p.R} * p.S <= 256)
-    f(uint8_t{});
-  else
-    f(int32_t{});
 }
 
 template <class O>
