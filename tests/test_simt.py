@@ -34,6 +34,13 @@ FAULTS = {
     "barrier_count_mismatch": "barrier [12] is for (96|64) threads here and for (64|96) elsewhere",
     "barrier_number_too_large": "barrier 1[67] is none of 1 to 15",
     "missing_threadfence": "without a __threadfence before it",
+    "missing_grid_barrier": None,
+    "missing_second_grid_barrier": r"deadlock.*block \(0, 0, 0\):\n  waiting in grid_barrier for 12 blocks at "
+    r"selftest.cu:\d+: thread 0\.\.31",
+    "exit_before_grid_barrier": r"deadlock.*waiting in grid_barrier for 4 blocks at selftest.cu:\d+: thread 0\.\.31\n"
+    r" block \(2, 0, 0\):\n  exited: thread 0\.\.31",
+    "uncleared_grid_barrier": None,
+    "grid_barrier_in_plain_launch": "the launch is not cooperative",
     "missing_full_wait": "no thread of the block has waited for|still reads",
     "wrong_parity": "no thread of the block has waited for|still reads|deadlock",
     "missing_expect": "no thread of the block has waited for|still reads",
@@ -119,6 +126,19 @@ def test_largest_launch_is_taken(emulator: ModuleType) -> None:
     assert emulator.counters()["blocks"] == 24
 
 
+def test_cooperative_launch_is_resident_at_once(emulator: ModuleType) -> None:
+    emulator.launch_empty((2, 3, 1), (256, 1, 1), cooperative=True)
+    with pytest.raises(RuntimeError, match=r"invalid launch.*of which 6 blocks are resident at once"):
+        emulator.launch_empty((7, 1, 1), (256, 1, 1), cooperative=True)
+    emulator.set_device(multiprocessors=132)
+    emulator.launch_empty((8, 1, 1), (1024, 1, 1), cooperative=True)
+    with pytest.raises(RuntimeError, match=r"invalid launch.*of which 8 blocks are resident at once"):
+        emulator.launch_empty((9, 1, 1), (1024, 1, 1), cooperative=True)
+    emulator.run_blocks(0, 3)
+    with pytest.raises(RuntimeError, match="run_blocks cuts"):
+        emulator.launch_empty((4, 1, 1), (32, 1, 1), cooperative=True)
+
+
 def test_unknown_order_and_fault_are_refused(emulator: ModuleType) -> None:
     with pytest.raises(ValueError, match="order='sideways'"):
         emulator.set_schedule("sideways")
@@ -183,6 +203,7 @@ SYNC_WRAPPERS = {
     "wgmma_commit": {"missing_full_wait", "missing_proxy_fence", "wrong_tap"},
     "wgmma_wait": {"missing_full_wait", "missing_proxy_fence", "wrong_tap"},
     "cluster_sync": {"missing_full_wait"},
+    "grid_barrier": {"missing_grid_barrier"},
 }
 
 
@@ -246,6 +267,8 @@ def test_unknown_device_and_wrapper_are_refused(emulator: ModuleType) -> None:
         emulator.set_device(70)
     with pytest.raises(ValueError, match="at least one multiprocessor"):
         emulator.set_device(90, multiprocessors=0)
+    with pytest.raises(ValueError, match="no less than no L2"):
+        emulator.set_device(90, l2_bytes=-1)
     with pytest.raises(ValueError, match="no such wrapper: sleep"):
         emulator.disable_sync("sleep")
 

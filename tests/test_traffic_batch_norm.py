@@ -1,8 +1,9 @@
 """What batch norm moves, as the emulator counts it, is near the least that it can move.
 
 DRAM's part: forward, x for the statistics, then x (+ residual) + y; backward, dy and x (+ y or residual) for the sums,
-then the same + dx (+ dresidual); with fixed statistics, x (+ residual) + y, and backward the two sweeps. L2's part: the
-same, and what each thread loads of its channels' parameters. The shapes are not among tests/cases.py's.
+then the same + dx (+ dresidual); with fixed statistics, x (+ residual) + y, and backward the two sweeps. In one launch,
+for tensors that L2 holds, each tensor once. L2's part: the sweeps of either form, and what each thread loads of its
+channels' parameters. The shapes are not among tests/cases.py's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ LEAST_EFFICIENCY = 0.9
 BLOCKS = {"batch_moments_kernel": 3 * 3, "batch_norm_sums_kernel": 3 * 4}
 MAPPING_BLOCKS = 3 * 8
 """Of a sweep that sums up and of others, about: the emulator's device has 3 multiprocessors."""
+
+SWEEPS = {
+    "forward": ("batch_moments_kernel", "batch_norm_forward_kernel"),
+    "backward": ("batch_norm_sums_kernel", "batch_norm_backward_kernel"),
+}
 
 Moved = dict[str, dict[str, int]]
 
@@ -59,8 +65,9 @@ EVERY = pytest.mark.parametrize(
 )
 
 
-def moved(case: Case, dtype: torch.dtype, layout: str) -> tuple[Moved, Moved]:
-    """By the forward and the backward pass, with every result asked for that there is."""
+def moved(emulator: ModuleType, case: Case, dtype: torch.dtype, layout: str, l2_bytes: int) -> tuple[Moved, Moved]:
+    """By the forward and the backward pass, with every result asked for that there is, on a device of so much L2."""
+    emulator.set_device(l2_bytes=l2_bytes)
     random = helpers.generator(case.id)
     C = case.shape[1]
     x, dy, other = (helpers.laid_out(helpers.randn(case.shape, dtype, "cpu", random), layout) for _ in range(3))
@@ -120,14 +127,14 @@ class Sweep:
         return cls(columns, tiles, ceil(count / (ceil(least / rows) * rows)))
 
 
-def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str) -> float:
-    """The L2 bytes of a sweep: beside the tensors, the parameters that each warp loads, and the sums of a block.
+def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str, blocks: int = 0) -> float:
+    """The L2 bytes of a sweep by about so many blocks, or as many as its own kernel has: beside the tensors, the parameters that each warp loads, and the sums of a block.
 
     In [N,L,C] a thread loads an array's values for its channels by 16 bytes, with neighbours 16 or 32 bytes away; in
     [N,C,L] one number for the whole warp.
     """
     arrays = {"batch_moments_kernel": 0, "batch_norm_backward_kernel": 4 + 2 * case.training}.get(kernel, 4)
-    sweep = Sweep.of(case, dtype, layout, BLOCKS.get(kernel, MAPPING_BLOCKS))
+    sweep = Sweep.of(case, dtype, layout, blocks or BLOCKS.get(kernel, MAPPING_BLOCKS))
     if layout == "channels_last":
         loaded, left = sweep.columns * (64 if dtype.itemsize == 2 else 16), 4
     else:
@@ -137,9 +144,24 @@ def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str) -> float:
     return sum(tensors(case)[kernel]) * bytes_of(case, dtype) + parameters + sums
 
 
+def stated_together(case: Case, dtype: torch.dtype, layout: str, name: str) -> float:
+    """The same of one launch: both sweeps, cut alike, and between them the sums of all slices, read again."""
+    summing, mapping = SWEEPS[name]
+    blocks = BLOCKS[summing]
+    sums = 2 * Sweep.of(case, dtype, layout, blocks).slices * case.shape[1] * 4
+    return stated(case, dtype, layout, summing) + sums + stated(case, dtype, layout, mapping, blocks)
+
+
+def assert_whole_sectors(name: str, kernels: Moved) -> None:
+    for way in ("read", "write"):
+        used = sum(counted[f"global_{way}_bytes"] for counted in kernels.values())
+        fetched = sum(counted[f"global_{way}_sectors"] for counted in kernels.values()) * SECTOR
+        assert used >= LEAST_EFFICIENCY * fetched, f"{name}: {used / fetched:.2f} of the sectors of its {way}s"
+
+
 @EVERY
 def test_each_pass_moves_the_least(emulator: ModuleType, case: Case, dtype: torch.dtype, layout: str) -> None:
-    for name, kernels in zip(("forward", "backward"), moved(case, dtype, layout), strict=True):
+    for name, kernels in zip(("forward", "backward"), moved(emulator, case, dtype, layout, 0), strict=True):
         sweeps = {
             kernel.split("<")[0]: counted
             for kernel, counted in kernels.items()
@@ -152,7 +174,25 @@ def test_each_pass_moves_the_least(emulator: ModuleType, case: Case, dtype: torc
         for kernel, counted in sweeps.items():
             l2 = (counted["global_read_sectors"] + counted["global_write_sectors"]) * SECTOR
             near(f"{kernel}: L2", l2, stated(case, dtype, layout, kernel))
-        for way in ("read", "write"):
-            used = sum(counted[f"global_{way}_bytes"] for counted in kernels.values())
-            fetched = sum(counted[f"global_{way}_sectors"] for counted in kernels.values()) * SECTOR
-            assert used >= LEAST_EFFICIENCY * fetched, f"{name}: {used / fetched:.2f} of the sectors of its {way}s"
+        assert_whole_sectors(name, kernels)
+
+
+@EVERY
+def test_one_launch_moves_each_tensor_once(emulator: ModuleType, case: Case, dtype: torch.dtype, layout: str) -> None:
+    for name, kernels in zip(SWEEPS, moved(emulator, case, dtype, layout, 1 << 30), strict=True):
+        if name == "forward" and not case.training:
+            continue
+        assert {kernel.split("<")[0] for kernel in kernels} == {
+            "clear_count_kernel",
+            f"batch_norm_{name}_resident_kernel",
+        }
+        summing, mapping = (tensors(case)[sweep] for sweep in SWEEPS[name])
+        floor = (max(summing[0], mapping[0]) + mapping[1]) * bytes_of(case, dtype)
+        dram = sum(counted["dram_read_bytes"] + counted["dram_write_bytes"] for counted in kernels.values())
+        near(f"{name}: DRAM", dram, floor, DRAM_SLACK)
+        l2 = (
+            sum(counted["global_read_sectors"] + counted["global_write_sectors"] for counted in kernels.values())
+            * SECTOR
+        )
+        near(f"{name}: L2", l2, stated_together(case, dtype, layout, name))
+        assert_whole_sectors(name, kernels)

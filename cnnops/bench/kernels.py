@@ -120,15 +120,16 @@ def convert() -> None:
 
 
 def normalize() -> None:
-    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics."""
+    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics, in L2 and not."""
     forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
-    for dtype in FLOATS:
-        for channels in (8, 3):
-            x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
-            for training in (True, False):
-                state = torch.zeros(channels), torch.ones(channels)
-                y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
-                backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
+    for dtype, channels in itertools.product(FLOATS, (8, 3)):
+        x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+        for training, l2_bytes in itertools.product((True, False), (0, 1 << 20)):
+            simt.module().set_device(l2_bytes=l2_bytes)
+            state = torch.zeros(channels), torch.ones(channels)
+            y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
+            backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
+    simt.module().set_device()
 
 
 def pool_normalized() -> None:

@@ -60,7 +60,7 @@ struct Sweep {
   int64_t tiles, slices, slice_length;  // the last slice may be shorter
   int width, unit_channels, columns, rows;
 
-  int64_t blocks() const { return tiles * slices; }
+  __host__ __device__ int64_t blocks() const { return tiles * slices; }
   __host__ __device__ int64_t pieces(int64_t slice) const {
     return slice + 1 < slices ? slice_length : count - slice * slice_length;
   }
@@ -71,13 +71,14 @@ struct Sweep {
 // By about `blocks` blocks, or fewer, so that each thread of a block has some pieces. The results of sums depend on it.
 Sweep make_sweep(const NormProblem& p, int64_t blocks);
 
-// The part of a sweep that the calling thread owns.
+// The part of a sweep's block, the calling one unless said otherwise, that the calling thread owns.
 struct SweepPart {
   int64_t slice, channel, offset, in_run, left;  // channel and offset of its first piece; pieces left
   int column, row;
 
-  __device__ explicit SweepPart(const Sweep& s) {
-    const Split block = split(blockIdx.x, s.tiles);
+  __device__ explicit SweepPart(const Sweep& s) : SweepPart(s, blockIdx.x) {}
+  __device__ SweepPart(const Sweep& s, int64_t number) {
+    const Split block = split(number, s.tiles);
     column = static_cast<int>(threadIdx.x) % s.columns;
     row = static_cast<int>(threadIdx.x) / s.columns;
     slice = block.quotient;
@@ -136,7 +137,8 @@ __device__ __forceinline__ void for_pieces(const Sweep& s, SweepPart part, F&& f
 }
 
 // The block's parts of its channels, merged in pairs: write(channel, merged) is called once for each of them, by
-// threads of which neighbours have neighbouring channels. mine[i] is of the calling thread's i-th element.
+// threads of which neighbours have neighbouring channels. mine[i] is of the calling thread's i-th element. A barrier
+// goes before another call.
 template <class Part, int kWidth, class Write>
 __device__ __forceinline__ void merge_block(const Sweep& s, const SweepPart& part, Part (&mine)[kWidth],
                                             Write&& write) {
@@ -174,7 +176,8 @@ __device__ __forceinline__ void merge_block(const Sweep& s, const SweepPart& par
 }
 
 // Merges the parts that blocks have left, one thread for each of kMergeChannels channels by kMergeShares of its slices:
-// as many channels as a sector holds. All threads of the block call it; those of share 0 have the result.
+// as many channels as a sector holds. All threads of the block call it; those of share 0 have the result. A barrier
+// goes before another call.
 constexpr int kMergeChannels = 8, kMergeShares = 32;
 
 template <class Part, class Read>

@@ -16,4 +16,16 @@ void batch_norm_statistics(const NormProblem&, const BatchNormForward& b, Stream
 void finish_batch_norm_gradients(const NormProblem&, const BatchNormBackward& b, int64_t slabs, const float* sums,
                                  float* shares, Stream);
 
+// Whether so many tensors like x, read once, are still in L2 when they are read again: half of it is left to what is
+// written. However small, they are better off so: a launch costs more than a barrier of the grid.
+bool stays_in_l2(const NormProblem&, int tensors, int64_t l2_bytes);
+
+// The forward pass when training, and the backward pass where there are sums to make and dx or dresidual to write, in
+// one launch after `arrived` has been cleared. partial and sums are the [slice][2][C] of the separate launches, of
+// whose results these have the bits.
+void batch_norm_forward_resident(const NormProblem&, const BatchNormForward&, float* partial, unsigned* arrived,
+                                 Stream);
+void batch_norm_backward_resident(const NormProblem&, const BatchNormBackward&, float* shares, float* sums,
+                                  unsigned* arrived, Stream);
+
 }  // namespace cnnops::cuda

@@ -13,56 +13,21 @@
 #include <algorithm>
 #include <cmath>
 
-#include "batch_norm.cuh"
 #include "batch_norm.h"
-#include "dtype.h"
+#include "batch_norm_parts.cuh"
 
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kAhead = 4;
-constexpr int kMomentsBlocks = 3;  // that a multiprocessor holds, and all of them run at once
-constexpr int kMergeThreads = kMergeChannels * kMergeShares;
-
-// partial[slice][mean, m2][C]
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kSweepThreads, kMomentsBlocks)
     batch_moments_kernel(Sweep s, int64_t channels, const T* x, float* partial) {
-  const SweepPart part(s);
-  Moments mine[kWidth];
-  for_pieces<kAhead>(s, part, [&]<int kCount>(const int64_t (&offsets)[kCount]) {
-    Vector<T> values[kCount];
-    CNNOPS_UNROLL
-    for (int k = 0; k < kCount; ++k) values[k] = load(x + offsets[k], kWidth);
-    CNNOPS_UNROLL
-    for (int k = 0; k < kCount; ++k) {
-      const float inverse = 1 / (mine[0].count + 1);
-      CNNOPS_UNROLL
-      for (int i = 0; i < kWidth; ++i) mine[i].add(to_float(values[k].at[i]), inverse);
-    }
-  });
-  merge_block(s, part, mine, [&](int64_t c, const Moments& all) {
-    float* const to = partial + part.slice * 2 * channels + c;
-    to[0] = all.mean;
-    to[channels] = all.m2;
-  });
+  sum_moments<T, kWidth>(s, SweepPart(s), channels, x, partial);
 }
 
 __global__ void __launch_bounds__(kMergeThreads)
-    finish_statistics_kernel(Sweep s, NormProblem p, const float* partial, float* mean, float* rstd,
-                             float* running_mean, float* running_var) {
-  const int64_t c = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
-  const Moments all = merge_slices<Moments>(s.slices, c < p.C, [&](int64_t slice) -> Moments {
-    const float* const from = partial + slice * 2 * p.C + c;
-    return {static_cast<float>(s.elements(slice)), from[0], from[p.C]};
-  });
-  if (threadIdx.x >= kMergeChannels || c >= p.C) return;
-  const double count = static_cast<double>(p.N * p.L);
-  mean[c] = all.mean;
-  rstd[c] = static_cast<float>(1 / sqrt(all.m2 / count + p.eps));
-  if (running_mean) running_mean[c] = static_cast<float>((1 - p.momentum) * running_mean[c] + p.momentum * all.mean);
-  if (running_var)
-    running_var[c] = static_cast<float>((1 - p.momentum) * running_var[c] + p.momentum * (all.m2 / (count - 1)));
+    finish_statistics_kernel(Sweep s, NormProblem p, const float* partial, Statistics to) {
+  finish_statistics(s, p, int64_t{blockIdx.x} * kMergeChannels, partial, to);
 }
 
 __global__ void __launch_bounds__(kMergeThreads)
@@ -75,23 +40,9 @@ __global__ void __launch_bounds__(kMergeThreads)
 }
 
 __global__ void __launch_bounds__(kMergeThreads)
-    finish_gradients_kernel(NormProblem p, int64_t slabs, const float* sums, const float* rstd, float* dweight,
-                            float* dbias, float* shares) {
-  const int64_t c = int64_t{blockIdx.x} * kMergeChannels + threadIdx.x % kMergeChannels;
-  const auto all = merge_slices<GradientSums>(slabs, c < p.C, [&](int64_t slab) -> GradientSums {
-    const float* const from = sums + slab * 2 * p.C + c;
-    return {from[0], from[p.C]};
-  });
-  if (threadIdx.x >= kMergeChannels || c >= p.C) return;
-  const float spread = all.product * rstd[c];
-  const auto count = static_cast<float>(p.N * p.L);
-  if (dweight) dweight[c] = spread;
-  if (dbias) dbias[c] = all.dz;
-  shares[c] = all.dz / count;
-  shares[p.C + c] = spread * rstd[c] / count;
+    finish_gradients_kernel(NormProblem p, int64_t slabs, const float* sums, const float* rstd, GradientResults to) {
+  finish_gradients(p, int64_t{blockIdx.x} * kMergeChannels, slabs, sums, rstd, to);
 }
-
-Sweep moments_sweep(const NormProblem& p) { return make_sweep(p, int64_t{kMomentsBlocks} * device().multiprocessors); }
 
 }  // namespace
 
@@ -126,7 +77,7 @@ Sweep make_sweep(const NormProblem& p, int64_t blocks) {
   s.skip = s.rows / s.length * s.run_stride + s.skip_in_run * s.stride;
   s.tiles = ceil_div(s.units, s.columns);
   // Parts are little beside what they are of.
-  const int64_t least = std::max(128, s.rows * kAhead), wanted = std::max<int64_t>(1, blocks / s.tiles);
+  const int64_t least = std::max(128, s.rows * kMomentsAhead), wanted = std::max<int64_t>(1, blocks / s.tiles);
   s.slice_length = ceil_div(std::max(ceil_div(s.count, wanted), std::min(least, s.count)), s.rows) * s.rows;
   s.slices = ceil_div(s.count, s.slice_length);
   return s;
@@ -137,12 +88,10 @@ int64_t batch_norm_statistics_workspace(const NormProblem& p) {
 }
 
 void batch_norm_statistics(const NormProblem& p, const BatchNormForward& b, Stream stream) {
-  auto *const running_mean = static_cast<float*>(b.running_mean), *const running_var =
-                                                                      static_cast<float*>(b.running_var);
-  auto *const mean = static_cast<float*>(b.mean), *const rstd = static_cast<float*>(b.rstd);
+  const Statistics to = statistics_of(b);
   if (!p.training) {
     CNNOPS_LAUNCH(running_statistics_kernel, blocks(ceil_div(p.C, kMergeThreads)), kMergeThreads, 0, stream, p.C, p.eps,
-                  running_mean, running_var, mean, rstd);
+                  to.running_mean, to.running_var, to.mean, to.rstd);
     return;
   }
   const Sweep s = moments_sweep(p);
@@ -156,14 +105,13 @@ void batch_norm_statistics(const NormProblem& p, const BatchNormForward& b, Stre
       CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, x, partial);
   });
   CNNOPS_LAUNCH(finish_statistics_kernel, blocks(ceil_div(p.C, kMergeChannels)), kMergeThreads, 0, stream, s, p,
-                partial, mean, rstd, running_mean, running_var);
+                partial, to);
 }
 
 void finish_batch_norm_gradients(const NormProblem& p, const BatchNormBackward& b, int64_t slabs, const float* sums,
                                  float* shares, Stream stream) {
   CNNOPS_LAUNCH(finish_gradients_kernel, blocks(ceil_div(p.C, kMergeChannels)), kMergeThreads, 0, stream, p, slabs,
-                sums, static_cast<const float*>(b.rstd), static_cast<float*>(b.dweight), static_cast<float*>(b.dbias),
-                shares);
+                sums, static_cast<const float*>(b.rstd), results_of(b, shares));
 }
 
 }  // namespace cnnops::cuda

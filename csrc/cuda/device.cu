@@ -3,7 +3,9 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "launch.h"
 #include "launchers.h"
@@ -12,8 +14,16 @@ namespace cnnops::cuda {
 namespace {
 
 #if defined(CNNOPS_SIMT)
-Device current() { return {simt::architecture(), simt::multiprocessors(), static_cast<int>(simt::max_shared())}; }
+Device current() {
+  return {simt::architecture(), simt::multiprocessors(), static_cast<int>(simt::max_shared()), simt::l2_bytes()};
+}
 #else
+int current_id() {
+  int id = 0;
+  check(cudaGetDevice(&id), "cudaGetDevice");
+  return id;
+}
+
 Device query(int id) {
   const auto read = [id](cudaDeviceAttr attribute) {
     int value = 0;
@@ -21,7 +31,8 @@ Device query(int id) {
     return value;
   };
   return {10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor),
-          read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+          read(cudaDevAttrMultiProcessorCount), read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          read(cudaDevAttrL2CacheSize)};
 }
 
 // Every launch asks, so that the answers are kept.
@@ -29,8 +40,7 @@ Device current() {
   constexpr size_t kKept = 64;
   static std::array<std::once_flag, kKept> asked;
   static std::array<Device, kKept> answers;
-  int id = 0;
-  check(cudaGetDevice(&id), "cudaGetDevice");
+  const int id = current_id();
   const auto i = static_cast<size_t>(id);
   if (i >= kKept) return query(id);
   std::call_once(asked[i], [&] { answers[i] = query(id); });
@@ -61,6 +71,23 @@ Device device() {
   if (limit > 0 && limit < found.architecture) found.architecture = limit;
   return found;
 }
+
+#if defined(CNNOPS_SIMT)
+int64_t resident_blocks(const KernelEntry&, int threads) {
+  return simt::resident_blocks(static_cast<unsigned>(threads));
+}
+#else
+int64_t resident_blocks(const KernelEntry& kernel, int threads) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int64_t> answers;
+  const std::pair asked{current_id(), kernel.function};
+  const std::lock_guard lock(mutex);
+  if (const auto known = answers.find(asked); known != answers.end()) return known->second;
+  int each = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, threads, 0), kernel.name);
+  return answers[asked] = int64_t{each} * device().multiprocessors;
+}
+#endif
 
 void use_architecture(int architecture) { most() = architecture; }
 

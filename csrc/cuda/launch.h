@@ -1,8 +1,8 @@
 // What kernel sources see of the machine: real CUDA, or with CNNOPS_SIMT the emulator that stands in for it.
 //
-// Kernels are launched by CNNOPS_LAUNCH, or CNNOPS_LAUNCH_CLUSTERS with `cluster` blocks to a cluster, alone, and have
-// their shared memory by CNNOPS_SHARED (a variable; T is a single name) and CNNOPS_DYNAMIC_SHARED (what the launch
-// asked for).
+// Kernels are launched by CNNOPS_LAUNCH, CNNOPS_LAUNCH_CLUSTERS with `cluster` blocks to a cluster, or
+// CNNOPS_LAUNCH_COOPERATIVE with all blocks, at most resident_blocks(), at once, alone, and have their shared memory by
+// CNNOPS_SHARED (a variable; T is a single name) and CNNOPS_DYNAMIC_SHARED (what the launch asked for).
 #pragma once
 
 #include <cstddef>
@@ -25,12 +25,12 @@
   static const char name##_site{}; \
   T& name = *static_cast<T*>(::cnnops::simt::static_shared(&name##_site, sizeof(T), alignof(T)))
 #define CNNOPS_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(::cnnops::simt::dynamic_shared())
-#define CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, cluster, shared_bytes, stream, ...)        \
-  do {                                                                                         \
-    static_cast<void>(stream);                                                                 \
-    ::cnnops::simt::launch(                                                                    \
-        ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes), \
-        [=]() __attribute__((noipa)) CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster));     \
+#define CNNOPS_LAUNCH_AS(kernel, grid, block, cluster, cooperative, shared_bytes, stream, ...)            \
+  do {                                                                                                    \
+    static_cast<void>(stream);                                                                            \
+    ::cnnops::simt::launch(                                                                               \
+        ::cnnops::cuda::Launched<kernel>::entry.name.c_str(), (grid), (block), (shared_bytes),            \
+        [=]() __attribute__((noipa)) CNNOPS_UNTRACED { kernel(__VA_ARGS__); }, (cluster), (cooperative)); \
   } while (false)
 
 #else
@@ -43,14 +43,18 @@
 #define CNNOPS_DYNAMIC_SHARED(T, name)                                     \
   extern __shared__ __align__(1024) unsigned char cnnops_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(cnnops_dynamic_shared)
-#define CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, cluster, shared_bytes, stream, ...)                               \
-  ::cnnops::cuda::launch(::cnnops::cuda::Launched<kernel>::entry, kernel, (grid), (block), (cluster), (shared_bytes), \
-                         static_cast<cudaStream_t>(stream), __VA_ARGS__)
+#define CNNOPS_LAUNCH_AS(kernel, grid, block, cluster, cooperative, shared_bytes, stream, ...)                       \
+  ::cnnops::cuda::launch(::cnnops::cuda::Launched<kernel>::entry, kernel, (grid), (block), (cluster), (cooperative), \
+                         (shared_bytes), static_cast<cudaStream_t>(stream), __VA_ARGS__)
 
 #endif
 
 #define CNNOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, 1, shared_bytes, stream, __VA_ARGS__)
+  CNNOPS_LAUNCH_AS(kernel, grid, block, 1, false, shared_bytes, stream, __VA_ARGS__)
+#define CNNOPS_LAUNCH_CLUSTERS(kernel, grid, block, cluster, shared_bytes, stream, ...) \
+  CNNOPS_LAUNCH_AS(kernel, grid, block, cluster, false, shared_bytes, stream, __VA_ARGS__)
+#define CNNOPS_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  CNNOPS_LAUNCH_AS(kernel, grid, block, 1, true, shared_bytes, stream, __VA_ARGS__)
 
 namespace cnnops::cuda {
 
@@ -90,6 +94,8 @@ struct Launched {
 
 // The current device, of at most the architecture that use_architecture() or CNNOPS_CUDA_ARCH names.
 Device device();
+// How many blocks of so many threads, and no dynamic shared memory, the current device holds at once.
+int64_t resident_blocks(const KernelEntry& kernel, int threads);
 
 #if !defined(CNNOPS_SIMT)
 inline void check(cudaError_t status, const std::string& what) {
@@ -99,21 +105,28 @@ inline void check(cudaError_t status, const std::string& what) {
 // A block may use more than 48 KB of shared memory only if its kernel was told so.
 template <class... Parameters, class... Arguments>
 void launch(const KernelEntry& entry, void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
-            size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
+            bool cooperative, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
   if (shared_bytes > kAlwaysAllowed)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           entry.name);
-  cudaLaunchAttribute clusters{};
-  clusters.id = cudaLaunchAttributeClusterDimension;
-  clusters.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster, 1, 1};
+  }
+  if (cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &clusters;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), entry.name);
 }
 #endif

@@ -152,6 +152,10 @@ inline void barrier_arrive(int id, int threads, simt::Where where = simt::Where:
   simt::named_barrier_arrive(id, threads, where);
 }
 
+inline void grid_barrier(unsigned* arrived, unsigned due, simt::Where where = simt::Where::current()) {
+  simt::grid_barrier(arrived, due, where);
+}
+
 #else
 
 __device__ __forceinline__ float to_float(Half v) {
@@ -254,6 +258,21 @@ __device__ __forceinline__ void barrier_sync(int id, int threads) {
 }
 __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Opens when `due` blocks of a cooperative launch have been counted in `arrived`, which was zero when the launch began:
+// the n-th such barrier waits for n times the grid's blocks. What any thread of the grid wrote before it, all read
+// after it: thread 0 releases what __syncthreads has ordered before its own count, and acquires for its block.
+__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned due) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(arrived) : "memory");
+    unsigned seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(arrived) : "memory");
+    } while (seen < due);
+  }
+  __syncthreads();
 }
 
 #endif

@@ -1,4 +1,4 @@
-// Barriers: of a block, named ones, of a cluster, mbarriers; and what orders memory without waiting.
+// Barriers: of a block, named ones, of a cluster, of a grid, mbarriers; and what orders memory without waiting.
 
 #include <algorithm>
 
@@ -105,6 +105,35 @@ CNNOPS_SIMT_RUNTIME void cluster_sync(Where where) {
     yield();
   else
     suspend();
+  acquire(sync);
+}
+
+// The block's last thread counts it in the kernel's own memory, so that a count not cleared before opens too early.
+CNNOPS_SIMT_RUNTIME void grid_barrier(unsigned* arrived, unsigned due, Where where) {
+  if (disabled(Sync::kGridBarrier)) return;
+  if (!device.cooperative)
+    fail_at("grid_barrier", where, "the launch is not cooperative: blocks may wait for one that never starts");
+  Thread& me = *device.current;
+  Block& block = *me.block;
+  void* const sync = &device.grid_syncs[due / device.together % 2];
+  release(sync);
+  me.waits_in = "grid_barrier";
+  me.waits_for = due;
+  me.where = where;
+  if (++block.at_grid_barrier == device.thread_count) {
+    block.at_grid_barrier = 0;
+    ++block.epoch;
+    trace::together(block.rank * kMaxThreads, device.thread_count);
+    if (++*arrived >= due) {
+      device.grid_waiting.wake_all();
+      yield();
+    }
+  }
+  while (*arrived < due) {
+    me.state = State::kAtGridBarrier;
+    device.grid_waiting.add(me);
+    suspend();
+  }
   acquire(sync);
 }
 

@@ -1,7 +1,7 @@
 // The emulated device's state and its scheduler, for the sources of this folder alone.
 //
-// The blocks of one cluster live at once, each thread of theirs a fiber; clusters run one after another. Whoever waits
-// is not scheduled until it is woken: nothing polls.
+// The blocks of one cluster live at once, each thread of theirs a fiber; clusters run one after another. A cooperative
+// launch has all its blocks live at once. Whoever waits is not scheduled until it is woken: nothing polls.
 #pragma once
 
 #include <deque>
@@ -18,6 +18,7 @@
 namespace cnnops::simt {
 
 constexpr unsigned kMaxThreads = 1024, kWarp = 32, kWarpgroup = 128, kMaxCluster = 8;
+constexpr unsigned kMaxBlocks = 16, kMaxFibers = kMaxCluster * kMaxThreads;  // that live at once
 
 struct Block;
 struct Mbarrier;
@@ -34,6 +35,7 @@ enum class State {
   kAtBarrier,
   kAtNamedBarrier,
   kAtClusterBarrier,
+  kAtGridBarrier,
   kAtMbarrier,
   kInCollective,
   kInStep,
@@ -190,7 +192,7 @@ struct Block {
   unsigned exited = 0;
   uint64_t epoch = 0;  // how many barriers have been passed, phases completed and warps synchronised
 
-  unsigned at_barrier = 0, barriers_passed = 0;
+  unsigned at_barrier = 0, barriers_passed = 0, at_grid_barrier = 0;
   const Thread* first_at_barrier = nullptr;
   char barrier_syncs[2] = {};
   NamedBarrier named[16];
@@ -215,7 +217,7 @@ class ReadySet {
   int previous(unsigned from) const;
 
  private:
-  static constexpr unsigned kWords = kMaxCluster * kMaxThreads / 64;
+  static constexpr unsigned kWords = kMaxFibers / 64;
   unsigned words_used_ = kWords;
   uint64_t words_[kWords] = {};
 };
@@ -225,12 +227,12 @@ struct Device {
   Order order = Order::kForward;
   uint64_t random = 1;
   Counters counters;
-  int architecture = 90, multiprocessors = 3;
+  int architecture = 90, multiprocessors = 3, l2_bytes = 256 << 10;
   uint64_t first_block = 0, block_limit = UINT64_MAX;
   int disabled_sync = -1;
 
   Fiber host;
-  Thread threads[kMaxCluster * kMaxThreads];
+  Thread threads[kMaxFibers];
   unsigned started_threads = 0;
   Thread* current = nullptr;
   ReadySet ready;
@@ -238,9 +240,10 @@ struct Device {
   const char* kernel = nullptr;
   const std::function<void()>* body = nullptr;
   dim3 grid, block;
-  unsigned thread_count = 0;  // of a block
-  unsigned cluster = 1;
-  Block blocks[kMaxCluster];
+  unsigned thread_count = 0;           // of a block
+  unsigned cluster = 1, together = 1;  // blocks of a cluster; that live at once
+  bool cooperative = false;
+  Block blocks[kMaxBlocks];
   unsigned exited = 0;  // of all threads
   char begin_sync = 0, end_sync = 0;
   std::string error;
@@ -249,6 +252,8 @@ struct Device {
   uint64_t cluster_barriers_passed = 0;
   WaitList cluster_waiting;
   char cluster_syncs[2] = {};
+  WaitList grid_waiting;
+  char grid_syncs[2] = {};
   std::vector<TmaCopy> tma_copies;
   uint64_t landing_chance = 0;  // of a copy at a switch, in 2^-32
 };

@@ -78,8 +78,10 @@ py::dict counters() {
 
 using Extents = std::array<unsigned, 3>;
 
-void launch_empty(const Extents& grid, const Extents& block, size_t shared_bytes) {
-  simt::launch("empty", dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, [] {});
+void launch_empty(const Extents& grid, const Extents& block, size_t shared_bytes, bool cooperative) {
+  simt::launch(
+      "empty", dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), shared_bytes, [] {}, 1,
+      cooperative);
 }
 
 using cnnops::DType;
@@ -132,8 +134,9 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
         "Run threads and blocks in 'forward', 'reversed' or 'random' order. With 'random', asynchronous copies land at "
         "once or as late as allowed, as the seed has it. Raises ValueError for another order.");
   m.def("set_device", &simt::set_device, py::arg("architecture") = 90, py::arg("multiprocessors") = 3,
+        py::arg("l2_bytes") = 256 << 10,
         "Claim to be a device of this architecture (80, 86 or 90: its shared memory, and whether it has TMA, wgmma and "
-        "clusters) with so many multiprocessors. Raises ValueError for another.");
+        "clusters) with so many multiprocessors and so much L2. Raises ValueError for another.");
   m.def(
       "run_blocks",
       [](uint64_t first, std::optional<uint64_t> count) { simt::run_blocks(first, count.value_or(UINT64_MAX)); },
@@ -176,5 +179,6 @@ PYBIND11_MODULE(CNNOPS_MODULE, m) {
   m.def("run_traffic", &simt::run_traffic, py::arg("name"),
         "Run a kernel of one warp whose traffic is known. Raises ValueError for an unknown name.");
   m.def("launch_empty", &launch_empty, py::arg("grid"), py::arg("block"), py::arg("shared_bytes") = 0,
+        py::arg("cooperative") = false,
         "Launch a kernel that does nothing. grid, block: (x, y, z). Raises RuntimeError if a device would refuse it.");
 }

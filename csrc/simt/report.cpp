@@ -33,6 +33,8 @@ std::string doing(const Thread& thread) {
     }
     case State::kAtClusterBarrier:
       return waits(name);
+    case State::kAtGridBarrier:
+      return waits(name + " for " + std::to_string(thread.waits_for) + " blocks");
     case State::kAtMbarrier: {
       const Mbarrier& barrier = *thread.mbarrier;
       return waits(name + " of parity " + std::to_string(thread.waits_for) + " (barrier at offset " +
@@ -57,7 +59,7 @@ std::string doing(const Thread& thread) {
 // What every thread is at, those of a block that do the same in one line.
 std::string roll_call() {
   std::string out;
-  for (unsigned rank = 0; rank < device.cluster; ++rank) {
+  for (unsigned rank = 0; rank < device.together; ++rank) {
     const Block& block = device.blocks[rank];
     std::vector<std::pair<std::string, std::string>> lines;  // what they do, who they are
     for (unsigned first = 0; first < device.thread_count;) {
@@ -72,7 +74,7 @@ std::string roll_call() {
         line->second += ", " + who;
       first = end;
     }
-    if (device.cluster > 1) out += "\n block " + text(block.index) + ":";
+    if (device.together > 1) out += "\n block " + text(block.index) + ":";
     for (const auto& [what, who] : lines) out += "\n  " + what + ": thread " + who;
   }
   return out;

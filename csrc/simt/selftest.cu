@@ -178,6 +178,34 @@ bool run_last_block(const char* name) {
   return reversed(out);
 }
 
+// Four blocks write a quarter of the row each, twice, and each reverses a quarter of all.
+enum class Grid { kSound, kMissing, kMissingSecond, kEarlyExit, kUncleared, kPlainLaunch };
+
+template <Grid kFault>
+__global__ void grid(float* row, unsigned* arrived, float* out) {
+  if (kFault == Grid::kEarlyExit && blockIdx.x == 2) return;
+  const int i = static_cast<int>(blockIdx.x) * kQuarter + thread();
+  float sum = 0;
+  for (unsigned round = 0; round < 2; ++round) {
+    row[i] = round ? -value(i) : 2 * value(i);
+    if (kFault != Grid::kMissing) cuda::grid_barrier(arrived, (2 * round + 1) * kBlocks);
+    sum += row[kLast - i];
+    if (kFault != Grid::kMissing && kFault != Grid::kMissingSecond)
+      cuda::grid_barrier(arrived, (2 * round + 2) * kBlocks);
+  }
+  out[i] = sum;
+}
+
+template <Grid kFault>
+bool run_grid(const char* name) {
+  Row row = {}, out = {};
+  unsigned arrived = kFault == Grid::kUncleared ? 4 * kBlocks : 0;
+  launch(
+      name, dim3(kBlocks), dim3(kQuarter), 0, [&] { grid<kFault>(row, &arrived, out); }, 1,
+      kFault != Grid::kPlainLaunch);
+  return reversed(out);
+}
+
 template <void (*kKernel)(const float* source, float* out)>
 bool run_row(const char* name) {
   alignas(16) Row source;
@@ -212,6 +240,11 @@ const std::vector<Fault>& faults() {
         fault<run_named<Named::kSound>, run_named<Named::kWrongCount>>("barrier_count_mismatch"),
         fault<run_named<Named::kSound>, run_named<Named::kWrongNumber>>("barrier_number_too_large"),
         fault<run_last_block<false>, run_last_block<true>>("missing_threadfence"),
+        fault<run_grid<Grid::kSound>, run_grid<Grid::kMissing>>("missing_grid_barrier"),
+        fault<run_grid<Grid::kSound>, run_grid<Grid::kMissingSecond>>("missing_second_grid_barrier"),
+        fault<run_grid<Grid::kSound>, run_grid<Grid::kEarlyExit>>("exit_before_grid_barrier"),
+        fault<run_grid<Grid::kSound>, run_grid<Grid::kUncleared>>("uncleared_grid_barrier"),
+        fault<run_grid<Grid::kSound>, run_grid<Grid::kPlainLaunch>>("grid_barrier_in_plain_launch"),
     };
     const std::vector<Fault> more = sm90_faults();
     out.insert(out.end(), more.begin(), more.end());

@@ -70,7 +70,7 @@ CNNOPS_SIMT_RUNTIME bool coin() { return device.order == Order::kRandom && next_
 
 namespace {
 
-CNNOPS_SIMT_RUNTIME unsigned total_threads() { return device.thread_count * device.cluster; }
+CNNOPS_SIMT_RUNTIME unsigned total_threads() { return device.thread_count * device.together; }
 
 CNNOPS_SIMT_RUNTIME Thread* next_thread() {
   const unsigned total = total_threads();
@@ -162,13 +162,13 @@ void start_block(Block& block) {
     wake(thread);
   }
   for (Warp& warp : block.warps) warp.meeting_count = 0;
-  block.exited = block.at_barrier = 0;
+  block.exited = block.at_barrier = block.at_grid_barrier = 0;
   block.epoch = 0;
   reset_asynchronous(block);
 }
 
-void run_cluster(uint64_t first_block) {
-  for (unsigned rank = 0; rank < device.cluster; ++rank) {
+void run_together(uint64_t first_block) {
+  for (unsigned rank = 0; rank < device.together; ++rank) {
     const uint64_t linear = first_block + rank;
     device.blocks[rank].index = dim3(static_cast<unsigned>(linear % device.grid.x),
                                      static_cast<unsigned>(linear / device.grid.x % device.grid.y),
@@ -177,7 +177,7 @@ void run_cluster(uint64_t first_block) {
   }
   device.exited = device.at_cluster_barrier = 0;
   device.cluster_barriers_passed = 0;
-  device.cluster_waiting = {};
+  device.cluster_waiting = device.grid_waiting = {};
   device.tma_copies.clear();
   // One in 1 to 128 switches lets a copy land: in some clusters early, in others late.
   device.landing_chance = (uint64_t{1} << 32) >> (next_random() >> 32) % 8;
@@ -188,17 +188,18 @@ void run_cluster(uint64_t first_block) {
   switch_fiber(device.host, first->fiber);
   acquire(&device.end_sync);
   device.current = nullptr;
-  for (const Block& block : device.blocks) trace::together(block.rank * kMaxThreads, device.thread_count);
-  device.counters.blocks += device.cluster;
+  for (unsigned rank = 0; rank < device.together; ++rank) trace::together(rank * kMaxThreads, device.thread_count);
+  device.counters.blocks += device.together;
   if (device.error.empty() && device.exited < total_threads())
     device.error = place(device.blocks[0]) + ": deadlock: no thread can run" + roll_call();
-  for (unsigned rank = 0; rank < device.cluster && device.error.empty(); ++rank) {
+  for (unsigned rank = 0; rank < device.together && device.error.empty(); ++rank) {
     const std::string broken = device.blocks[rank].memory.broken_fence();
     if (!broken.empty()) device.error = place(device.blocks[rank]) + ": " + broken;
   }
 }
 
-void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_bytes, unsigned cluster) {
+void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_bytes, unsigned cluster,
+                         bool cooperative) {
   const auto refuse = [&](const std::string& why) {
     throw std::runtime_error("simt: " + std::string(device.kernel) + ": invalid launch of grid " + text(grid) +
                              ", block " + text(block) + ", " + std::to_string(dynamic_bytes) +
@@ -215,16 +216,21 @@ void check_configuration(const dim3& grid, const dim3& block, size_t dynamic_byt
   if (!cluster || cluster > kMaxCluster)
     refuse("a cluster of " + std::to_string(cluster) + " blocks; 1 to 8 are possible");
   if (grid.x % cluster) refuse("grid x is not a multiple of the cluster's " + std::to_string(cluster) + " blocks");
+  if (!cooperative) return;
+  if (cluster > 1) refuse("a cooperative launch of clusters, which the emulator has not");
+  const unsigned most = resident_blocks(block.x * block.y * block.z);
+  if (uint64_t{grid.x} * grid.y * grid.z > most)
+    refuse("a cooperative launch, of which " + std::to_string(most) + " blocks are resident at once");
 }
 
-// The first blocks of the clusters that are to run, in the order that they run in.
-std::vector<uint64_t> cluster_order(uint64_t blocks) {
+// The first of the blocks that run together, in the order that they run in.
+std::vector<uint64_t> order_of(uint64_t blocks) {
   const uint64_t first = std::min(device.first_block, blocks);
   const uint64_t count = std::min(device.block_limit, blocks - first);
-  if (first % device.cluster || count % device.cluster)
+  if (first % device.together || count % device.together)
     throw std::runtime_error("simt: run_blocks cuts a cluster of " + std::string(device.kernel) + " apart");
   std::vector<uint64_t> order;
-  for (uint64_t block = first; block < first + count; block += device.cluster) order.push_back(block);
+  for (uint64_t block = first; block < first + count; block += device.together) order.push_back(block);
   if (device.order == Order::kReversed) std::reverse(order.begin(), order.end());
   if (device.order == Order::kRandom) std::shuffle(order.begin(), order.end(), std::mt19937_64(next_random()));
   return order;
@@ -234,9 +240,9 @@ constexpr const char* kSyncNames[] = {
     "__syncthreads",          "__syncwarp",      "__threadfence", "commit_async",        "wait_async",
     "barrier_sync",           "barrier_arrive",  "mbarrier_init", "fence_mbarrier_init", "mbarrier_arrive",
     "mbarrier_arrive_remote", "mbarrier_expect", "mbarrier_wait", "fence_proxy_async",   "wgmma_fence",
-    "wgmma_commit",           "wgmma_wait",      "cluster_sync",
+    "wgmma_commit",           "wgmma_wait",      "cluster_sync",  "grid_barrier",
 };
-static_assert(std::size(kSyncNames) == static_cast<size_t>(Sync::kClusterSync) + 1);
+static_assert(std::size(kSyncNames) == static_cast<size_t>(Sync::kGridBarrier) + 1);
 
 }  // namespace
 
@@ -268,17 +274,25 @@ void count_accesses(bool on) {
   trace::count(on);
 }
 
-void set_device(int architecture, int multiprocessors) {
+void set_device(int architecture, int multiprocessors, int l2_bytes) {
   const std::lock_guard lock(device.mutex);
   if (architecture != 80 && architecture != 86 && architecture != 90)
     throw std::invalid_argument("the emulated architecture is 80, 86 or 90, not " + std::to_string(architecture));
   if (multiprocessors < 1) throw std::invalid_argument("a device has at least one multiprocessor");
+  if (l2_bytes < 0) throw std::invalid_argument("a device has no less than no L2");
   device.architecture = architecture;
   device.multiprocessors = multiprocessors;
+  device.l2_bytes = l2_bytes;
 }
 
 int architecture() { return device.architecture; }
 int multiprocessors() { return device.multiprocessors; }
+int l2_bytes() { return device.l2_bytes; }
+
+unsigned resident_blocks(unsigned threads) {
+  constexpr unsigned kEach = 2;
+  return std::min({kEach * static_cast<unsigned>(device.multiprocessors), kMaxBlocks, kMaxFibers / threads});
+}
 
 void run_blocks(uint64_t first, uint64_t count) {
   const std::lock_guard lock(device.mutex);
@@ -298,14 +312,16 @@ void disable_sync(const std::string& name) {
 CNNOPS_SIMT_RUNTIME bool disabled(Sync sync) { return device.disabled_sync == static_cast<int>(sync); }
 
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
-            unsigned cluster) {
+            unsigned cluster, bool cooperative) {
   const std::lock_guard lock(device.mutex);
   device.kernel = kernel;
-  check_configuration(grid, block, dynamic_shared_bytes, cluster);
+  check_configuration(grid, block, dynamic_shared_bytes, cluster, cooperative);
   device.body = &thread;
   device.grid = grid;
   device.block = block;
   device.cluster = cluster;
+  device.cooperative = cooperative;
+  device.together = cooperative ? grid.x * grid.y * grid.z : cluster;
   device.thread_count = block.x * block.y * block.z;
   device.ready.resize(total_threads());
   for (; device.started_threads < total_threads(); ++device.started_threads)
@@ -317,7 +333,7 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
     each.block = &device.blocks[slot / device.thread_count];
     each.position = dim3(each.index % block.x, each.index / block.x % block.y, each.index / (block.x * block.y));
   }
-  for (unsigned rank = 0; rank < cluster; ++rank) {
+  for (unsigned rank = 0; rank < device.together; ++rank) {
     device.blocks[rank].rank = rank;
     device.blocks[rank].threads = &device.threads[rank * device.thread_count];
     device.blocks[rank].memory.prepare(dynamic_shared_bytes);
@@ -329,15 +345,15 @@ void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_byt
   most = {std::max(most.threads, device.thread_count), std::max(most.shared_bytes, dynamic_shared_bytes)};
 
   device.error.clear();
-  const trace::Launch traced(kernel, thread, cluster == 1 ? &device.blocks[0].memory : nullptr);
-  for (const uint64_t first : cluster_order(uint64_t{grid.x} * grid.y * grid.z)) {
-    run_cluster(first);
+  const trace::Launch traced(kernel, thread, device.together == 1 ? &device.blocks[0].memory : nullptr);
+  for (const uint64_t first : order_of(uint64_t{grid.x} * grid.y * grid.z)) {
+    run_together(first);
     if (!device.error.empty()) {
       device.ready.clear();
       for (unsigned i = 0; i < device.started_threads; ++i) restart(device.threads[i].fiber, thread_main);
       throw std::runtime_error("simt: " + device.error);
     }
-    for (unsigned rank = 0; rank < cluster; ++rank) device.blocks[rank].memory.refresh();
+    for (unsigned rank = 0; rank < device.together; ++rank) device.blocks[rank].memory.refresh();
   }
 }
 

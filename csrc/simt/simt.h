@@ -1,5 +1,6 @@
 // A CUDA device in software, for tests: runs kernels compiled by g++, one fiber for each CUDA thread of one cluster of
-// blocks at a time. Kernel sources reach it through cuda/launch.h and cuda/ptx.cuh; nothing else includes it.
+// blocks at a time, or of all blocks of a cooperative launch. Kernel sources reach it through cuda/launch.h and
+// cuda/ptx.cuh; nothing else includes it.
 //
 // It is adversarial where hardware may be. Shared memory starts as NaN and is fenced at both ends; asynchronous copies
 // land as late as allowed (in random schedules some at once); threads and blocks run in an order that the test chooses.
@@ -57,10 +58,13 @@ struct Counters {
 
 void set_schedule(Order order, uint64_t seed);
 // What the device claims to be. Throws std::invalid_argument for an architecture that is not 80, 86 or 90.
-void set_device(int architecture, int multiprocessors);
+void set_device(int architecture, int multiprocessors, int l2_bytes);
 int architecture();
 size_t max_shared();    // bytes a block
 int multiprocessors();  // 3 unless set: few, so that small tests fill more than one wave
+int l2_bytes();         // 256 KiB unless set: little, so that tensors of small tests fit or do not
+// How many blocks of so many threads a cooperative launch may have: 2 for each multiprocessor, 16 in all.
+unsigned resident_blocks(unsigned threads);
 // Launches run only these blocks, by linear index (whole clusters): a part of a grid too large to run.
 void run_blocks(uint64_t first, uint64_t count);
 
@@ -85,6 +89,7 @@ enum class Sync {
   kWgmmaCommit,
   kWgmmaWait,
   kClusterSync,
+  kGridBarrier,
 };
 std::vector<std::string> sync_wrappers();
 // From here on this wrapper does nothing; "" restores all. Throws std::invalid_argument for an unknown name.
@@ -99,7 +104,7 @@ void count_accesses(bool on);
 // launch that a device would refuse, a deadlock, a misused intrinsic, or a write beyond shared memory; the next launch
 // finds everything as new.
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread,
-            unsigned cluster = 1);
+            unsigned cluster = 1, bool cooperative = false);
 
 // By value: reading them is no access to memory.
 dim3 thread_index();
@@ -133,6 +138,9 @@ __forceinline__ float half_value(uint16_t bits) {
 
 void block_barrier(Where where);
 void warp_barrier(unsigned mask, Where where);
+// Counts the block in once all of its threads have come, and waits until `due` are counted. Fails in a launch that is
+// not cooperative.
+void grid_barrier(unsigned* arrived, unsigned due, Where where);
 
 // Where an integer atomic reads and writes. A block that counts itself in must have published its results before:
 // without a __threadfence, it fails.
