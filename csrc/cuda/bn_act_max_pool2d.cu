@@ -233,6 +233,7 @@ template <class T, class O>
 void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormForward& args, void* kept,
              Stream stream) {
   const Sweep s = sweep_lines(norm, int64_t{pool.N} * pool.P * pool.Q, kMappingBlocks);
+  const Pool windows(pool);
   const Parameters parameters = parameters_of(args);
   const auto* const x = static_cast<const T*>(args.x);
   auto* const y = static_cast<T*>(args.y);
@@ -240,11 +241,11 @@ void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNorm
   constexpr auto whole = bn_act_max_pool2d_forward_kernel<T, O, kVector<T>>;
   constexpr auto single = bn_act_max_pool2d_forward_kernel<T, O, 1>;
   if (s.width > 1)
-    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, Pool(pool), norm.activation, parameters, x, y,
+    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, windows, norm.activation, parameters, x, y,
                   offsets);
   else
-    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, Pool(pool), norm.activation, parameters, x,
-                  y, offsets);
+    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, windows, norm.activation, parameters, x, y,
+                  offsets);
 }
 
 template <class T, class O>
