@@ -68,12 +68,12 @@ def two_ops(case: Conv2dCase, statistics: Statistics, activation: str = "relu", 
     return function
 
 
-def composed(case: Conv2dCase, statistics: Any, activation: str = "relu") -> Any:
+def composed(case: Conv2dCase, statistics: Any, activation: str = "relu", eps: float = EPS) -> Any:
     """torch's own."""
 
     def function(x: Any, weight: Any, bias: Any, residual: Any, bn_weight: Any, bn_bias: Any) -> torch.Tensor:
         z = helpers.torch_conv2d(case)(x, weight, bias)
-        z = F.batch_norm(z, *statistics, bn_weight, bn_bias, eps=EPS)
+        z = F.batch_norm(z, *statistics, bn_weight, bn_bias, eps=eps)
         return ACTIVATIONS[activation](z if residual is None else z + residual)
 
     return function

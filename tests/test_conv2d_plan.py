@@ -86,7 +86,7 @@ CHOICES = {
     "depthwise of any size": (
         Conv2dCase("", 32, 64, 56, 56, 128, 9, 9, padding=(4, 4), groups=64),
         "depthwise",
-        (64, 16),
+        (32, 32),
     ),
     "depthwise beyond the largest": (Conv2dCase("", 8, 64, 56, 56, 64, 33, 33, groups=64), "packed", (128, 32)),
     "of groups of two": (Conv2dCase("", 32, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=32), "packed", (128, 32)),

@@ -1,6 +1,7 @@
 // The depthwise family of convolution kernels: groups of one channel each, with one or several filters.
 
 #include "depthwise_conv2d.cuh"
+#include "dtype.h"
 #include "launch.h"
 
 namespace cnnops::cuda {
@@ -28,20 +29,38 @@ __global__ void __launch_bounds__(kPooledThreads)
   pooled[i] = sum / count;
 }
 
+constexpr int kAddThreads = 256;
+
+// dweight[k][tap] = the sum over slabs, in order, of slabs[slab][tile of taps][k][tap].
+template <class T>
+__global__ void __launch_bounds__(kAddThreads)
+    depthwise_add_slabs_kernel(int64_t count, int64_t K, int taps, int taps_of_a_tile, const float* slabs, T* dweight) {
+  const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x, size = K * taps;
+  if (i >= size) return;
+  const Split tile = split(i, K * taps_of_a_tile);
+  const int first = static_cast<int>(tile.quotient) * taps_of_a_tile;
+  const Split at = split(tile.remainder, taps - first < taps_of_a_tile ? taps - first : taps_of_a_tile);
+  float sum = 0;
+  for (int64_t slab = 0; slab < count; ++slab) sum += slabs[slab * size + i];
+  from_float(sum, dweight[at.quotient * taps + first + at.remainder]);
+}
+
 void backward(const Conv2dProblem& p, const void* dy, const void* x, const void* weight, void* dx, void* dweight,
               void* workspace, Stream stream) {
   auto* const slabs = static_cast<float*>(workspace);
   const DepthwiseCut cut = depthwise_cut(p, DepthwisePass::kWeight, device());
-  if (cut.sized) {
-    depthwise_sized_backward(p, cut, {}, dy, x, weight, dx, slabs, stream);
-  } else {
-    if (dx) {
-      const DepthwiseCut input = depthwise_cut(p, DepthwisePass::kInput, device());
-      depthwise_any_backward_input(p, input, {}, dy, weight, dx, stream);
-    }
-    depthwise_any_backward_weight(p, cut, dy, x, slabs, stream);
+  const auto pass = cut.sized ? depthwise_sized_backward : depthwise_any_backward;
+  if (cut.tap_tiles == 1) {
+    pass(p, cut, {}, dy, x, weight, dx, slabs, stream);
+    add_slabs(p.dtype, cut.parts, slab_size(p), slabs, dweight, stream);
+    return;
   }
-  add_slabs(p.dtype, cut.parts, slab_size(p), slabs, dweight, stream);
+  if (dx) pass(p, depthwise_cut(p, DepthwisePass::kInput, device()), {}, dy, nullptr, weight, dx, nullptr, stream);
+  pass(p, cut, {}, dy, x, weight, nullptr, slabs, stream);
+  for_dtype(p.dtype, [&]<class T>(T) {
+    CNNOPS_LAUNCH(depthwise_add_slabs_kernel<T>, blocks(ceil_div(slab_size(p), kAddThreads)), kAddThreads, 0, stream,
+                  cut.parts, int64_t{p.K}, p.R * p.S, kTapRows * p.S, slabs, static_cast<T*>(dweight));
+  });
 }
 
 }  // namespace
@@ -71,10 +90,8 @@ const Conv2dFamily kDepthwiseConv2d = {
         [](const Conv2dProblem& p, const Conv2dPlan&, const Epilogue& epilogue, const void* dy, const void* weight,
            void* dx, void*, Stream stream) {
           const DepthwiseCut cut = depthwise_cut(p, DepthwisePass::kInput, device());
-          if (cut.sized)
-            depthwise_sized_backward(p, cut, epilogue, dy, nullptr, weight, dx, nullptr, stream);
-          else
-            depthwise_any_backward_input(p, cut, epilogue, dy, weight, dx, stream);
+          (cut.sized ? depthwise_sized_backward : depthwise_any_backward)(p, cut, epilogue, dy, nullptr, weight, dx,
+                                                                          nullptr, stream);
         },
     .backward_weight_workspace = [](const Conv2dProblem& p, const Conv2dPlan& plan) -> int64_t {
       return plan.splits * slab_size(p) * int64_t{sizeof(float)};

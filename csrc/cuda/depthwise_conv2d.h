@@ -20,21 +20,21 @@ constexpr int kLongestFilter = 31;  // side of a filter, which has an instance o
 constexpr int kSizedRows = 2, kSizedColumns = 4, kAnyColumns = 4;
 // Bytes of a pixel's channels in a tile. Beside the sized ones lie kSkew bytes, so that neighbouring groups' pixels are
 // in different banks of shared memory.
-constexpr int kSizedBytes = 64, kAnyBytes = 32, kSkew = 16;
+constexpr int kSizedBytes = 64, kAnyBytes = 32, kMostAnyBytes = 128, kSkew = 16;
 constexpr int kSumsSkew = 4;  // floats beside a row of sums
-// What a block of backward_weight has of a filter of any size, and the neighbouring taps of a thread.
+// What a block that sums dweight has of a filter of any size, and the neighbouring taps of a thread.
 constexpr int kTapRows = 8, kTapColumns = 4;
 
 struct DepthwiseCut {
   bool sized;                                // whether the filter's size is one that has an instance
   int channels, channel_tiles;               // of a tile; tiles
-  int tap_tiles;                             // of backward_weight for filters of any size
+  int tap_tiles;                             // rows of filters of any size, kTapRows at a time, where dweight is summed
   int across, down, columns, step;           // groups; pixels of a strip's row, rows of a step
   int rows, row_length;                      // of what a pass goes through in an image
   int64_t strips_w, chunks, chunk_rows;      // strips side by side and below each other in an image; rows of one
   int64_t strips, each, parts;               // strips of all images, those of a block, blocks for one tile
   int window, advance, ring_columns, pixel;  // rows that a step reads around its own, how far they move; row, pixel
-  size_t other, weights, sums, end;          // where the parts of shared memory begin behind the ring, in bytes
+  size_t other, weights, sums, dweight, end;  // where the parts of shared memory begin behind the ring, in bytes
 };
 
 DepthwiseCut depthwise_cut(const Conv2dProblem&, DepthwisePass, const Device&);

@@ -22,29 +22,6 @@
 namespace cnnops::cuda {
 namespace {
 
-// One of dweight's sums over the strips of a block.
-template <int kStride, class T>
-__device__ float sum_again(const Conv2dProblem& p, const DepthwiseCut& cut, int64_t part, const T* dy, const T* x,
-                           int64_t c, int r, int s) {
-  const int64_t begin = part * cut.each, end = begin + cut.each < cut.strips ? begin + cut.each : cut.strips;
-  float sum = 0;
-  for (int64_t index = begin; index < end; ++index) {
-    const Strip strip = strip_of(cut, index);
-    for (int i = strip.row; i < strip.end; ++i) {
-      const int h = i - p.pad_h % kStride, u = h + p.pad_h - r;
-      if (h >= p.H) break;
-      if (h < 0 || u < 0 || u % kStride || u / kStride >= p.P) continue;
-      for (int j = strip.column; j < strip.column + cut.columns; ++j) {
-        const int w = j - p.pad_w % kStride, v = w + p.pad_w - s;
-        if (w < 0 || w >= p.W || v < 0 || v % kStride || v / kStride >= p.Q) continue;
-        sum += to_float(dy[((strip.n * p.P + u / kStride) * p.Q + v / kStride) * p.C + c]) *
-               to_float(x[((strip.n * p.H + h) * p.W + w) * p.C + c]);
-      }
-    }
-  }
-  return sum;
-}
-
 // dx or slabs may be null.
 template <class T, int kSize, int kStride>
 __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 ? 2 : 3)
@@ -157,8 +134,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 ? 2 : 3)
     if (c + channel >= p.C) return;
     float sum = 0;
     for (int from = 0; from < kDepthwiseWarps; ++from) sum += parts[(from * kTaps + tap) * kChannels + channel];
-    if (!std::isfinite(sum))
-      sum = sum_again<kStride>(p, cut, block.quotient, dy, x, c + channel, tap / kSize, tap % kSize);
+    if (!std::isfinite(sum)) sum = sum_again(p, cut, block.quotient, dy, x, c + channel, tap / kSize, tap % kSize);
     slabs[block.quotient * p.C * kTaps + c * kTaps + i] = sum;
   }
 }

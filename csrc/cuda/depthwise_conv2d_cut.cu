@@ -21,46 +21,45 @@ int64_t positions_of_input(int64_t extent, int stride, int pad) {
 // The part of a cut that `across` decides, with the shared memory it takes.
 void lay_out(DepthwiseCut& cut, const Conv2dProblem& p, DepthwisePass pass, int groups, int across) {
   const int element = p.dtype == DType::kFloat ? 4 : 2, s = p.stride_h, multiplier = p.K / p.C;
-  const bool any_weight = pass == DepthwisePass::kWeight && !cut.sized;
+  const bool forward = pass == DepthwisePass::kForward, any_weight = pass == DepthwisePass::kWeight && !cut.sized;
   cut.across = across;
   cut.down = groups / across;
   cut.columns = across * (cut.sized ? kSizedColumns : kAnyColumns);
   cut.step = cut.down * (cut.sized ? kSizedRows : 1);
-  const int rows = any_weight ? std::min(p.R, kTapRows) : p.R;
+  const int rows = cut.tap_tiles > 1 ? kTapRows : p.R;
   const int reach_h = (rows - 1) * p.dilation_h, reach_w = (p.S - 1) * p.dilation_w;
-  if (pass == DepthwisePass::kForward || any_weight) {
+  if (forward) {
     cut.window = (cut.step - 1) * s + reach_h + 1;
     cut.advance = cut.step * s;
     cut.ring_columns = (cut.columns - 1) * p.stride_w + reach_w + 1;
   } else {
     const int each = cut.sized ? s : 1;  // positions of a sized pass are pixels, of the other one `stride` pixels
     cut.advance = cut.step / each;
-    cut.window = cut.advance + reach_h / s;
+    cut.window = cut.advance + static_cast<int>(cut.tap_tiles > 1 ? ceil_div(reach_h, s) : reach_h / s);
     cut.ring_columns = cut.columns / each + reach_w / p.stride_w;
   }
   const int vector = 16 / element;
   cut.pixel = cut.channels + (cut.sized ? kSkew / element : 0);
-  if (multiplier > 1 && pass == DepthwisePass::kInput)
-    cut.pixel = cut.channels * multiplier;
-  else if (multiplier > 1)
-    cut.pixel = static_cast<int>(ceil_div((cut.channels - 1) / multiplier + vector + 1, vector)) * vector;
+  const int filters = forward ? cut.channels : cut.channels * multiplier;
+  if (multiplier > 1)
+    cut.pixel =
+        forward ? static_cast<int>(ceil_div((cut.channels - 1) / multiplier + vector + 1, vector)) * vector : filters;
   const size_t tile = static_cast<size_t>(cut.step) * cut.columns;
   cut.other = static_cast<size_t>(cut.window + cut.advance) * cut.ring_columns * cut.pixel * element;
   cut.weights = cut.other;
-  if (pass != DepthwisePass::kForward && cut.sized) cut.weights += 2 * tile * cut.pixel * element;
-  if (any_weight) cut.weights += 2 * tile * cut.channels * element;
-  const int filters = pass == DepthwisePass::kInput ? cut.channels * multiplier : cut.channels;
-  cut.sums = cut.weights;
-  if (!any_weight) cut.sums += ceil_div(size_t{1} * p.R * p.S * filters * element, 16) * 16;
-  const size_t warp_rows = tile / kDepthwiseWarps;
-  if (any_weight) {
-    const int64_t chunks = rows * ceil_div(p.S, kTapColumns);
-    const int64_t shares = std::max<int64_t>(1, groups / chunks);
-    cut.end = cut.sums + shares * chunks * kTapColumns * cut.channels * sizeof(float);
-  } else {
-    cut.end = cut.sums + kDepthwiseWarps * warp_rows * (cut.channels + kSumsSkew) * sizeof(float);
+  if (!forward && cut.sized) cut.weights += 2 * tile * cut.pixel * element;
+  if (any_weight) cut.weights += 2 * tile * p.stride_h * p.stride_w * cut.channels * element;
+  cut.sums = cut.dweight = cut.weights;
+  if (cut.tap_tiles == 1) {  // else the pass writes slabs alone
+    cut.sums += ceil_div(size_t{1} * p.R * p.S * filters * element, 16) * 16;
+    cut.dweight = cut.sums + tile * (cut.channels + kSumsSkew) * sizeof(float);
   }
-  if (pass != DepthwisePass::kForward && cut.sized)  // where the warps' sums of dweight meet at last
+  cut.end = cut.dweight;
+  if (any_weight) {
+    const int64_t items = rows * ceil_div(p.S, kTapColumns) * multiplier;
+    cut.end += std::max<int64_t>(items, groups) * kTapColumns * cut.channels * sizeof(float);
+  }
+  if (!forward && cut.sized)  // where the warps' sums of dweight meet at last
     cut.end = std::max(cut.end, size_t{kDepthwiseWarps} * p.R * p.S * cut.channels * sizeof(float));
 }
 
@@ -70,28 +69,37 @@ DepthwiseCut depthwise_cut(const Conv2dProblem& p, DepthwisePass pass, const Dev
   const int element = p.dtype == DType::kFloat ? 4 : 2;
   DepthwiseCut cut{};
   cut.sized = is_sized(p);
-  cut.channels = (cut.sized ? kSizedBytes : kAnyBytes) / element;
-  const int groups = kDepthwiseThreads / (cut.channels / 2);
-  cut.channel_tiles = static_cast<int>(ceil_div(pass == DepthwisePass::kInput ? p.C : p.K, cut.channels));
   cut.tap_tiles = pass == DepthwisePass::kWeight && !cut.sized ? static_cast<int>(ceil_div(p.R, kTapRows)) : 1;
 
   int64_t rows = p.P, columns = p.Q;
-  if (pass == DepthwisePass::kInput || (pass == DepthwisePass::kWeight && cut.sized)) {
+  if (pass != DepthwisePass::kForward) {
     const int each = cut.sized ? p.stride_h : 1;
     rows = positions_of_input(p.H, p.stride_h, p.pad_h) * each;
     columns = positions_of_input(p.W, p.stride_w, p.pad_w) * each;
   }
   cut.rows = static_cast<int>(rows);
   cut.row_length = static_cast<int>(columns);
-  // Of the widths whose shared memory the device has, the one whose strips read the fewest columns.
+  // A tile of x has a sector of channels, and one of y the filters of a sector of x, where they are few and there is
+  // room. Of the widths whose shared memory the device has, the one whose strips read the fewest columns.
+  int bytes = cut.sized ? kSizedBytes : kAnyBytes;
+  if (pass == DepthwisePass::kForward)
+    while (bytes < kMostAnyBytes && bytes < kAnyBytes * (p.K / p.C)) bytes *= 2;
   int64_t least = INT64_MAX;
   int chosen = 2;
-  for (int across = 2; across <= 8; across *= 2) {
-    lay_out(cut, p, pass, groups, across);
-    const int64_t read = ceil_div(columns, cut.columns) * cut.ring_columns;
-    if (read < least && cut.end <= static_cast<size_t>(device.shared_bytes)) least = read, chosen = across;
+  for (;; bytes /= 2) {
+    cut.channels = bytes / element;
+    const int groups = kDepthwiseThreads / (cut.channels / 2);
+    for (int across = 2; across <= std::min(groups, 8); across *= 2) {
+      lay_out(cut, p, pass, groups, across);
+      const int64_t read = ceil_div(columns, cut.columns) * cut.ring_columns;
+      if (read < least && cut.end <= static_cast<size_t>(device.shared_bytes)) least = read, chosen = across;
+    }
+    if (least < INT64_MAX || cut.sized || bytes == kAnyBytes) {
+      lay_out(cut, p, pass, groups, chosen);
+      break;
+    }
   }
-  lay_out(cut, p, pass, groups, chosen);
+  cut.channel_tiles = static_cast<int>(ceil_div(pass == DepthwisePass::kForward ? p.K : p.C, cut.channels));
 
   const int64_t tiles = int64_t{cut.channel_tiles} * cut.tap_tiles;
   cut.strips_w = ceil_div(columns, cut.columns);
