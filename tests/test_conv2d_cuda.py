@@ -47,7 +47,8 @@ STEM, STEM_SHORT, STEM_LONG = (
     "conv2d_stem_*_kernel<{T}, Shape<64, 160,",
 )
 PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
-BANDS_SMALL, BANDS_LARGE = ((f"conv2d_toeplitz_kernel<{{T}}, {side}>",) * 2 + PACKED[2:] for side in (16, 32))
+DEPTHWISE = ("depthwise_any_forward_kernel<{T}", *("depthwise_any_backward_kernel<{T}",) * 2)  # one for both gradients
+BANDS_SMALL, BANDS_LARGE = ((f"conv2d_toeplitz_kernel<{{T}}, {side}>",) * 2 + DEPTHWISE[2:] for side in (16, 32))
 
 PLANNED = (
     # Tails along both sides of a tile, taps that channels of 24 cut across steps.
@@ -74,7 +75,7 @@ PLANNED = (
         Conv2dCase("wide-groups", 2, 80, 9, 7, 96, 3, 3, padding=(1, 1), groups=2), (SMALL, SMALL, WIDE), (SMALL,) * 3
     ),
     Planned(Conv2dCase("packed", 2, 40, 9, 11, 40, 3, 3, padding=(1, 1), groups=10, bias=True), PACKED, PACKED),
-    Planned(Conv2dCase("packed-depthwise", 2, 37, 9, 11, 74, 5, 3, padding=(2, 1), groups=37), PACKED, PACKED),
+    Planned(Conv2dCase("depthwise", 2, 37, 9, 11, 74, 5, 3, padding=(2, 1), groups=37), DEPTHWISE, DEPTHWISE),
     Planned(
         Conv2dCase("packed-strided", 3, 48, 11, 9, 96, 3, 3, stride=(2, 2), padding=(1, 1), dilation=(1, 2), groups=6),
         PACKED,
@@ -83,9 +84,11 @@ PLANNED = (
     Planned(Conv2dCase("packed-uneven", 2, 30, 9, 11, 42, 2, 3, padding=(1, 1), groups=6), PACKED, PACKED),
     # 16 and 48 columns of a band; tails along both sides of a tile, and of its channels.
     Planned(
-        Conv2dCase("bands-small", 2, 24, 9, 18, 24, 7, 31, padding=(3, 15), groups=24, bias=True), BANDS_SMALL, PACKED
+        Conv2dCase("bands-small", 2, 24, 9, 18, 24, 7, 31, padding=(3, 15), groups=24, bias=True),
+        BANDS_SMALL,
+        DEPTHWISE,
     ),
-    Planned(Conv2dCase("bands-large", 1, 40, 22, 19, 40, 9, 7, padding=(4, 3), groups=40), BANDS_LARGE, PACKED),
+    Planned(Conv2dCase("bands-large", 1, 40, 22, 19, 40, 9, 7, padding=(4, 3), groups=40), BANDS_LARGE, DEPTHWISE),
     # Rows of x that begin at the same place within 16 bytes, and rows that do not.
     Planned(
         Conv2dCase("stem-3x3", 2, 3, 17, 24, 72, 3, 3, padding=(1, 1), bias=True),
