@@ -1,5 +1,7 @@
 // The depthwise family of convolution kernels: groups of one channel each, with one or several filters.
 
+#include <cmath>
+
 #include "depthwise_conv2d.cuh"
 #include "dtype.h"
 #include "launch.h"
@@ -29,20 +31,55 @@ __global__ void __launch_bounds__(kPooledThreads)
   pooled[i] = sum / count;
 }
 
+// One of dweight's sums over a block's strips of x, of the pixels that dy has a gradient for.
+template <class T>
+__device__ float sum_again(const Conv2dProblem& p, const DepthwiseCut& cut, int64_t part, const T* dy, const T* x,
+                           int64_t k, int r, int s) {
+  const int64_t begin = part * cut.each, end = begin + cut.each < cut.strips ? begin + cut.each : cut.strips;
+  const int64_t c = k / (p.K / p.C);
+  const int each_h = cut.sized ? 1 : p.stride_h, each_w = cut.sized ? 1 : p.stride_w;  // pixels of a position
+  float sum = 0;
+  for (int64_t index = begin; index < end; ++index) {
+    const Strip strip = strip_of(cut, index);
+    for (int i = strip.row * each_h; i < strip.end * each_h; ++i) {
+      const int h = i - p.pad_h % p.stride_h, u = h + p.pad_h - r * p.dilation_h;
+      if (h >= p.H) break;
+      if (h < 0 || u < 0 || u % p.stride_h || u / p.stride_h >= p.P) continue;
+      for (int j = strip.column * each_w; j < (strip.column + cut.columns) * each_w; ++j) {
+        const int w = j - p.pad_w % p.stride_w, v = w + p.pad_w - s * p.dilation_w;
+        if (w >= p.W) break;
+        if (w < 0 || v < 0 || v % p.stride_w || v / p.stride_w >= p.Q) continue;
+        sum += to_float(dy[((strip.n * p.P + u / p.stride_h) * p.Q + v / p.stride_w) * p.K + k]) *
+               to_float(x[((strip.n * p.H + h) * p.W + w) * p.C + c]);
+      }
+    }
+  }
+  return sum;
+}
+
 constexpr int kAddThreads = 256;
 
 // dweight[k][tap] = the sum over slabs, in order, of slabs[slab][tile of taps][k][tap].
+//
+// Beside dy and x there are zeros, which an infinity of the other must not meet. So what is not finite in a slab is
+// summed again.
 template <class T>
 __global__ void __launch_bounds__(kAddThreads)
-    depthwise_add_slabs_kernel(int64_t count, int64_t K, int taps, int taps_of_a_tile, const float* slabs, T* dweight) {
-  const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x, size = K * taps;
+    depthwise_add_slabs_kernel(Conv2dProblem p, DepthwiseCut cut, const float* slabs, const T* dy, const T* x,
+                               T* dweight) {
+  const int taps = p.R * p.S, most = kTapRows * p.S;  // of a filter, and of a tile
+  const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x, size = int64_t{p.K} * taps;
   if (i >= size) return;
-  const Split tile = split(i, K * taps_of_a_tile);
-  const int first = static_cast<int>(tile.quotient) * taps_of_a_tile;
-  const Split at = split(tile.remainder, taps - first < taps_of_a_tile ? taps - first : taps_of_a_tile);
+  const Split tile = split(i, int64_t{p.K} * most);
+  const int first = static_cast<int>(tile.quotient) * most;
+  const Split at = split(tile.remainder, taps - first < most ? taps - first : most);
+  const int tap = first + static_cast<int>(at.remainder);
   float sum = 0;
-  for (int64_t slab = 0; slab < count; ++slab) sum += slabs[slab * size + i];
-  from_float(sum, dweight[at.quotient * taps + first + at.remainder]);
+  for (int64_t slab = 0; slab < cut.parts; ++slab) {
+    const float part = slabs[slab * size + i];
+    sum += std::isfinite(part) ? part : sum_again(p, cut, slab, dy, x, at.quotient, tap / p.S, tap % p.S);
+  }
+  from_float(sum, dweight[at.quotient * taps + tap]);
 }
 
 void backward(const Conv2dProblem& p, const void* dy, const void* x, const void* weight, void* dx, void* dweight,
@@ -50,16 +87,14 @@ void backward(const Conv2dProblem& p, const void* dy, const void* x, const void*
   auto* const slabs = static_cast<float*>(workspace);
   const DepthwiseCut cut = depthwise_cut(p, DepthwisePass::kWeight, device());
   const auto pass = cut.sized ? depthwise_sized_backward : depthwise_any_backward;
-  if (cut.tap_tiles == 1) {
-    pass(p, cut, {}, dy, x, weight, dx, slabs, stream);
-    add_slabs(p.dtype, cut.parts, slab_size(p), slabs, dweight, stream);
-    return;
+  if (dx && cut.tap_tiles > 1) {
+    pass(p, depthwise_cut(p, DepthwisePass::kInput, device()), {}, dy, nullptr, weight, dx, nullptr, stream);
+    dx = nullptr;
   }
-  if (dx) pass(p, depthwise_cut(p, DepthwisePass::kInput, device()), {}, dy, nullptr, weight, dx, nullptr, stream);
-  pass(p, cut, {}, dy, x, weight, nullptr, slabs, stream);
+  pass(p, cut, {}, dy, x, weight, dx, slabs, stream);
   for_dtype(p.dtype, [&]<class T>(T) {
-    CNNOPS_LAUNCH(depthwise_add_slabs_kernel<T>, blocks(ceil_div(slab_size(p), kAddThreads)), kAddThreads, 0, stream,
-                  cut.parts, int64_t{p.K}, p.R * p.S, kTapRows * p.S, slabs, static_cast<T*>(dweight));
+    CNNOPS_LAUNCH(depthwise_add_slabs_kernel<T>, blocks(ceil_div(slab_size(p), kAddThreads)), kAddThreads, 0, stream, p,
+                  cut, slabs, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dweight));
   });
 }
 

@@ -133,32 +133,6 @@ __device__ void march(const DepthwiseCut& cut, int64_t part, const Rows& rows_of
   }
 }
 
-// One of dweight's sums over a block's strips of x, of the pixels that dy has a gradient for.
-template <class T>
-__device__ float sum_again(const Conv2dProblem& p, const DepthwiseCut& cut, int64_t part, const T* dy, const T* x,
-                           int64_t k, int r, int s) {
-  const int64_t begin = part * cut.each, end = begin + cut.each < cut.strips ? begin + cut.each : cut.strips;
-  const int64_t c = k / (p.K / p.C);
-  const int each_h = cut.sized ? 1 : p.stride_h, each_w = cut.sized ? 1 : p.stride_w;  // pixels of a position
-  float sum = 0;
-  for (int64_t index = begin; index < end; ++index) {
-    const Strip strip = strip_of(cut, index);
-    for (int i = strip.row * each_h; i < strip.end * each_h; ++i) {
-      const int h = i - p.pad_h % p.stride_h, u = h + p.pad_h - r * p.dilation_h;
-      if (h >= p.H) break;
-      if (h < 0 || u < 0 || u % p.stride_h || u / p.stride_h >= p.P) continue;
-      for (int j = strip.column * each_w; j < (strip.column + cut.columns) * each_w; ++j) {
-        const int w = j - p.pad_w % p.stride_w, v = w + p.pad_w - s * p.dilation_w;
-        if (w >= p.W) break;
-        if (w < 0 || v < 0 || v % p.stride_w || v / p.stride_w >= p.Q) continue;
-        sum += to_float(dy[((strip.n * p.P + u / p.stride_h) * p.Q + v / p.stride_w) * p.K + k]) *
-               to_float(x[((strip.n * p.H + h) * p.W + w) * p.C + c]);
-      }
-    }
-  }
-  return sum;
-}
-
 // weights[tap][channel] of `filters` filters from `first` on, zero beyond K.
 template <class T>
 __device__ void bring_weights(const T* weight, int64_t first, int filters, int64_t K, int taps, T* weights) {

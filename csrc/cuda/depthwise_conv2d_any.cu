@@ -15,11 +15,6 @@
 //            the halo once for each strip, and x and dx once. weight and a slab of dweight once for each block.
 //            Filters of more than eight rows, which are bound by arithmetic, have dx and dweight computed apart:
 //            dweight by blocks of eight rows of taps, each of which reads dy and x once more.
-//
-// Where dy ends there are zeros, which an infinity of x must not meet. So what is not finite in a slab is summed again,
-// over dy alone.
-
-#include <cmath>
 
 #include "depthwise_conv2d.cuh"
 #include "dtype.h"
@@ -272,7 +267,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
       const int item = chunk * multiplier + filter % multiplier;
       sum += dweight[(item * kTapColumns + s % kTapColumns) * kChannels + filter / multiplier];
     }
-    if (!std::isfinite(sum)) sum = sum_again(p, cut, part.quotient, dy, x, k, first_r + r, s);
     slabs[(part.quotient * p.R + first_r) * p.S * p.K + k * taps + tap] = sum;
   }
 }

@@ -10,11 +10,6 @@
 //            meet in one slab of floats for each block; a second kernel adds the slabs in order.
 // Traffic    dy once for each strip, its columns on either side with it; x and dx once; weight and a slab once for each
 //            block.
-//
-// Where dy ends there are zeros, which an infinity of x must not meet. So what is not finite in a slab is summed again,
-// over dy alone.
-
-#include <cmath>
 
 #include "depthwise_conv2d.cuh"
 #include "dtype.h"
@@ -24,7 +19,7 @@ namespace {
 
 // dx or slabs may be null.
 template <class T, int kSize, int kStride>
-__global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 ? 2 : 3)
+__global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 && sizeof(T) == 4 ? 2 : 3)
     depthwise_backward_kernel(Conv2dProblem p, DepthwiseCut cut, Epilogue epilogue, const T* dy, const T* x,
                               const T* weight, T* dx, float* slabs) {
   CNNOPS_DYNAMIC_SHARED(char, shared);
@@ -110,7 +105,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 ? 2 : 3)
       const bool inside = h >= 0 && h + beside_h < strip.end && h < p.H && w >= 0 && w < p.W;
       return inside ? ((strip.n * p.H + h) * p.W + w) * p.C : -1;
     };
-    write_sums<T, kChannels, false>(epilogue, acc, sums, at, c, p.C, aligned, dx, nothing);
+    const Epilogue bias{.bias = epilogue.bias};  // which is all that there may be
+    write_sums<T, kChannels, false>(bias, acc, sums, at, c, p.C, aligned, dx, nothing);
   };
   march(cut, block.quotient, rows_of, step);
   if (!slabs) return;
@@ -134,7 +130,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 7 ? 2 : 3)
     if (c + channel >= p.C) return;
     float sum = 0;
     for (int from = 0; from < kDepthwiseWarps; ++from) sum += parts[(from * kTaps + tap) * kChannels + channel];
-    if (!std::isfinite(sum)) sum = sum_again(p, cut, block.quotient, dy, x, c + channel, tap / kSize, tap % kSize);
     slabs[block.quotient * p.C * kTaps + c * kTaps + i] = sum;
   }
 }
