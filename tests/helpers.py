@@ -170,11 +170,25 @@ def claims(name: str, function: str, dtype: torch.dtype = torch.float32) -> bool
     return supports(name, function, PLAINEST[stem], dtype)
 
 
+def _having(functions: Sequence[str], dtype: torch.dtype) -> list[str]:
+    """The backends that have all these functions for a dtype; of convolutions, their variants too."""
+    names = BACKENDS + (VARIANTS if set(functions) & set(CONVOLUTIONS) else ())
+    return [name for name in names if all(claims(name, function, dtype) for function in functions)]
+
+
 def on(*functions: str, dtype: torch.dtype = torch.float32) -> Any:
     """The decorator that runs a test on each backend that has all these functions; of convolutions, on variants too."""
-    names = BACKENDS + (VARIANTS if set(functions) & set(CONVOLUTIONS) else ())
-    names = tuple(name for name in names if all(claims(name, function, dtype) for function in functions))
-    return pytest.mark.parametrize("backend", names, indirect=True)
+    return pytest.mark.parametrize("backend", _having(functions, dtype), indirect=True)
+
+
+def on_dtypes(*functions: str, dtypes: Sequence[torch.dtype] = DTYPES) -> Any:
+    """As `on`, in each of these dtypes that the backend has them for."""
+    pairs = [
+        pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        for dtype in dtypes
+        for name in _having(functions, dtype)
+    ]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, indirect=["backend"])
 
 
 def emulated(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS, away_from_kinks, of_activated
 from cases import LAYOUTS, NORM, VIEWS, NormCase, find, networks, of_suite
-from helpers import DTYPES, Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
 
 import cnnops
@@ -254,14 +254,11 @@ def check_twice(case: NormCase, inputs: helpers.Tensors, state: State, activatio
         assert_close(a, b, c, c.abs() + most, case.count, name)
 
 
-@on("batch_norm_act_forward")
+@on_dtypes("batch_norm_act_forward")
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", KINDS, ids=lambda case: case.id)
 def test_batch_norm_act(backend: Backend, case: NormCase, dtype: torch.dtype, activation: str, residual: bool) -> None:
-    if not helpers.claims(backend.name, "batch_norm_act_forward", dtype):
-        return
     for layout in LAYOUTS:
         inputs, state = inputs_of(case, dtype, layout, backend.device, residual)
         check_batch_norm_act(case, inputs, state, activation)
@@ -285,15 +282,12 @@ def test_relu_keeps_nan_and_negative_zero(backend: Backend) -> None:
     assert_exact(y.cpu(), F.relu(F.batch_norm(x, zero, one, one, -zero, False, 0.1, 0.0)).cpu().double(), "y")
 
 
-@on("batch_norm_act_forward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes("batch_norm_act_forward")
 @pytest.mark.parametrize(
     "shape", [(3, 272, 9, 7), (2, 24, 40, 33), (5, 3, 31, 17), (2, 1, 29, 31), (600, 40, 1, 1)], ids=str
 )
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """With mean 0, variance 1 and eps 0 nothing rounds on the way: a sum that misses an element, or has one twice, shows."""
-    if not helpers.claims(backend.name, "batch_norm_act_forward", dtype):
-        return
     random = helpers.generator(str(shape))
     vectors = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias = (helpers.integers(shape[1:2], vectors, backend.device, random) for _ in range(2))

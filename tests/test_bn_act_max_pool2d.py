@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS, of_activated
 from cases import LAYOUTS, POOL2D, VIEWS, NormCase, Pool2dCase, find, of_suite
-from helpers import DTYPES, Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from test_batch_norm import magnitudes
 from tolerance import assert_close, assert_same_bits, assert_same_layout
 
@@ -158,13 +158,10 @@ def test_forward_gradients_and_statistics(
     check(case, *inputs_of(case, dtype, layout, backend.device), training)
 
 
-@on("bn_act_max_pool2d_forward")
+@on_dtypes("bn_act_max_pool2d_forward")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations(backend: Backend, dtype: torch.dtype, activation: str, training: bool) -> None:
-    if not helpers.claims(backend.name, "bn_act_max_pool2d_forward", dtype):
-        return
     for case, layout in itertools.product(KINDS, LAYOUTS):
         inputs, state = inputs_of(case, dtype, layout, backend.device)
         check_separate(case, inputs, state, training, activation)

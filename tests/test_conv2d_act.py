@@ -11,7 +11,7 @@ import pytest
 import torch
 from activations import ACTIVATIONS, away_from_kinks, of_activated
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find
-from helpers import DTYPES, Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
 
 import cnnops.functional as CF
@@ -115,11 +115,8 @@ def test_activation_none_is_conv2d(backend: Backend) -> None:
         assert_same_bits(a, b)
 
 
-@on("conv2d_act_forward", "activation_backward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes("conv2d_act_forward", "activation_backward")
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
-    if not helpers.claims(backend.name, "conv2d_act_forward", dtype):
-        return
     precisions = [contextlib.nullcontext]
     if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
         precisions.append(helpers.tf32)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS, of_activated
 from cases import CONV2D, LAYOUTS, VIEWS, Conv2dCase, find, of_suite
-from helpers import DTYPES, Backend, on, over
+from helpers import DTYPES, Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout, assert_same_non_finite
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -142,12 +142,9 @@ def test_parameters_with_strides(backend: Backend) -> None:
     check(KINDS[0], [*inputs, weight, bias], (mean, var))
 
 
-@on(FUNCTION)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes(FUNCTION)
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype) -> None:
     """With var + eps = 1/4 or 4 the scale is 2 or 1/2: eps counts in full, and nothing rounds on the way."""
-    if not helpers.claims(backend.name, FUNCTION, dtype):
-        return
     case, random = KINDS[0], helpers.generator("integers")
     shapes = (case.x_shape, case.weight_shape, (case.K,), case.output_shape)
     inputs = [helpers.integers(shape, dtype, backend.device, random, 1) for shape in shapes]
@@ -207,13 +204,10 @@ def test_unbatched(backend: Backend) -> None:
         assert_same_bits(alone.unsqueeze(0), function(x[:1], weight, bias, residual[:1], *affine))
 
 
-@on(FUNCTION, "conv2d_backward", "batch_norm_act_backward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes(FUNCTION, "conv2d_backward", "batch_norm_act_backward")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_those_of_the_two_ops(backend: Backend, layout: str, activation: str, dtype: torch.dtype) -> None:
-    if not helpers.claims(backend.name, FUNCTION, dtype):
-        return
     for case in KINDS:
         check_gradients(case, *inputs_of(case, dtype, layout, backend.device), activation)
 
@@ -241,12 +235,9 @@ def test_gradcheck(backend: Backend, activation: str) -> None:
     assert torch.autograd.gradgradcheck(fused(case, statistics, activation), leaves, fast_mode=True)
 
 
-@on(FUNCTION, "batch_norm_act_backward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes(FUNCTION, "batch_norm_act_backward")
 @pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
 def test_training_is_the_two_ops(backend: Backend, dtype: torch.dtype, tracked: bool) -> None:
-    if not helpers.claims(backend.name, FUNCTION, dtype):
-        return
     case = KINDS[0]
     inputs, statistics = inputs_of(case, dtype, "channels_last", backend.device)
     dy = helpers.gradient_for(composed(case, statistics), inputs)

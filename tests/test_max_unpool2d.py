@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, UNPOOL2D, VIEWS, Unpool2dCase, find, of_suite
-from helpers import Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_layout
 
 import cnnops
@@ -155,12 +155,10 @@ def test_wrong_index_is_named(backend: Backend, wrong: int, layout: str) -> None
         F.max_unpool2d(x, indices, 2)
 
 
-@unpools
+@on("max_unpool2d_forward", "max_unpool2d_backward", dtype=torch.float64)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck(backend: Backend, layout: str) -> None:
     """Each position is taken once: a value that another one replaced has torch's gradient, not its true one, zero."""
-    if not helpers.claims(backend.name, "max_unpool2d_forward", torch.float64):
-        return
     x = input_of(UNEVEN, torch.float64, layout, backend.device).requires_grad_()
     *_, P, Q = UNEVEN.output_shape
     positions = torch.randperm(P * Q, generator=helpers.generator("positions"))[: UNEVEN.H * UNEVEN.W]
@@ -169,12 +167,9 @@ def test_gradcheck(backend: Backend, layout: str) -> None:
     assert torch.autograd.gradgradcheck(function, [x], fast_mode=True)
 
 
-@unpools
-@pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+@on_dtypes("max_unpool2d_forward", "max_unpool2d_backward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_double_backward(backend: Backend, dtype: torch.dtype, layout: str) -> None:
-    if not helpers.claims(backend.name, "max_unpool2d_forward", dtype):
-        return
     x, indices = input_of(UNEVEN, dtype, layout, backend.device), indices_of(UNEVEN, layout, backend.device)
     check_twice(UNEVEN, x, indices)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise, window_positions
-from helpers import DTYPES, Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_layout
 
 import cnnops.functional as CF
@@ -192,13 +192,10 @@ def test_unbatched(backend: Backend, case: Pool2dCase) -> None:
     check(case, input_of(case.with_batch(1), torch.float32, "nchw", backend.device)[0])
 
 
-@on("avg_pool2d_forward", "adaptive_avg_pool2d_forward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes("avg_pool2d_forward", "adaptive_avg_pool2d_forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layout: str) -> None:
     """Windows of 2 x 4: dividing by 8 is exact, so the whole average is."""
-    if not helpers.claims(backend.name, "avg_pool2d_forward", dtype):
-        return
     random = helpers.generator("integers")
     x = helpers.laid_out(helpers.integers((2, 19, 8, 12), dtype, backend.device, random), layout)
     for name, arguments in (("avg_pool2d", {"kernel_size": (2, 4)}), ("adaptive_avg_pool2d", {"output_size": (4, 3)})):
@@ -207,14 +204,11 @@ def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layo
 
 
 @pytest.mark.quick
-@on("max_pool2d_forward", "adaptive_max_pool2d_forward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes("max_pool2d_forward", "adaptive_max_pool2d_forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [case for case in SMALL if is_max(case)], ids=lambda case: case.id)
 def test_ties_zeros_and_non_finite(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
     """The first maximum wins, -0.0 and 0.0 tie, the last NaN wins, and -inf is a value like any other."""
-    if not helpers.claims(backend.name, "max_pool2d_forward", dtype):
-        return
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, torch.inf, -torch.inf, -torch.inf, -1.0, torch.nan])
     for count in (2, 4, 7, 9):  # few values, so that every window has ties; the NaN comes last
         random = helpers.generator(f"ties of {count}")
@@ -244,15 +238,12 @@ TAPLESS = {
 
 
 @pytest.mark.quick
-@on("max_pool2d_forward")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_dtypes("max_pool2d_forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("C", [1, 3, 17, 67])
 @pytest.mark.parametrize("id", TAPLESS)
 def test_window_without_a_tap_inside(backend: Backend, id: str, C: int, dtype: torch.dtype, layout: str) -> None:
     """Such windows give -inf, an index that exists, and no gradient. torch itself writes out of bounds here."""
-    if not helpers.claims(backend.name, "max_pool2d_forward", dtype):
-        return
     x = helpers.laid_out(helpers.randn((2, C, 4, 5), dtype, backend.device, helpers.generator(id)), layout)
     y, indices = CF.max_pool2d(x.requires_grad_(), **TAPLESS[id], return_indices=True)
     assert y.numel() > 0

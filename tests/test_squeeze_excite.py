@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from activations import ACTIVATIONS, GATES
 from cases import LAYOUTS, SQUEEZE_EXCITE, VIEWS, SqueezeExciteCase, find, networks, of_suite
-from helpers import DTYPES, Backend, on, over
+from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_bits, assert_same_layout
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,13 +116,10 @@ def test_layers_of_networks(backend: Backend, case: SqueezeExciteCase, dtype: to
     check(inputs_of(case, dtype, layout, backend.device))
 
 
-@on("squeeze_excite_forward")
+@on_dtypes("squeeze_excite_forward")
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_and_gates(backend: Backend, dtype: torch.dtype, activation: str, gate: str) -> None:
-    if not helpers.claims(backend.name, "squeeze_excite_forward", dtype):
-        return
     for case, layout in itertools.product(KINDS, LAYOUTS):
         check(inputs_of(case, dtype, layout, backend.device), activation, gate)
 
