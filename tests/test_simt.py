@@ -131,9 +131,9 @@ def test_cooperative_launch_is_resident_at_once(emulator: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=r"invalid launch.*of which 6 blocks are resident at once"):
         emulator.launch_empty((7, 1, 1), (256, 1, 1), cooperative=True)
     emulator.set_device(multiprocessors=132)
-    emulator.launch_empty((8, 1, 1), (1024, 1, 1), cooperative=True)
-    with pytest.raises(RuntimeError, match=r"invalid launch.*of which 8 blocks are resident at once"):
-        emulator.launch_empty((9, 1, 1), (1024, 1, 1), cooperative=True)
+    emulator.launch_empty((4, 1, 1), (1024, 1, 1), cooperative=True)
+    with pytest.raises(RuntimeError, match=r"invalid launch.*of which 4 blocks are resident at once"):
+        emulator.launch_empty((5, 1, 1), (1024, 1, 1), cooperative=True)
     emulator.run_blocks(0, 3)
     with pytest.raises(RuntimeError, match="run_blocks cuts"):
         emulator.launch_empty((4, 1, 1), (32, 1, 1), cooperative=True)
