@@ -13,83 +13,96 @@ from typing import Any
 import pytest
 import torch
 
-from cnnops.backends.triton import plan
-from cnnops.backends.triton.aot import ARCHES, LAYERS, SHARED_LIMIT
+from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton.aot import ARCHES, SHARED_LIMIT
+from cnnops.backends.triton.calls import CONVOLUTIONS
+from cnnops.backends.triton.launch import MAX_SPLITS
 from cnnops.tuning import choose
-from cnnops.tuning.triton_conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
+from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 
 pytest.importorskip("triton")
 
+EVERY = [pytest.param(False, id="covering"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 GEMMS = ("forward_kernel", "backward_input_kernel", "backward_weight_kernel")
-SUMS = ("backward_bias_kernel", "slab_sum_kernel")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PRODUCTS = ("mma", "wgmma", "tcgen05")
 
 
 @cache
-def compiled() -> list[dict[str, Any]]:
-    """Every kernel compiled, in a process of its own: what is interpreted in this one cannot be compiled."""
+def compiled(every: bool) -> list[dict[str, Any]]:
+    """The kernels compiled, in a process of its own: what is interpreted in this one cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "cnnops.backends.triton.aot", "--json"]
+    command = [sys.executable, "-m", "cnnops.backends.triton.aot", "--json", *["--all"] * every]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def on(arch: int) -> list[dict[str, Any]]:
-    return [c for c in compiled() if c["arch"] == arch]
-
-
 def multiplies_on_tensor_cores(c: dict[str, Any]) -> bool:
-    return c["kernel"] in GEMMS and (c["dtype"] in ("bf16", "fp16") or c["precision"] == "tf32")
+    return c["module"] == "conv2d" and c["kernel"] in GEMMS and (c["dtype"] != "fp32" or c["precision"] == "tf32")
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_every_kernel_compiles(arch: int) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_every_kernel_compiles_for_every_architecture_and_in_every_dtype(every: bool) -> None:
+    kernels = {(c["module"], c["kernel"]) for c in compiled(every)}
+    assert {("conv2d", kernel) for kernel in GEMMS} <= kernels
+    for arch in ARCHES:
+        assert {(c["module"], c["kernel"]) for c in compiled(every) if c["arch"] == arch} >= kernels
     for dtype in ("fp32", "fp16", "bf16"):
-        assert {c["kernel"] for c in on(arch) if c["dtype"] == dtype} == {*GEMMS, *SUMS}
+        assert {(c["module"], c["kernel"]) for c in compiled(every) if c["dtype"] == dtype} == kernels
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_nothing_spills(arch: int) -> None:
-    assert [c for c in on(arch) if c["stack"] or c["local"]] == []
+@pytest.mark.parametrize("every", EVERY)
+def test_nothing_spills(every: bool) -> None:
+    assert [c for c in compiled(every) if c["stack"] or c["local"]] == []
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_shared_memory_fits(arch: int) -> None:
-    assert [c for c in on(arch) if c["shared"] > SHARED_LIMIT[arch]] == []
+@pytest.mark.parametrize("every", EVERY)
+def test_shared_memory_fits(every: bool) -> None:
+    assert [c for c in compiled(every) if c["shared"] > SHARED_LIMIT[c["arch"]]] == []
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_tensor_cores_are_used(arch: int) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_the_launcher_packs_what_the_kernel_takes(every: bool) -> None:
+    """Each argument has the size of the parameter in its place, scratch pointers included."""
+    assert [c for c in compiled(every) if c["arguments"] != c["parameters"]] == []
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_tensor_cores_are_used(every: bool) -> None:
     """Warpgroup instructions take 64 rows or more; a lower tile takes a warp's ``mma.sync``."""
-    own = {80: "mma", 90: "wgmma", 100: "tcgen05"}[arch]
+    own = {80: "mma", 90: "wgmma", 100: "tcgen05"}
     wrong = []
-    for c in filter(multiplies_on_tensor_cores, on(arch)):
-        expected = own if c["tile"][0] >= 64 else "mma"
-        if {name for name in ("mma", "wgmma", "tcgen05") if c[name]} != {expected}:
+    for c in filter(multiplies_on_tensor_cores, compiled(every)):
+        expected = own[c["arch"]] if c["blocks"]["BLOCK_M"] >= 64 else "mma"
+        if {name for name in PRODUCTS if c[name]} != {expected}:
             wrong.append(c)
     assert wrong == []
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_exact_fp32_is_exact(arch: int) -> None:
-    exact = [c for c in on(arch) if c["dtype"] == "fp32" and c["precision"] == "ieee"]
+@pytest.mark.parametrize("every", EVERY)
+def test_exact_fp32_is_exact(every: bool) -> None:
+    exact = [c for c in compiled(every) if c["dtype"] == "fp32" and c["precision"] == "ieee"]
     assert exact
-    assert [c for c in exact if c["mma"] or c["wgmma"] or c["tcgen05"]] == []
+    assert [c for c in exact if any(c[name] for name in PRODUCTS)] == []
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_loads_of_many_channels_are_asynchronous(arch: int) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_loads_of_many_channels_are_asynchronous(every: bool) -> None:
     """They are pipelined: a tap that fills a block is loaded in vectors of 16 bytes."""
-    loops = [c for c in on(arch) if c["kernel"] in GEMMS and c["layer"] in ("3x3 64->64", "3x3 s2 128->256")]
+    loops = [
+        c
+        for c in compiled(every)
+        if c["kernel"] in GEMMS and c["call"].endswith(("3x3 64->64", "3x3 s2 128->256")) and c["module"] == "conv2d"
+    ]
     assert loops
     assert [c for c in loops if not c["async_copies"]] == []
 
 
 @pytest.mark.parametrize("table", [FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT], ids=["forward", "dx", "dweight"])
 def test_every_row_of_the_table_is_compiled(table: Any) -> None:
-    """A row that holds for no layer here is never compiled, unless it is for the interpreter."""
-    problems = [dataclasses.replace(p, dtype=dtype) for p in LAYERS.values() for dtype in DTYPES]
+    """A row that holds for no call here is never compiled, unless it is for the interpreter."""
+    problems = [dataclasses.replace(p, dtype=dtype) for p in CONVOLUTIONS.values() for dtype in DTYPES]
     chosen = [choose(table, p) for p in problems]
     for rule in table:
         if any(map(rule.condition, problems)):
@@ -98,10 +111,10 @@ def test_every_row_of_the_table_is_compiled(table: Any) -> None:
             assert any(rule.condition(dataclasses.replace(p, device="cpu")) for p in problems), rule.reason
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("layer", CONVOLUTIONS)
 def test_splits_depend_on_shape_and_processors_only(layer: str) -> None:
-    few, many = (plan.backward_weight(LAYERS[layer], "ieee", processors) for processors in (1, 132))
-    assert few.splits <= many.splits <= plan.MAX_SPLITS
+    few, many = (conv2d_plan.backward_weight(CONVOLUTIONS[layer], "ieee", processors) for processors in (1, 132))
+    assert few.splits <= many.splits <= MAX_SPLITS
     for launch in (few, many):
         covered = launch.splits * launch.partial.scalars["steps"] * int(launch.partial.constants["BLOCK_K"])
         assert covered >= launch.partial.scalars["pixels"]

@@ -9,19 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from cnnops.backends import YES, Support, no
-from cnnops.backends.triton import plan
-from cnnops.geometry import Conv2dProblem
+from cnnops.backends.native import Problem
+from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton.launch import INTERPRETING
+from cnnops.geometry import Conv2dProblem, NormProblem
 
 NAME = "triton"
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 devices: tuple[str, ...] = ("cpu",) if INTERPRETING else ("cuda",)
 
@@ -30,9 +29,14 @@ named_only: bool = INTERPRETING
 
 LEAST_CAPABILITY = (8, 0)
 
-_MODULES = {"conv2d_forward": "conv2d", "conv2d_backward": "conv2d"}
+FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
+    "conv2d_forward": ("conv2d", Conv2dProblem),
+    "conv2d_backward": ("conv2d", Conv2dProblem),
+    "activation_backward": ("activation", NormProblem),
+}
+"""What there are kernels for: the module that has the function, and what its calls are described as."""
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Kernels count pixels and programs in 32 bits, and the last block may reach beyond the last pixel.
 _LIMIT = 2**31 - 2**16
@@ -54,22 +58,24 @@ def usable() -> Support:
 
 def supports(function: str, problem: Any) -> Support:
     """Whether `function` can do `problem` here, and why not."""
-    if function not in _MODULES:
+    if function not in FUNCTIONS:
         return no(f"has no kernel for {function}")
-    if not isinstance(problem, Conv2dProblem):
-        return no(f"{function} takes a Conv2dProblem, not a {type(problem).__name__}")
-    if problem.dtype not in _DTYPES:
+    kind = FUNCTIONS[function][1]
+    if not isinstance(problem, kind):
+        return no(f"{function} takes a {kind.__name__}, not a {type(problem).__name__}")
+    if problem.dtype not in DTYPES:
         return no(f"takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     if INTERPRETING and problem.dtype == torch.bfloat16:
-        return no("tl.dot on bfloat16 is wrong in Triton's interpreter")
-    if problem.pad_mode != "zeros":
-        return no(f"pads with zeros alone, not by {problem.pad_mode}")
-    if problem.C == 0:
+        return no("bfloat16 is wrong in Triton's interpreter")
+    limits = _LIMITS.get(kind)
+    return limits(problem) if limits else YES
+
+
+def _conv2d_limits(p: Conv2dProblem) -> Support:
+    if p.pad_mode != "zeros":
+        return no(f"pads with zeros alone, not by {p.pad_mode}")
+    if p.C == 0:
         return no("the input has no channels")
-    return _within_limits(problem)
-
-
-def _within_limits(p: Conv2dProblem) -> Support:
     for name, extent in (
         ("padded rows", p.H + 2 * p.pad_h),
         ("padded columns", p.W + 2 * p.pad_w),
@@ -80,13 +86,18 @@ def _within_limits(p: Conv2dProblem) -> Support:
     ):
         if extent >= _LIMIT:
             return no(f"kernels count {name} in 32 bits, but there are {extent}")
-    programs = plan.most_programs(p)
+    programs = conv2d_plan.most_programs(p)
     if programs >= _LIMIT:
         return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
     return YES
 
 
+_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits}
+"""What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
+
+
 def function(name: str) -> Callable[..., Any]:
     """The Python function `name`, its arguments as in DESIGN's table of backends."""
-    kernel: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    return kernel
+    module = importlib.import_module(f"{__name__}.{FUNCTIONS[name][0]}")
+    found: Callable[..., Any] = getattr(module, name)
+    return found

@@ -1,30 +1,35 @@
 """Compiles the Triton kernels ahead of time, which needs no GPU, and says what came out.
 
-    python -m cnnops.backends.triton.aot [--json]
+    python -m cnnops.backends.triton.aot [--json] [--all] [--arch 90]
 
-compiles each kernel as `plan` would launch it, for representative layers that between them meet every CUDA row of the
-tuning table, and lists registers, stack and local memory (spills), shared memory, tensor-core instructions and
-asynchronous copies. Run it without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+runs the backend's functions on fake CUDA tensors (calls.py), records what they launch, and compiles that as Triton
+itself would on a device: the same specialisation, the same constants, for a driver that is not there. It lists
+registers, stack and local memory (spills), shared memory, tensor-core instructions and asynchronous copies, and holds
+the parameters of the compiled kernel against what Triton's launcher packs for them. Of the recorded launches it compiles
+so few that between them they have every kernel on each architecture, every kernel in each dtype, and every row of the
+tuning tables; with --all, each. Run it without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cnnops.backends.triton import INTERPRETING, plan
-from cnnops.geometry import Conv2dProblem
+from cnnops.backends.triton import calls
+from cnnops.backends.triton.launch import INTERPRETING, Descriptor, Device, Launch, Recorded, recording
 
 ARCHES = (80, 90, 100)
 
@@ -40,54 +45,48 @@ _COUNTED = {
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma\b",
     "async_copies": r"\bcp\.async\.c[ag]\.shared",
+    "tma_loads": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
 }
 
 
-def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
-    return Conv2dProblem(
-        N, C, H, H, K, R, R, stride, stride, R // 2, R // 2, 1, 1, groups, "zeros", torch.bfloat16, "cuda", True
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor argument: all that specialisation reads of one on a 16-byte boundary. With a block, a descriptor."""
 
-
-LAYERS = {
-    "3x3 64->64": _layer(32, 64, 56, 64, 3, 1),
-    "3x3 s2 128->256": _layer(32, 128, 28, 256, 3, 2),
-    "7x7 s2 3->64": _layer(32, 3, 224, 64, 7, 2),
-    "1x1 64->32": _layer(32, 64, 56, 32, 1, 1),
-    "depthwise 3x3 32": _layer(32, 32, 112, 32, 3, 1, 32),
-}
-
-# (dtype, precision, layers). The channels that tell rows apart matter to fp32 only at 16.
-_RUNS = (
-    (torch.bfloat16, "ieee", tuple(LAYERS)),
-    (torch.float16, "ieee", ("3x3 64->64", "3x3 s2 128->256")),
-    (torch.float32, "ieee", ("3x3 64->64", "depthwise 3x3 32")),
-    (torch.float32, "tf32", ("3x3 64->64", "depthwise 3x3 32")),
-)
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    block: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
+    call: str
     kernel: str
-    """A name in `conv2d`."""
-    layer: str
+    """Name within its module."""
+    module: str
     dtype: str
     precision: str
     arch: int
-    pointers: dict[str, str]
-    """Triton's element type of each pointer argument."""
-    launch: plan.Launch
+    tensors: tuple[Tensor | None, ...]
+    launch: Launch
+
+    def config(self) -> tuple[Any, ...]:
+        """What a tuning row sets: blocks, warps, stages."""
+        blocks = {name: value for name, value in self.launch.constants.items() if name.startswith("BLOCK")}
+        return (*sorted(blocks.items()), self.launch.num_warps, self.launch.num_stages)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
+    call: str
     kernel: str
-    layer: str
+    module: str
     dtype: str
     precision: str
     arch: int
-    tile: tuple[int, ...] | None
-    """BLOCK_M, BLOCK_N and BLOCK_K of a kernel that has them."""
+    blocks: dict[str, int]
+    """The kernel's BLOCK_ constants."""
     num_warps: int
     num_stages: int
     registers: int
@@ -98,28 +97,66 @@ class Compiled:
     wgmma: int
     tcgen05: int
     async_copies: int
+    tma_loads: int
+    parameters: list[int]
+    """Bytes of each parameter of the compiled kernel, in order."""
+    arguments: list[int]
+    """Bytes of each argument that Triton's launcher packs, in order."""
 
 
-def _jobs(arches: tuple[int, ...]) -> Iterator[Job]:
+def _spec(t: torch.Tensor | Descriptor | None) -> Tensor | None:
+    if t is None:
+        return None
+    return Tensor(t.base.dtype, t.shape, t.strides, t.block) if isinstance(t, Descriptor) else Tensor(t.dtype)
+
+
+def jobs(arches: Iterable[int] = ARCHES) -> Iterator[Job]:
+    """Every launch of every call, recorded."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     short = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    for arch in arches:
-        for dtype, precision, layers in _RUNS:
-            t = short[dtype]
-            for layer in layers:
-                p = dataclasses.replace(LAYERS[layer], dtype=dtype)
+    cudnn: Any = torch.backends.cudnn
+    switch = cudnn.conv
+    before = switch.fp32_precision
+    recorded: list[Recorded] = []
+    try:
+        for arch in arches:
+            for call in calls.every_call():
+                switch.fp32_precision = "tf32" if call.tf32 else "ieee"
+                for dtype in call.dtypes:
+                    recorded.clear()
+                    with recording(recorded.append, Device(arch, _PROCESSORS)), FakeTensorMode():
+                        call.run(dtype)
+                    for each in recorded:
+                        yield Job(
+                            call.name, each.kernel.__name__, each.kernel.__module__, short[dtype],
+                            "tf32" if call.tf32 else "ieee", arch, tuple(map(_spec, each.tensors)), each.launch,
+                        )  # fmt: skip
+    finally:
+        switch.fp32_precision = before
 
-                def job(kernel: str, launch: plan.Launch, **pointers: str) -> Job:
-                    return Job(kernel, layer, t, precision, arch, pointers, launch)  # noqa: B023
 
-                weight = plan.backward_weight(p, precision, _PROCESSORS)
-                yield job("forward_kernel", plan.forward(p, precision), x=t, weight=t, bias=t, y=t)
-                yield job("backward_input_kernel", plan.backward_input(p, precision), dy=t, weight=t, dx=t)
-                slabs = "fp32" if weight.total else t
-                yield job("backward_weight_kernel", weight.partial, dy=t, x=t, slabs=slabs)
-            bias = plan.backward_bias(p, _PROCESSORS)
-            yield job("backward_bias_kernel", bias.partial, dy=t, slabs="fp32" if bias.total else t)
-            if weight.total:
-                yield job("slab_sum_kernel", weight.total, slabs="fp32", total=t)
+def covering(every: Iterable[Job]) -> list[Job]:
+    """A few of the jobs that have all kernels on all architectures, in all dtypes, and all configurations."""
+    left = list(every)
+    wanted = {feature for job in left for feature in _features(job)}
+    chosen = []
+    while wanted:
+        best = max(left, key=lambda job: len(wanted & _features(job)))  # the first of the best
+        chosen.append(best)
+        wanted -= _features(best)
+    return chosen
+
+
+def _features(job: Job) -> set[tuple[Any, ...]]:
+    kernel = f"{job.module}.{job.kernel}"
+    return {
+        (kernel, "on", job.arch),
+        (kernel, "in", job.dtype, job.precision),
+        (kernel, "as", job.config()),
+        (kernel, "of", tuple(t is None for t in job.tensors)),
+        ("activation", job.launch.constants.get("ACTIVATION")),
+    }
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:
@@ -138,38 +175,91 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack, local
 
 
+def _parameters(ptx: str) -> list[int]:
+    """Bytes of each parameter of a PTX kernel."""
+    found = re.search(r"\.entry \w+\(([^)]*)\)", ptx)
+    if found is None:
+        raise RuntimeError("expected one .entry in the PTX")
+    sizes = []
+    for parameter in found[1].split(","):
+        kind, array = re.search(r"\.[a-z](\d+)\b", parameter), re.search(r"\[(\d+)\]", parameter)
+        if kind is None:
+            raise RuntimeError(f"expected a type in the PTX parameter {parameter!r}")
+        sizes.append(int(kind[1]) // 8 * int(array[1] if array else 1))
+    return sizes
+
+
+def _arguments(compiled: Any) -> list[int]:
+    """Bytes of each argument that Triton's launcher packs for a kernel, with the two scratch pointers that it adds."""
+    from triton.backends.nvidia import driver
+
+    signature, meta = compiled.src.signature, compiled.metadata.tensordesc_meta
+    if hasattr(driver, "make_launcher"):  # Triton 3.6 writes a launcher in C for each kernel
+        source = driver.make_launcher({}, signature, meta)
+        types = dict(re.findall(r"\b(\w+) (arg\d+)\b", source))
+        packed = source.partition("void *params[] = {")[2].partition("}")[0].replace("&", "").split(",")
+        c_sizes = {"CUdeviceptr": 8, "CUtensorMap": 128, "int32_t": 4, "uint32_t": 4, "int64_t": 8, "int8_t": 1}
+        return [c_sizes[types[name]] if name in types else 8 for name in map(str.strip, packed)]
+    flat = driver.expand_signature(signature.values(), meta, "nvTmaDesc")
+    sizes = {"nvTmaDesc": 128, "i1": 1, "i32": 4, "fp32": 4, "i64": 8}
+    return [8 if kind[0] == "*" else sizes[kind] for kind in flat if kind != "constexpr"] + [8, 8]
+
+
+class _Driver:
+    """What Triton asks of a driver before it compiles. The number of the device is its architecture, because Triton
+    keeps what it compiled by that number."""
+
+    arch = 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
 def compile_job(job: Job) -> Compiled:
-    """Compile one kernel as `conv2d` would launch it: pointers on 16-byte boundaries, integers of a batch unknown."""
+    """Compile one recorded launch."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.jit import MockTensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from cnnops.backends.triton import conv2d
+    def mock(t: Tensor | None) -> Any:
+        if t is None:
+            return None
+        base = MockTensor(t.dtype)
+        return TensorDescriptor(base, list(t.shape), list(t.strides), list(t.block)) if t.block else base
 
-    kernel = getattr(conv2d, job.kernel)
-    launch = job.launch
-    signature = {
-        name: "*" + job.pointers[name] if name in job.pointers else "i32" if name in launch.scalars else "constexpr"
-        for name in kernel.arg_names
-    }
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.pointers}
-    source = ASTSource(kernel, signature, constexprs=dict(launch.constants), attrs=aligned)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    driver = _Driver()
+    driver.arch = job.arch
+    triton.runtime.driver.set_active(driver)
+    kernel = getattr(importlib.import_module(job.module), job.kernel)
+    how = job.launch
+    compiled = kernel.warmup(
+        *map(mock, job.tensors), **how.scalars, **how.constants, grid=(how.programs,),
+        num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     registers, stack, local = _resources(compiled.asm["cubin"])
-    blocks = tuple(int(launch.constants.get(f"BLOCK_{axis}", 0)) for axis in "MNK")
+    ptx = compiled.asm["ptx"]
     return Compiled(
-        job.kernel, job.layer, job.dtype, job.precision, job.arch,
-        blocks if all(blocks) else None, launch.num_warps, launch.num_stages,
+        job.call, job.kernel, job.module.rpartition(".")[2], job.dtype, job.precision, job.arch,
+        {name: value for name, value in how.constants.items() if name.startswith("BLOCK")},
+        how.num_warps, how.num_stages,
         registers, stack, local, compiled.metadata.shared,
-        **{name: len(re.findall(pattern, compiled.asm["ptx"])) for name, pattern in _COUNTED.items()},
+        **{name: len(re.findall(pattern, ptx)) for name, pattern in _COUNTED.items()},
+        parameters=_parameters(ptx), arguments=_arguments(compiled),
     )  # fmt: skip
 
 
-def compile_all(arches: tuple[int, ...] = ARCHES) -> list[Compiled]:
-    """Compile every kernel for `arches`, on two processes where there are two cores."""
+def compile_all(every: list[Job]) -> list[Compiled]:
+    """Compile jobs, on two processes where there are two cores."""
     with ProcessPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        return list(pool.map(compile_job, _jobs(arches)))
+        return list(pool.map(compile_job, every))
 
 
 def main() -> int:
@@ -177,21 +267,23 @@ def main() -> int:
         prog="python -m cnnops.backends.triton.aot", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
+    parser.add_argument("--all", action="store_true", help="compile every recorded launch, not a covering few")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="only this architecture")
+    parser.add_argument("--kernel", help="only kernels whose module or name contains this")
     arguments = parser.parse_args()
     if INTERPRETING:
         parser.error("TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled")
-    results = [dataclasses.asdict(c) for c in compile_all(tuple(arguments.arch or ARCHES))]
+    chosen = [job for job in jobs(arguments.arch or ARCHES) if (arguments.kernel or "") in f"{job.module}.{job.kernel}"]
+    results = compile_all(chosen if arguments.all else covering(chosen))
     if arguments.json:
-        json.dump(results, sys.stdout)
+        json.dump([dataclasses.asdict(c) for c in results], sys.stdout)
         return 0
     for c in results:
-        tile = "x".join(map(str, c["tile"])) if c["tile"] else "-"
+        counted = " ".join(f"{name} {getattr(c, name)}" for name in _COUNTED if getattr(c, name))
         print(
-            f"sm_{c['arch']:<4} {c['kernel']:23} {c['layer']:17} {c['dtype']} {c['precision']} {tile:11} "
-            f"{c['num_warps']}w {c['num_stages']}s  {c['registers']:3} registers {c['stack']:3} stack "
-            f"{c['local']:3} local {c['shared']:6} shared  mma {c['mma']} wgmma {c['wgmma']} tcgen05 {c['tcgen05']} "
-            f"async copies {c['async_copies']}"
+            f"sm_{c.arch:<4}{c.module}.{c.kernel:30} {c.call:36} {c.dtype} {c.precision} "
+            f"{'x'.join(map(str, c.blocks.values())):12} {c.num_warps}w {c.num_stages}s {c.registers:3} registers "
+            f"{c.stack:3} stack {c.local:3} local {c.shared:6} shared  {counted}"
         )
     return 0
 

@@ -15,17 +15,14 @@ Offsets are 64-bit; pixels are counted in 32 bits (the backend's `supports` refu
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from cnnops.backends.triton import INTERPRETING, plan
+from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton.launch import device_of, launch, launch_split
+from cnnops.backends.triton.tensors import empty_nhwc, nhwc, result
 from cnnops.geometry import Conv2dProblem, is_channels_last
-
-if INTERPRETING:
-    from cnnops.backends.triton import interpreter
 
 # Integers of a batch: specialising on them (1, multiples of 16) would compile anew for every batch size.
 _BATCH = ["H", "W", "P", "Q", "pixels", "steps"]
@@ -269,57 +266,6 @@ def backward_bias_kernel(dy, slabs, pixels, steps, K: tl.constexpr, BLOCK_M: tl.
     tl.store(slabs + split * K + k, tl.sum(sums, 0).to(slabs.dtype.element_ty), mask=k < K)
 
 
-@triton.jit
-def slab_sum_kernel(slabs, total, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """total[i] = sum over splits of slabs[split, i], a tree of fixed shape. slabs: [SPLITS, count]."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    split = tl.arange(0, SPLITS).to(tl.int64)
-    values = tl.load(slabs + (split * count)[:, None] + i[None, :], mask=(i < count)[None, :], other=0.0)
-    tl.store(total + i, tl.sum(values, 0).to(total.dtype.element_ty), mask=i < count)
-
-
-def _launch(kernel, launch: plan.Launch, *pointers) -> None:
-    scalars = interpreter.loop_counts(launch.scalars) if INTERPRETING else launch.scalars
-    with torch.cuda.device_of(pointers[0]):
-        kernel[(launch.programs,)](
-            *pointers, **scalars, **launch.constants,
-            num_warps=launch.num_warps, num_stages=launch.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-
-def _launch_split(kernel, launch: plan.SplitLaunch, *pointers) -> None:
-    """Launch `kernel`, whose last pointer is its result, and add its slabs."""
-    *inputs, result = pointers
-    if launch.total is None:
-        _launch(kernel, launch.partial, *inputs, result)
-        return
-    slabs = torch.empty(launch.splits * result.numel(), dtype=torch.float32, device=result.device)
-    _launch(kernel, launch.partial, *inputs, slabs)
-    _launch(slab_sum_kernel, launch.total, slabs, result)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    # The interpreter has none; 3 make it split sums unevenly over the programs of small tests.
-    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _nhwc(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
-
-
-def _empty_nhwc(shape, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """A tensor whose memory is NHWC; where that is NCHW too, with the strides that the caller will want."""
-    N, C, H, W = shape
-    nchw = not channels_last and (N == 0 or C == 1 or H * W == 1)
-    layout = torch.contiguous_format if nchw else torch.channels_last
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _result(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return t if channels_last else t.contiguous()
-
-
 def conv2d_forward(
     x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
 ) -> torch.Tensor:
@@ -331,12 +277,12 @@ def conv2d_forward(
         x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
     )
     shape = (problem.N, problem.K, problem.P, problem.Q)
-    y = _empty_nhwc(shape, x, problem.channels_last)
+    y = empty_nhwc(shape, x, problem.channels_last)
     if y.numel():
-        precision = plan.input_precision(problem.dtype, problem.device)
+        precision = conv2d_plan.input_precision(problem.dtype, problem.device)
         bias = None if bias is None else bias.contiguous()
-        _launch(forward_kernel, plan.forward(problem, precision), _nhwc(x), _nhwc(weight), bias, y)
-    return _result(y, problem.channels_last)
+        launch(forward_kernel, conv2d_plan.forward(problem, precision), nhwc(x), nhwc(weight), bias, y)
+    return result(y, problem.channels_last)
 
 
 def conv2d_backward(
@@ -362,28 +308,28 @@ def conv2d_backward(
     problem = Conv2dProblem.of(
         x, weight, None, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
     )
-    precision = plan.input_precision(problem.dtype, problem.device)
+    precision = conv2d_plan.input_precision(problem.dtype, problem.device)
     empty = problem.N == 0
     dx = dweight = dbias = None
-    dy = _nhwc(dy)
+    dy = nhwc(dy)
     if need_dx:
-        dx = _empty_nhwc(x.shape, x, problem.channels_last)
+        dx = empty_nhwc(x.shape, x, problem.channels_last)
         if not empty:
-            _launch(backward_input_kernel, plan.backward_input(problem, precision), dy, _nhwc(weight), dx)
-        dx = _result(dx, problem.channels_last)
+            launch(backward_input_kernel, conv2d_plan.backward_input(problem, precision), dy, nhwc(weight), dx)
+        dx = result(dx, problem.channels_last)
     if need_dweight:
         weight_channels_last = is_channels_last(weight)
-        dweight = _empty_nhwc(weight.shape, weight, weight_channels_last)
+        dweight = empty_nhwc(weight.shape, weight, weight_channels_last)
         if empty:
             dweight.zero_()
         else:
-            launch = plan.backward_weight(problem, precision, _processors(x.device))
-            _launch_split(backward_weight_kernel, launch, dy, _nhwc(x), dweight)
-        dweight = _result(dweight, weight_channels_last)
+            how = conv2d_plan.backward_weight(problem, precision, device_of(x).processors)
+            launch_split(backward_weight_kernel, how, dy, nhwc(x), dweight)
+        dweight = result(dweight, weight_channels_last)
     if need_dbias:
         dbias = torch.empty(problem.K, dtype=dy.dtype, device=dy.device)
         if empty:
             dbias.zero_()
         else:
-            _launch_split(backward_bias_kernel, plan.backward_bias(problem, _processors(x.device)), dy, dbias)
+            launch_split(backward_bias_kernel, conv2d_plan.backward_bias(problem, device_of(x).processors), dy, dbias)
     return dx, dweight, dbias

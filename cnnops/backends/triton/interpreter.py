@@ -17,6 +17,6 @@ if not _builder.options.debug:
     _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
 
 
-def loop_counts(scalars: dict[str, int]) -> dict[str, object]:
-    """`scalars` with a `steps` that ``range`` takes: Triton 3.6 has none at run time under NumPy 2.4."""
-    return {name: tl.constexpr(value) if name == "steps" else value for name, value in scalars.items()}
+def loop_counts(scalars: dict[str, int | float]) -> dict[str, object]:
+    """`scalars` with `steps` that ``range`` takes: Triton 3.6 has none at run time under NumPy 2.4."""
+    return {name: tl.constexpr(value) if name.endswith("steps") else value for name, value in scalars.items()}

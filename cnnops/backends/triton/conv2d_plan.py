@@ -7,46 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 
+from cnnops.backends.triton.launch import Launch, SplitLaunch, cdiv, splits_of, total_of
 from cnnops.geometry import Conv2dProblem
 from cnnops.torch_private import tf32_allowed
 from cnnops.tuning import choose
-from cnnops.tuning.triton_conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, ConvTile
-
-MAX_SPLITS = 256
-
-# Programs that are to be in flight on each multiprocessor; each runs at least so many steps over its share of the sum.
-_PROGRAMS_PER_PROCESSOR = 2
-_LEAST_STEPS = 4
-
-_SUM_ELEMENTS = 4096
-"""fp32 values that one program of a second pass holds at once: 32 a thread."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    programs: int
-    scalars: dict[str, int]
-    """Run-time arguments, after the pointers."""
-    constants: dict[str, int | str]
-    """Compile-time arguments."""
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class SplitLaunch:
-    """A sum over pixels: `partial` writes one fp32 slab for each split, `total` adds them in a fixed order.
-
-    With one split `partial` writes the result itself and there is no `total`.
-    """
-
-    splits: int
-    partial: Launch
-    total: Launch | None
+from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, ConvTile
 
 
 def input_precision(dtype: torch.dtype, device: str) -> str:
@@ -54,15 +22,6 @@ def input_precision(dtype: torch.dtype, device: str) -> str:
     if dtype == torch.float32 and device == "cuda" and tf32_allowed():
         return "tf32"
     return "ieee"
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_2(a: int) -> int:
-    """The greatest power of two that is at most `a`, and at least 1."""
-    return 1 << max(a.bit_length() - 1, 0)
 
 
 def _constants(p: Conv2dProblem, tile: ConvTile, precision: str) -> dict[str, int | str]:
@@ -81,7 +40,7 @@ def _constants(p: Conv2dProblem, tile: ConvTile, precision: str) -> dict[str, in
 
 def _steps(taps: int, channels: int, block: int) -> int:
     """Blocks that (tap, channel) takes: tap by tap where a tap fills a block, else run together."""
-    return taps * _cdiv(channels, block) if channels >= block else _cdiv(taps * channels, block)
+    return taps * cdiv(channels, block) if channels >= block else cdiv(taps * channels, block)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -89,7 +48,7 @@ def forward(p: Conv2dProblem, precision: str) -> Launch:
     tile = choose(FORWARD, p)
     pixels = p.N * p.P * p.Q
     return Launch(
-        _cdiv(pixels, tile.block_m) * p.groups * _cdiv(p.K // p.groups, tile.block_n),
+        cdiv(pixels, tile.block_m) * p.groups * cdiv(p.K // p.groups, tile.block_n),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
         _constants(p, tile, precision) | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k)},
         tile.num_warps,
@@ -109,14 +68,14 @@ def backward_input(p: Conv2dProblem, precision: str) -> Launch:
         common = math.gcd(stride, dilation)
         constants[f"COMMON_{axis}"] = common
         constants[f"INVERSE_{axis}"] = pow(dilation // common, -1, stride // common)
-        most_taps *= _cdiv(taps, stride // common)
+        most_taps *= cdiv(taps, stride // common)
         classes *= stride
-        pixels *= _cdiv(extent, stride)
+        pixels *= cdiv(extent, stride)
     # Triton 3.6's interpreter takes no run-time loop count under NumPy 2.4, so there every class runs the longest
     # class's count, and masks what it does not have.
     constants["STEPS"] = _steps(most_taps, p.K // p.groups, tile.block_k) if p.device == "cpu" else 0
     return Launch(
-        _cdiv(pixels, tile.block_m) * classes * p.groups * _cdiv(p.C // p.groups, tile.block_n),
+        cdiv(pixels, tile.block_m) * classes * p.groups * cdiv(p.C // p.groups, tile.block_n),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
         constants,
         tile.num_warps,
@@ -124,55 +83,39 @@ def backward_input(p: Conv2dProblem, precision: str) -> Launch:
     )
 
 
-def _splits(tiles: int, steps: int, processors: int) -> int:
-    """Shares of a sum of `steps` blocks, given the output tiles: a power of two, from shapes and the device alone."""
-    return min(
-        MAX_SPLITS,
-        _power_of_2(_cdiv(_PROGRAMS_PER_PROCESSOR * processors, tiles)),
-        _power_of_2(_cdiv(steps, _LEAST_STEPS)),
-    )
-
-
-def _total(count: int, splits: int) -> Launch | None:
-    if splits == 1:
-        return None
-    block = _SUM_ELEMENTS // splits
-    return Launch(_cdiv(count, block), {"count": count}, {"SPLITS": splits, "BLOCK": block}, 4, 1)
-
-
 @functools.lru_cache(maxsize=1024)
 def backward_weight(p: Conv2dProblem, precision: str, processors: int) -> SplitLaunch:
     tile = choose(BACKWARD_WEIGHT, p)
     pixels = p.N * p.P * p.Q
     group_c = p.C // p.groups
-    tiles = p.groups * _cdiv(p.K // p.groups, tile.block_m) * _steps(p.R * p.S, group_c, tile.block_n)
-    steps = _cdiv(pixels, tile.block_k)
-    splits = _splits(tiles, steps, processors)
+    tiles = p.groups * cdiv(p.K // p.groups, tile.block_m) * _steps(p.R * p.S, group_c, tile.block_n)
+    steps = cdiv(pixels, tile.block_k)
+    splits = splits_of(tiles, steps, processors)
     partial = Launch(
         splits * tiles,
-        {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels, "steps": _cdiv(steps, splits)},
+        {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels, "steps": cdiv(steps, splits)},
         _constants(p, tile, precision) | {"COLUMN_TILES": _steps(p.R * p.S, group_c, tile.block_n)},
         tile.num_warps,
         tile.num_stages,
     )
-    return SplitLaunch(splits, partial, _total(p.K * p.R * p.S * group_c, splits))
+    return SplitLaunch(splits, partial, total_of(p.K * p.R * p.S * group_c, splits))
 
 
 @functools.lru_cache(maxsize=1024)
 def backward_bias(p: Conv2dProblem, processors: int) -> SplitLaunch:
     block_m, block_k = 64, 64
     pixels = p.N * p.P * p.Q
-    tiles = _cdiv(p.K, block_k)
-    steps = _cdiv(pixels, block_m)
-    splits = _splits(tiles, steps, processors)
+    tiles = cdiv(p.K, block_k)
+    steps = cdiv(pixels, block_m)
+    splits = splits_of(tiles, steps, processors)
     partial = Launch(
         splits * tiles,
-        {"pixels": pixels, "steps": _cdiv(steps, splits)},
+        {"pixels": pixels, "steps": cdiv(steps, splits)},
         {"K": p.K, "BLOCK_M": block_m, "BLOCK_K": block_k},
         4,
         1,
     )
-    return SplitLaunch(splits, partial, _total(p.K, splits))
+    return SplitLaunch(splits, partial, total_of(p.K, splits))
 
 
 def most_programs(p: Conv2dProblem) -> int:

@@ -1,0 +1,82 @@
+"""Calls of the backend's functions that between them meet every row of the tuning tables: what `aot` compiles.
+
+Tensors are made on "cuda"; under torch's FakeTensorMode that needs no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cnnops.backends import triton as backend
+from cnnops.geometry import ACTIVATIONS, Conv2dProblem
+
+ALL = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Call:
+    """run(dtype) calls one function, in each of `dtypes`; with tf32 where torch may multiply float32 so."""
+
+    name: str
+    run: Callable[[torch.dtype], object]
+    dtypes: tuple[torch.dtype, ...] = ALL
+    tf32: bool = False
+
+
+def nhwc(N: int, C: int, H: int, W: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(N, C, H, W, dtype=dtype, device="cuda").to(memory_format=torch.channels_last)
+
+
+def every_call() -> Iterator[Call]:
+    """All of them, in the order of the backend's functions."""
+    yield from _conv2d()
+    yield from _activation()
+
+
+def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
+    return Conv2dProblem(
+        N, C, H, H, K, R, R, stride, stride, R // 2, R // 2, 1, 1, groups, "zeros", torch.bfloat16, "cuda", True
+    )  # fmt: skip
+
+
+CONVOLUTIONS = {
+    "3x3 64->64": _layer(32, 64, 56, 64, 3, 1),
+    "3x3 s2 128->256": _layer(32, 128, 28, 256, 3, 2),
+    "7x7 s2 3->64": _layer(32, 3, 224, 64, 7, 2),
+    "1x1 64->32": _layer(32, 64, 56, 32, 1, 1),
+    "grouped 3x3 32": _layer(32, 32, 112, 32, 3, 1, 32),
+}
+
+
+def _conv2d() -> Iterator[Call]:
+    for name, p in CONVOLUTIONS.items():
+        geometry = (p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, p.groups, 0)
+
+        def x_and_weight(dtype: torch.dtype, p: Conv2dProblem = p) -> tuple[torch.Tensor, torch.Tensor]:
+            return nhwc(p.N, p.C, p.H, p.W, dtype), nhwc(p.K, p.C // p.groups, p.R, p.S, dtype)
+
+        def forward(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            x, weight = inputs(dtype)
+            backend.function("conv2d_forward")(x, weight, x.new_empty(p.K), *geometry)
+
+        def backward(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            backend.function("conv2d_backward")(dy, *inputs(dtype), *geometry, True, True, True)
+
+        for tf32 in (False, True):
+            dtypes = (torch.float32,) if tf32 else ALL
+            yield Call(f"conv2d_forward {name}", forward, dtypes, tf32)
+            yield Call(f"conv2d_backward {name}", backward, dtypes, tf32)
+
+
+def _activation() -> Iterator[Call]:
+    for activation in ACTIVATIONS[1:]:
+
+        def backward(dtype: torch.dtype, activation: str = activation) -> None:
+            y = nhwc(32, 64, 56, 56, dtype)
+            backend.function("activation_backward")(torch.empty_like(y), y, activation)
+
+        yield Call(f"activation_backward {activation}", backward)
