@@ -209,6 +209,36 @@ def explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def tune(options: argparse.Namespace) -> int:
+    import torch
+
+    from cnnops import models
+    from cnnops.bench import tune as tuner
+    from cnnops.tuning import measured
+
+    if not torch.cuda.is_available():
+        raise UsageError("tune measures on a CUDA device, and torch sees none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype, layout = getattr(torch, options.dtype), torch.channels_last
+    stem = "imagenet" if options.image > 64 else "cifar"
+    model = _checked(models.create_model, options.model, stem=stem).to(device)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = torch.rand(options.batch, 3, options.image, options.image, device=device).contiguous(memory_format=layout)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            model(x).float().sum().backward()
+
+    name = torch.cuda.get_device_name(device)
+    rows = measured.load(name)
+    for outcome in tuner.tune(tuner.captured(step), device):
+        rows[measured.filed_under(outcome.table, outcome.problem)] = tuner.row_of(outcome)
+        path = measured.save(name, rows)  # after each, so that an interrupted run keeps what it found
+        print(tuner.line_of(outcome))
+    print(f"{len(rows)} problems in {path}" if rows else "the network calls no kernel that has a choice")
+    return 0
+
+
 def _operands(op: str, x: Tensor, shape: tuple[int, ...] | None, training: bool) -> dict[str, Any]:
     """What function `op` takes besides x and `_ARGUMENTS`, with weights of this shape, by its own names for them."""
     import torch
@@ -299,6 +329,19 @@ def parser() -> argparse.ArgumentParser:
         commands, "info", info, "say what is built, what is usable here, and what is missing and how to get it"
     )
     sub.add_argument("--json", action="store_true", help="everything, as JSON")
+
+    sub = _add_command(
+        commands,
+        "tune",
+        tune,
+        "measure which configuration of each Triton kernel is fastest for a network on this GPU, and keep it",
+        "Takes the kernels that a training step calls. What it finds is read by every later process on this device with "
+        "the same torch, triton and cnnops; files lie in $CNNOPS_TUNING, or ~/.cache/cnnops/tuning.",
+    )
+    sub.add_argument("--model", default="resnet18", metavar="STR", help="network (default: resnet18)")
+    sub.add_argument("--batch", type=int, default=256, metavar="INT", help="images of a step (default: 256)")
+    sub.add_argument("--image", type=int, default=224, metavar="INT", help="their side in pixels (default: 224)")
+    sub.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
 
     sub = _add_command(
         commands,

@@ -7,6 +7,7 @@ and `select` asks the backends in the table's order.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -93,6 +94,22 @@ def select(function: str, problem: Problem, named: str = "") -> ModuleType:
     raise UnsupportedError(f"{function}: no backend can do {problem}. {'; '.join(refusals)}")
 
 
+Saw = Callable[[str, tuple[Any, ...], Callable[..., Any]], None]
+_observers: list[Saw] = []
+
+
+@contextlib.contextmanager
+def observed(saw: Saw) -> Iterator[None]:
+    """Tell `saw` of each kind of call the first time that it is made: function, arguments, and the chosen backend's
+    function. Not for threads."""
+    _observers.append(saw)
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _observers.remove(saw)
+
+
 _chosen: dict[Any, Callable[..., Any]] = {}
 _CHOSEN_AT_MOST = 1 << 14  # entries are small, but shapes may never repeat
 settings.on_change.append(_chosen.clear)
@@ -159,4 +176,6 @@ def _choose(function: str, describe: Callable[..., Problem], args: tuple[Any, ..
     if len(_chosen) >= _CHOSEN_AT_MOST:
         _chosen.clear()
     _chosen[key] = chosen
+    for saw in _observers:
+        saw(function, args[:-1], chosen)
     return chosen

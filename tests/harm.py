@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnnops import data
-from cnnops.train import Trainer, files
+from cnnops import data, files
+from cnnops.train import Trainer
 
 TRAIN = [
     *("train", "--model", "simple_cnn", "--data", "synthetic", "--width", "0.125", "--epochs", "2"),
@@ -61,7 +61,7 @@ class Cuts:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Cuts]:
-        """While entered, the writes of `cnnops.train.files` are counted."""
+        """While entered, the writes of `cnnops.files` are counted."""
         calls = {name: getattr(os, name) for name in ("fsync", "replace")}
         try:
             for name, call in calls.items():

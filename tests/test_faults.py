@@ -26,6 +26,7 @@ from harm import TRAIN, Cuts, small
 from test_train import At, assert_equal, resum
 
 from cnnops import data
+from cnnops.files import locked
 from cnnops.train import (
     CheckpointError,
     Reporter,
@@ -35,7 +36,6 @@ from cnnops.train import (
     load_checkpoint,
     save_checkpoint,
 )
-from cnnops.train.files import locked
 
 CONFIG = TrainConfig(
     model="simple_cnn", data="synthetic", width=1 / 8, epochs=2, batch_size=8, lr=0.02, checkpoint_every=2, device="cpu"

@@ -16,7 +16,7 @@ PACKAGE = Path(cnnops.__file__).parent
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 
 LAYERS = (
-    {"geometry", "resources", "settings", "tuning", "torch_private", "version"},
+    {"files", "geometry", "resources", "settings", "tuning", "torch_private", "version"},
     {"backends"},
     {"dispatch"},
     {"ops"},
@@ -30,7 +30,7 @@ LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 # Tuning rows and backends speak of problems; otherwise those of one layer know nothing of each other. Above `models`
 # they may, as long as there is no circle.
-BESIDE = {("tuning", "geometry")}
+BESIDE = {("tuning", "files"), ("tuning", "geometry"), ("tuning", "version")}
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from cnnops import data
+from cnnops.files import write_atomically
 from cnnops.train import (
     CheckpointError,
     EpochRecord,
@@ -34,7 +35,6 @@ from cnnops.train import (
     load_checkpoint,
     save_checkpoint,
 )
-from cnnops.train.files import write_atomically
 from cnnops.viz import save_samples
 
 RESNET = TrainConfig(model="resnet18", data="synthetic", width=1 / 16, epochs=3, batch_size=16, lr=0.05, device="cpu")

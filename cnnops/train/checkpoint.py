@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnnops.train.files import write_atomically
+from cnnops.files import write_atomically
 
 FORMAT = 1
 """Number of the layout of `Trainer.state`; another number is another program's checkpoint."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cnnops import data, models
 from cnnops.data import Batches
+from cnnops.files import locked, remove_parts, write_atomically
 from cnnops.train.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -28,7 +29,6 @@ from cnnops.train.checkpoint import (
     settle_sum,
 )
 from cnnops.train.config import TrainConfig
-from cnnops.train.files import locked, remove_parts, write_atomically
 from cnnops.train.progress import Reporter
 
 _LOOK_EVERY = 20

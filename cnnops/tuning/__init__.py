@@ -1,13 +1,21 @@
-"""How a kernel's configuration is chosen: ordered rules, the first whose condition holds wins. Nothing is timed."""
+"""How a kernel's configuration is chosen: ordered rules, the first whose condition holds wins. Nothing is timed here.
+
+Where `cnnops tune` has measured a problem on this device, what it found goes before the rules: see `measured`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from cnnops.tuning import measured
 
 Problem = TypeVar("Problem")
 Config = TypeVar("Config")
+Planned = TypeVar("Planned")
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,71 @@ class Rule(Generic[Problem, Config]):
     """Why this configuration suits these problems."""
 
 
-def choose(rules: Sequence[Rule[Problem, Config]], problem: Problem) -> Config:
-    """The configuration of the first rule that holds for `problem`. A table ends with a rule that always holds."""
-    return next(rule.config for rule in rules if rule.condition(problem))
+@dataclass(frozen=True)
+class Table(Generic[Problem, Config]):
+    """A kernel's rules. The last one always holds."""
+
+    name: str
+    """Of the kernel, as its module and pass: what a measurement is filed under."""
+    rules: tuple[Rule[Problem, Config], ...]
+
+    @property
+    def configs(self) -> tuple[Config, ...]:
+        """Every configuration of the table, once."""
+        return tuple(dict.fromkeys(rule.config for rule in self.rules))
+
+
+Asked = Callable[[Table[Any, Any], Any], None]
+_observers: list[Asked] = []
+_forced: dict[tuple[str, Any], Any] = {}
+_on_change: list[Callable[[], None]] = []
+
+
+def choose(table: Table[Problem, Config], problem: Problem) -> Config:
+    """What was measured for `problem` on this device, else the configuration of the first rule that holds for it."""
+    for asked in _observers:
+        asked(table, problem)
+    forced: Config | None = _forced.get((table.name, problem))
+    if forced is not None:
+        return forced
+    found = measured.lookup(table.name, problem)
+    for config in table.configs if found is not None else ():
+        if measured.described(config) == found:
+            return config
+    return next(rule.config for rule in table.rules if rule.condition(problem))
+
+
+def cached(plan: Callable[..., Planned]) -> Callable[..., Planned]:
+    """`plan` with its results kept for as long as `choose` answers the same."""
+    kept = functools.lru_cache(maxsize=1024)(plan)
+    _on_change.append(kept.cache_clear)
+    return functools.wraps(plan)(kept)
+
+
+def changed() -> None:
+    """Forget every plan: measurements have changed."""
+    for forget in _on_change:
+        forget()
+
+
+@contextlib.contextmanager
+def observed(asked: Asked) -> Iterator[None]:
+    """Tell `asked` of each choice that is made, plans of earlier ones forgotten. Not for threads."""
+    _observers.append(asked)
+    changed()
+    try:
+        yield
+    finally:
+        _observers.remove(asked)
+
+
+@contextlib.contextmanager
+def forced(table: Table[Problem, Config], problem: Problem, config: Config) -> Iterator[None]:
+    """Choose `config` for `problem`, whatever the rules say. Not for threads."""
+    _forced[table.name, problem] = config
+    changed()
+    try:
+        yield
+    finally:
+        del _forced[table.name, problem]
+        changed()

@@ -5,7 +5,6 @@ What a network fixes (channels, filters, geometry) is constant to the compiler; 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from cnnops.backends.triton.launch import Launch, SplitLaunch, cdiv, splits_of, total_of
 from cnnops.geometry import Conv2dProblem
 from cnnops.torch_private import tf32_allowed
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, ConvTile
 
 
@@ -43,7 +42,7 @@ def _steps(taps: int, channels: int, block: int) -> int:
     return taps * cdiv(channels, block) if channels >= block else cdiv(taps * channels, block)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def forward(p: Conv2dProblem, precision: str) -> Launch:
     tile = choose(FORWARD, p)
     pixels = p.N * p.P * p.Q
@@ -56,7 +55,7 @@ def forward(p: Conv2dProblem, precision: str) -> Launch:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward_input(p: Conv2dProblem, precision: str) -> Launch:
     tile = choose(BACKWARD_INPUT, p)
     constants = _constants(p, tile, precision)
@@ -83,7 +82,7 @@ def backward_input(p: Conv2dProblem, precision: str) -> Launch:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward_weight(p: Conv2dProblem, precision: str, processors: int) -> SplitLaunch:
     tile = choose(BACKWARD_WEIGHT, p)
     pixels = p.N * p.P * p.Q
@@ -101,7 +100,7 @@ def backward_weight(p: Conv2dProblem, precision: str, processors: int) -> SplitL
     return SplitLaunch(splits, partial, total_of(p.K * p.R * p.S * group_c, splits))
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward_bias(p: Conv2dProblem, processors: int) -> SplitLaunch:
     block_m, block_k = 64, 64
     pixels = p.N * p.P * p.Q

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Conv2dProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -88,38 +88,43 @@ def _gather(
     )
 
 
-FORWARD: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_c, _group_k)
+FORWARD = Table("conv2d.forward", _gather(_group_c, _group_k))
 
-BACKWARD_INPUT: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_k, _group_c)
+BACKWARD_INPUT = Table("conv2d.backward_input", _gather(_group_k, _group_c))
 
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
-BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
-    Rule(
-        _interpreted(lambda p: _group_c(p) < 32),
-        ConvTile(32, 128, 64, 4, 1),
-        "the interpreter's time is per operation, whatever its size: one tile for all taps of few channels",
+BACKWARD_WEIGHT = Table(
+    "conv2d.backward_weight",
+    (
+        Rule(
+            _interpreted(lambda p: _group_c(p) < 32),
+            ConvTile(32, 128, 64, 4, 1),
+            "the interpreter's time is per operation, whatever its size: one tile for all taps of few channels",
+        ),
+        Rule(
+            _interpreted(_always),
+            ConvTile(64, 32, 64, 4, 1),
+            "small enough that tests of 32 channels have a tile for each tap",
+        ),
+        Rule(
+            _fp32(lambda p: _group_k(p) <= 16),
+            ConvTile(16, 64, 32, 4, 2),
+            "16 is tl.dot's least height: grouped and depthwise waste least",
+        ),
+        Rule(
+            _fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"
+        ),
+        Rule(
+            lambda p: _group_k(p) <= 16,
+            ConvTile(16, 32, 64, 4, 3),
+            "16 is tl.dot's least height: grouped and depthwise waste least",
+        ),
+        Rule(
+            lambda p: _group_c(p) < 64,
+            ConvTile(64, 64, 32, 4, 3),
+            "columns that mix taps hold an address each: longer steps spill on sm_80",
+        ),
+        Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
+        Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),
     ),
-    Rule(
-        _interpreted(_always),
-        ConvTile(64, 32, 64, 4, 1),
-        "small enough that tests of 32 channels have a tile for each tap",
-    ),
-    Rule(
-        _fp32(lambda p: _group_k(p) <= 16),
-        ConvTile(16, 64, 32, 4, 2),
-        "16 is tl.dot's least height: grouped and depthwise waste least",
-    ),
-    Rule(_fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"),
-    Rule(
-        lambda p: _group_k(p) <= 16,
-        ConvTile(16, 32, 64, 4, 3),
-        "16 is tl.dot's least height: grouped and depthwise waste least",
-    ),
-    Rule(
-        lambda p: _group_c(p) < 64,
-        ConvTile(64, 64, 32, 4, 3),
-        "columns that mix taps hold an address each: longer steps spill on sm_80",
-    ),
-    Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
-    Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),
 )
