@@ -64,6 +64,7 @@ bench: build
 docs: build-simt
 	$(BIN)/python -m cnnops.bench.report README.md docs/benchmarks.md
 	$(BIN)/python -m cnnops.bench.kernels docs/kernels.md
+	$(BIN)/python -m cnnops.bench.side_by_side docs/side_by_side.md
 
 # The interpreter's own torch, no network and no .venv. RESULTS: run the benchmarks too; the folder for their files.
 gpu:

@@ -48,10 +48,15 @@ OPS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Each op's kernel files by backend, the general one first: that one is shown whole, of the others a line."""
 
-PARTS_OF_OTHERS = {
-    "cuda": {"conv2d_forward.cu", "conv2d_backward_input.cu", "conv2d_backward_weight.cu", "depthwise_conv2d.cu"},
+PARTS = {
+    "cpu": {"copy.cpp", "parallel.cpp"},
+    "cuda": {
+        *("conv2d.cu", "conv2d_forward.cu", "conv2d_backward_input.cu", "conv2d_backward_weight.cu"),
+        *("depthwise_conv2d.cu", "copy.cu", "reduce.cu"),
+    },
+    "triton": {"reduce.py", "epilogue.py"},
 }
-"""Kernel files whose headers point to another one's."""
+"""Kernel files that the ops' files are made of."""
 
 SECTIONS = ("Layout", "Tile", "Ownership", "Traffic")
 
