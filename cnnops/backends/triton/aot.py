@@ -196,10 +196,10 @@ def _arguments(compiled: Any) -> list[int]:
     signature, meta = compiled.src.signature, compiled.metadata.tensordesc_meta
     if hasattr(driver, "make_launcher"):  # Triton 3.6 writes a launcher in C for each kernel
         source = driver.make_launcher({}, signature, meta)
-        types = dict(re.findall(r"\b(\w+) (arg\d+)\b", source))
+        types = {name: kind for kind, name in re.findall(r"\b(\w+) (arg\d+|\w+_scratch)\b", source)}
         packed = source.partition("void *params[] = {")[2].partition("}")[0].replace("&", "").split(",")
         c_sizes = {"CUdeviceptr": 8, "CUtensorMap": 128, "int32_t": 4, "uint32_t": 4, "int64_t": 8, "int8_t": 1}
-        return [c_sizes[types[name]] if name in types else 8 for name in map(str.strip, packed)]
+        return [c_sizes[types[name.strip()]] for name in packed]
     flat = driver.expand_signature(signature.values(), meta, "nvTmaDesc")
     sizes = {"nvTmaDesc": 128, "i1": 1, "i32": 4, "fp32": 4, "i64": 8}
     return [8 if kind[0] == "*" else sizes[kind] for kind in flat if kind != "constexpr"] + [8, 8]

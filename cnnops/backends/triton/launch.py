@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class Launch:
     """Compile-time arguments."""
     num_warps: int = 4
     num_stages: int = 1
+    compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What has been launched so, by all that Triton specialises on beside the scalars and constants."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,46 @@ def _device_of(device: torch.device) -> Device:
 
 
 def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None) -> None:
-    """Run `kernel` on the tensors' device. Its parameters are, in order, the tensors, `how`'s scalars and constants."""
+    """Run `kernel` on the tensors' device. Its parameters are, in order, the tensors, `how`'s scalars and constants.
+
+    Triton looks at every argument of each launch to find the compiled kernel, which costs most of the host's time; here
+    a `Launch` remembers what it found.
+    """
     if _recorder:
         _recorder(Recorded(kernel, tensors, how))
         return
-    scalars: dict[str, Any] = how.scalars
+    first = next(t for t in tensors if isinstance(t, torch.Tensor))
+    arguments = [_described(t) if isinstance(t, Descriptor) else t for t in tensors]
     if INTERPRETING:
         from cnnops.backends.triton import interpreter
 
-        scalars = interpreter.loop_counts(scalars)
-    with torch.cuda.device_of(next(t for t in tensors if isinstance(t, torch.Tensor))):
-        kernel[(how.programs,)](
-            *[_described(t) if isinstance(t, Descriptor) else t for t in tensors], **scalars, **how.constants,
-            num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+        kernel[(how.programs,)](*arguments, **interpreter.loop_counts(how.scalars), **how.constants)
+        return
+    key = (kernel, first.device, *[_specialised(t) for t in tensors])
+    found = how.compiled.get(key)
+    with torch.cuda.device_of(first):
+        if found is None:
+            compiled = kernel[(how.programs,)](
+                *arguments, **how.scalars, **how.constants,
+                num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+            given = how.scalars | how.constants
+            how.compiled[key] = (
+                compiled[(how.programs, 1, 1)],
+                [given[name] for name in kernel.arg_names[len(tensors) :]],
+            )
+            return
+        run, rest = found
+        run(*arguments, *rest)
+
+
+def _specialised(t: torch.Tensor | Descriptor | None) -> Any:
+    """What Triton compiles for a tensor: its dtype, and whether it is aligned to 16 bytes; for a descriptor, its box."""
+    if t is None:
+        return None
+    if isinstance(t, Descriptor):
+        return t.base.dtype, t.block
+    return t.dtype, t.data_ptr() % 16 == 0
 
 
 def _described(d: Descriptor) -> Any:
