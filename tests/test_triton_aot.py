@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cnnops.backends.triton import conv2d_plan
-from cnnops.backends.triton.aot import ARCHES, SHARED_LIMIT
+from cnnops.backends.triton.aot import ARCHES, GFX942, SHARED_LIMIT
 from cnnops.backends.triton.calls import CONVOLUTIONS
 from cnnops.backends.triton.launch import MAX_SPLITS
 from cnnops.tuning import choose
@@ -29,10 +29,11 @@ PRODUCTS = ("mma", "wgmma", "tcgen05")
 
 
 @cache
-def compiled(every: bool) -> list[dict[str, Any]]:
+def compiled(every: bool, *arches: int) -> list[dict[str, Any]]:
     """The kernels compiled, in a process of its own: what is interpreted in this one cannot be compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "cnnops.backends.triton.aot", "--json", *["--all"] * every]
+    command += [argument for arch in arches for argument in ("--arch", str(arch))]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -119,3 +120,14 @@ def test_splits_depend_on_shape_and_processors_only(layer: str) -> None:
         covered = launch.splits * launch.partial.scalars["steps"] * int(launch.partial.constants["BLOCK_K"])
         assert covered >= launch.partial.scalars["pixels"]
         assert (launch.total is None) == (launch.splits == 1)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_amd() -> None:
+    """Without scratch memory or spilled vector registers, within the local data share, on matrix cores."""
+    wrong = [c for c in compiled(False, GFX942) if c["stack"] or c["local"] or c["shared"] > SHARED_LIMIT[GFX942]]
+    assert wrong == []
+    assert {c["kernel"] for c in compiled(False, GFX942)} == {c["kernel"] for c in compiled(False)}
+    products = [c for c in compiled(False, GFX942) if multiplies_on_tensor_cores(c)]
+    assert products
+    assert [c for c in products if not c["mfma"]] == []

@@ -7,7 +7,7 @@ itself would on a device: the same specialisation, the same constants, for a dri
 registers, stack and local memory (spills), shared memory, tensor-core instructions and asynchronous copies, and holds
 the parameters of the compiled kernel against what Triton's launcher packs for them. Of the recorded launches it compiles
 so few that between them they have every kernel on each architecture, every kernel in each dtype, and every row of the
-tuning tables; with --all, each. Run it without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
+tuning tables; with --all, each. `--arch 942` compiles them for AMD's gfx942. Run it without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ from cnnops.backends.triton.launch import INTERPRETING, Descriptor, Device, Laun
 
 ARCHES = (80, 90, 100)
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications)."""
+GFX942 = 942
+"""AMD's MI300, for which the kernels compile too, as they are for sm_80. Nobody has run them there."""
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, GFX942: 64 * 1024}
+"""Bytes of shared memory that one block may use (CUDA C++ Programming Guide, technical specifications; CDNA3 ISA)."""
 
 # Any count does: it only decides how many slabs the second passes add.
 _PROCESSORS = 132
 
-# Instructions counted in the PTX.
+# Instructions counted in the PTX, or in the AMD assembly.
 _COUNTED = {
     "mma": r"\bmma\.sync",
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma\b",
     "async_copies": r"\bcp\.async\.c[ag]\.shared",
     "tma_loads": r"\bcp\.async\.bulk\.tensor\.\dd\.shared",
+    "mfma": r"\bv_mfma",
 }
 
 
@@ -98,10 +102,11 @@ class Compiled:
     tcgen05: int
     async_copies: int
     tma_loads: int
+    mfma: int
     parameters: list[int]
-    """Bytes of each parameter of the compiled kernel, in order."""
+    """Bytes of each parameter of the compiled kernel, in order; nothing on AMD."""
     arguments: list[int]
-    """Bytes of each argument that Triton's launcher packs, in order."""
+    """Bytes of each argument that Triton's launcher packs, in order; nothing on AMD."""
 
 
 def _spec(t: torch.Tensor | Descriptor | None) -> Tensor | None:
@@ -125,7 +130,8 @@ def jobs(arches: Iterable[int] = ARCHES) -> Iterator[Job]:
                 switch.fp32_precision = "tf32" if call.tf32 else "ieee"
                 for dtype in call.dtypes:
                     recorded.clear()
-                    with recording(recorded.append, Device(arch, _PROCESSORS)), FakeTensorMode():
+                    device = Device(80 if arch == GFX942 else arch, _PROCESSORS)
+                    with recording(recorded.append, device), FakeTensorMode():
                         call.run(dtype)
                     for each in recorded:
                         yield Job(
@@ -175,6 +181,18 @@ def _resources(cubin: bytes) -> tuple[int, int, int]:
     return registers, stack, local
 
 
+def _amd_resources(assembly: str) -> tuple[int, int, int]:
+    """Vector registers, bytes of scratch and spilled registers of a thread, as the assembly's metadata has them."""
+    found = [
+        re.search(rf"\.{name}: +(\d+)", assembly)
+        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+    ]
+    if None in found:
+        raise RuntimeError("expected the registers, scratch and spills of a kernel in its assembly's metadata")
+    registers, scratch, spilled = (int(each[1]) for each in found if each)
+    return registers, scratch, spilled
+
+
 def _parameters(ptx: str) -> list[int]:
     """Bytes of each parameter of a PTX kernel."""
     found = re.search(r"\.entry \w+\(([^)]*)\)", ptx)
@@ -214,7 +232,7 @@ class _Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("hip", "gfx942", 64) if self.arch == GFX942 else GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return self.arch
@@ -244,15 +262,16 @@ def compile_job(job: Job) -> Compiled:
         *map(mock, job.tensors), **how.scalars, **how.constants, grid=(how.programs,),
         num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    registers, stack, local = _resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+    amd = job.arch == GFX942
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    registers, stack, local = _amd_resources(assembly) if amd else _resources(compiled.asm["cubin"])
     return Compiled(
         job.call, job.kernel, job.module.rpartition(".")[2], job.dtype, job.precision, job.arch,
         {name: value for name, value in how.constants.items() if name.startswith("BLOCK")},
         how.num_warps, how.num_stages,
         registers, stack, local, compiled.metadata.shared,
-        **{name: len(re.findall(pattern, ptx)) for name, pattern in _COUNTED.items()},
-        parameters=_parameters(ptx), arguments=_arguments(compiled),
+        **{name: len(re.findall(pattern, assembly)) for name, pattern in _COUNTED.items()},
+        parameters=[] if amd else _parameters(assembly), arguments=[] if amd else _arguments(compiled),
     )  # fmt: skip
 
 
@@ -268,7 +287,7 @@ def main() -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of a table")
     parser.add_argument("--all", action="store_true", help="compile every recorded launch, not a covering few")
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHES, help="only this architecture")
+    parser.add_argument("--arch", type=int, action="append", choices=(*ARCHES, GFX942), help="only this architecture")
     parser.add_argument("--kernel", help="only kernels whose module or name contains this")
     arguments = parser.parse_args()
     if INTERPRETING:
@@ -281,7 +300,7 @@ def main() -> int:
     for c in results:
         counted = " ".join(f"{name} {getattr(c, name)}" for name in _COUNTED if getattr(c, name))
         print(
-            f"sm_{c.arch:<4}{c.module}.{c.kernel:30} {c.call:36} {c.dtype} {c.precision} "
+            f"{c.arch:<4} {c.module}.{c.kernel:30} {c.call:36} {c.dtype} {c.precision} "
             f"{'x'.join(map(str, c.blocks.values())):12} {c.num_warps}w {c.num_stages}s {c.registers:3} registers "
             f"{c.stack:3} stack {c.local:3} local {c.shared:6} shared  {counted}"
         )
