@@ -87,7 +87,7 @@ __device__ void bring(const Window<T>& from, int row, int rows, int column, int 
   constexpr int kEach = kAligned ? kVector<T> : 1;
   const int units = width / kEach, units_of_a_row = ring.columns * units;
   int at_row = 0;
-  for (int i = static_cast<int>(threadIdx.x);; i += kDepthwiseThreads) {
+  for (int i = static_cast<int>(threadIdx.x);; i += static_cast<int>(blockDim.x)) {
     while (i >= units_of_a_row) i -= units_of_a_row, ++at_row;
     if (at_row >= rows) return;
     const int at_column = i / units, channel = (i - at_column * units) * kEach;
@@ -136,7 +136,7 @@ __device__ void march(const DepthwiseCut& cut, int64_t part, const Rows& rows_of
 // weights[tap][channel] of `filters` filters from `first` on, zero beyond K.
 template <class T>
 __device__ void bring_weights(const T* weight, int64_t first, int filters, int64_t K, int taps, T* weights) {
-  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += kDepthwiseThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += static_cast<int>(blockDim.x)) {
     const int filter = i / taps, tap = i - filter * taps;
     weights[tap * filters + filter] = first + filter < K ? weight[first * taps + i] : T{};
   }
