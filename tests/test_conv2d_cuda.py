@@ -50,7 +50,7 @@ PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
 DEPTHWISE = ("depthwise_any_forward_kernel<{T}", *("depthwise_any_backward_kernel<{T}",) * 2)  # one for both gradients
 BANDS_SMALL, BANDS_LARGE = (  # both gradients from one kernel
     (f"conv2d_toeplitz_kernel<{{T}}, {side}>", *(f"conv2d_toeplitz_backward_kernel<{{T}}, {taps}>",) * 2)
-    for side, taps in ((16, "2, 4"), (32, "1, 1"))
+    for side, taps in ((16, "2, 4"), (32, "1, 2"))
 )
 
 PLANNED = (

@@ -162,12 +162,13 @@ __device__ void write_sums(const Epilogue& epilogue, const float2 (&sums)[kPixel
   __syncwarp();  // the sums were read
 }
 
-// A warp's moments, as the `tile`-th of those that finish_moments merges.
+// A warp's moments, of those that finish_moments merges: partial[part][warp][count, mean, m2][K].
 template <class T, int kChannels>
-__device__ void write_moments(Moments (&moments)[kVector<T>], int64_t tile, int64_t k, int64_t K, float* partial) {
+__device__ void write_moments(Moments (&moments)[kVector<T>], int64_t part, int64_t k, int64_t K, float* partial) {
   merge_lanes<T, kChannels>(moments);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   if (static_cast<int>(threadIdx.x) % 32 >= kChannels / kVector<T>) return;
-  float* const to = partial + tile * 3 * K;
+  float* const to = partial + (part * kDepthwiseWarps + warp) * 3 * K;
   const int64_t first = k + column_of<T, kChannels>();
   CNNOPS_UNROLL
   for (int i = 0; i < kVector<T>; ++i) {

@@ -107,9 +107,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
       write_pooled<T, kChannels>(moments, strip.index, k, p.K, partial);
   };
   march(cut, block.quotient, rows_of, step);
-  if (partial && !epilogue.pooled)
-    write_moments<T, kChannels>(moments, block.quotient * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32, k, p.K,
-                                partial);
+  if (partial && !epilogue.pooled) write_moments<T, kChannels>(moments, block.quotient, k, p.K, partial);
 }
 
 // kPaired: whether each channel has one filter, so that a pair of filters lies beside each other.

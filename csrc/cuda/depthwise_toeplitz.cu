@@ -1,7 +1,8 @@
 // Depthwise convolution with large filters, on the tensor cores: stride 1, 16-bit numbers, a filter for each channel.
 //
-//   y[n,p,q,c]  = sum over (r,s) of x[n, p - pad + r, q - pad + s, c] * weight[c,r,s]
-//   dx[n,h,w,c] = the same of dy, with filters turned around and R - 1 - pad and S - 1 - pad for the padding
+//   y[n,p,q,c]     = sum over (r,s) of x[n, p - pad + r, q - pad + s, c] * weight[c,r,s]
+//   dx[n,h,w,c]    = the same of dy, with filters turned around and R - 1 - pad and S - 1 - pad for the padding
+//   dweight[c,r,s] = sum over (n,h,w) of dy[n, h + pad - r, w + pad - s, c] * x[n,h,w,c]
 //
 // For one channel and one row of taps that is a product with a banded Toeplitz matrix,
 //
@@ -9,17 +10,27 @@
 //
 // of 16 rows p and 8 columns i: of all widths of mma.sync's, 8 outputs leave the least of the band zero, S of each 16
 // columns j for S <= 9, 13 of 32 and 31 of 48. The same band serves all columns of a tile, whose windows overlap.
+// dweight is such a product too, of the same windows of dy: a tile's rows of x stand for the rows of taps, and the
+// turned taps (r,s) for the outputs (p,q).
 //
 // Layout     x, dy [N,H,W,C]; weight [C,R,S]. In shared memory each channel's part of x is a plane [row][column], so
 //            that ldmatrix finds columns side by side: numbers are transposed on their way through registers.
-// Ownership  One block owns a kSide x kSide tile of outputs of 16 channels; each of its 8 warps two channels.
+// Ownership  One block owns a kSide x kSide tile of outputs of 16 channels; each of its 8 warps two channels. Of both
+//            gradients it owns several tiles of dx, one after another, and over all of them one slab of sums of
+//            dweight, in registers; a second kernel adds the slabs in order.
 // Traffic    x once for each tile whose taps read it, (kSide + R - 1) * (kSide + S - 1) pixels less those beside x;
-//            weight once for each tile; y once.
+//            weight once for each tile; y once. Both gradients: dy like x, x and dx once, weight and a slab once for
+//            each block.
+//            Where C is an odd multiple of 8, every second pixel begins in the midst of a sector, and a tile's 32 bytes
+//            are parts of two. Any tile but one of all channels has such parts at its ends, and a channel's pixels are
+//            of one plane, so that L2 moves up to 5 sectors for 3 (C = 24). DRAM does not: the tiles of a pixel's
+//            channels are neighbours in the grid.
 //
 // A zero of the band times an infinity that no tap of the output reads would be NaN where torch has none. So what is
 // not finite is summed again, over its own taps.
 
 #include <cmath>
+#include <type_traits>
 
 #include "conv2d_kernels.h"
 #include "depthwise_toeplitz.h"
@@ -47,6 +58,9 @@ struct Correlation {
     return {p.N, p.C, p.P, p.Q, p.H, p.W, p.R, p.S, p.R - 1 - p.pad_h, p.S - 1 - p.pad_w, true};
   }
 };
+
+__device__ __forceinline__ int warp_of() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
 // A tile's place: its image, its first output and channel, and its number among the tiles of a channel.
 struct Place {
@@ -178,14 +192,14 @@ __device__ void load_pixels(const Correlation& conv, const Place& at, const Toep
   }
 }
 
+__device__ __forceinline__ uint32_t load_word(const uint32_t* row, int word, int words) {
+  return static_cast<unsigned>(word) < static_cast<unsigned>(words) ? row[word] : 0;
+}
+
 // This thread's numbers of 16 rows j of a band, a fragment of B: each word has those of two rows j for one output i,
 // which are neighbours in the band's row. `first` is the place of the first word in the row.
 __device__ __forceinline__ void load_band(uint32_t (&band)[2], const uint32_t* row, int first, int words) {
-  CNNOPS_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int word = first + half * 4;
-    band[half] = static_cast<unsigned>(word) < static_cast<unsigned>(words) ? row[word] : 0;
-  }
+  band[0] = load_word(row, first, words), band[1] = load_word(row, first + 4, words);
 }
 
 // One output, by its own taps alone.
@@ -218,7 +232,7 @@ class Sums {
       const T* from = planes + (kTogether == 1 ? pass : lane() / kRows) * plane + (m < last ? m : last) * pitch;
       // In a band, each output's numbers begin one row after those of the output before: every second output's in the
       // upper half of a word, but for the second copy.
-      const T* row = bands + rows.row(warp() * 2 + pass, 0) + lane() / 4 % 2 * rows.copy();
+      const T* row = bands + rows.row(warp_of() * 2 + pass, 0) + lane() / 4 % 2 * rows.copy();
       const int first = lane() % 4 - lane() / 8;
       CNNOPS_NO_UNROLL
       for (int r = 0; r < rows.rows; ++r, from += pitch, row += rows.row(0, 1)) {
@@ -281,44 +295,68 @@ class Sums {
     CNNOPS_NO_UNROLL
     for (int i = 0; i < 2 * kEach; ++i) {
       float& sum = at(stage, i / 2)[i % 2];
-      if (!std::isfinite(sum)) sum = exact(row(i / 2), column(i / 2), warp() * 2 + i % 2);
+      if (!std::isfinite(sum)) sum = exact(row(i / 2), column(i / 2), warp_of() * 2 + i % 2);
     }
   }
 
  private:
   static constexpr int kEach = kAcross * 4;
 
-  static __device__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
-  static __device__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   // Where the i-th of this thread's sums of 16 rows is.
   static __device__ int row(int i) { return lane() / 4 + i % 4 / 2 * 8; }
   static __device__ int column(int i) { return i / 4 * 8 + lane() % 4 * 2 + i % 2; }
   static __device__ float* at(float* stage, int i) {
-    return stage + ToeplitzLayout<kAcross * 8>::sum(row(i), column(i)) + warp() * 2;
+    return stage + ToeplitzLayout<kAcross * 8>::sum(row(i), column(i)) + warp_of() * 2;
   }
 
   float sum_[2][kGroups][kAcross][4] = {};
 };
 
-// partial[count, mean, m2][C] of a tile, from what each warp wrote.
+// As Sums, where 7 rows of taps and 8 columns suffice, of a band of 3 times 8 rows. Two neighbouring rows of bands are
+// one operand of 16 rows, 8 of each, and 8 rows of a plane the other: sum[8 u + i][n] is of the taps n - u and i.
 template <class T>
-__device__ void write_moments(Moments (&moments)[kVector<T>], Moments* parts, int c, int C, float* partial) {
-  const int thread = static_cast<int>(threadIdx.x);
-  merge_lanes<T, kChannels>(moments);
-  if (thread % 32 < kChannels / kVector<T>) {
-    CNNOPS_UNROLL
-    for (int i = 0; i < kVector<T>; ++i) parts[thread / 32 * kChannels + column_of<T, kChannels>() + i] = moments[i];
-  }
-  __syncthreads();
-  if (thread >= kChannels || c + thread >= C) return;
-  Moments all;
-  for (int i = 0; i < kWarps; ++i) all.merge(parts[i * kChannels + thread]);
-  partial[c + thread] = all.count;
-  partial[C + c + thread] = all.mean;
-  partial[2 * int64_t{C} + c + thread] = all.m2;
-}
+class FewSums {
+ public:
+  static constexpr int kMostRows = 7, kMostColumns = 8;
 
-__device__ __forceinline__ int warp_of() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ void multiply(const T* planes, int plane, int pitch, const T* bands, const ToeplitzRows& rows) {
+    const T* row = bands + rows.row(warp_of() * 2, 0) + lane() / 4 % 2 * rows.copy();
+    const T* from = planes + lane() % 8 * pitch + (lane() < 16 ? lane() / 8 : 2) * 8;  // the third 8 columns twice
+    const int first = lane() % 4 - lane() / 8;
+    CNNOPS_NO_UNROLL
+    for (int r = 0; r < rows.rows; r += 2, from += 2 * pitch, row += rows.row(0, 2)) {
+      CNNOPS_UNROLL
+      for (int channel = 0; channel < 2; ++channel) {
+        uint32_t columns[4], upper[2], lower[2], last[2];
+        ldmatrix_x4<false>(columns, from + channel * plane);
+        const auto* const words = reinterpret_cast<const uint32_t*>(row + rows.row(channel, 0));
+        const auto* const next = words + rows.row(0, 1) / 2;
+        load_band(upper, words, first, rows.words);
+        load_band(lower, next, first, rows.words);
+        last[0] = load_word(words, first + 8, rows.words), last[1] = load_word(next, first + 8, rows.words);
+        const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]}, rest[4] = {last[0], last[1], 0, 0};
+        mma_m16n8k16<T>(sum_[channel], a, columns[0], columns[1]);
+        mma_m16n8k16<T>(sum_[channel], rest, columns[2], 0);
+      }
+    }
+  }
+
+  // f(m, column, channel of the warp's two, sum) for all of this thread's.
+  template <class F>
+  __device__ void for_each(const F& f) const {
+    CNNOPS_UNROLL
+    for (int channel = 0; channel < 2; ++channel) {
+      const float (&sum)[4] = sum_[channel];
+      const float neighbour = __shfl_down_sync(~0u, sum[2], 1);
+      const int m = lane() % 4 * 2, column = lane() / 4;
+      f(m, column, channel, sum[0] + sum[3]);
+      if (m + 1 < kMostRows) f(m + 1, column, channel, sum[1] + neighbour);
+    }
+  }
+
+ private:
+  float sum_[2][4] = {};
+};
 
 // A block's shared memory.
 template <class T, int kSide>
@@ -393,12 +431,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
     return;
   }
   write_tile<T, kSide, true>(conv, at, shared, epilogue, sums, x, y, moments);
-  __syncthreads();  // the sums were read
-  write_moments<T>(moments, reinterpret_cast<Moments*>(memory), at.c, conv.C, partial + at.tile * 3 * conv.C);
+  merge_warps<T, kChannels, kWarps>(moments, memory, at.c, conv.C, conv.C, partial + at.tile * 3 * conv.C);
 }
 
 // dx, unless it is null, and slabs[part][c][r,s] of dweight, from dy and x. `conv` gives dx of dy; filters have at most
-// kTapGroups * 16 rows and kTapEights * 8 columns.
+// kTapGroups * 16 rows and kTapEights * 8 columns, or FewSums' where those are one eight.
 template <class T, int kTapGroups, int kTapEights>
 __global__ void __launch_bounds__(kThreads, kTapGroups == 1 ? kResident : 1)
     conv2d_toeplitz_backward_kernel(Correlation conv, ToeplitzParts parts, const T* dy, const T* x, const T* weight,
@@ -417,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, kTapGroups == 1 ? kResident : 1)
 
   // sum over pixels (i, j) of a tile of plane[i + r, j + s] * x[i, j] is dweight of the turned tap (r, s): as dx is,
   // with rows of x for rows of taps.
-  Sums<T, kTapGroups, kTapEights, kSide / 8 + 1> dweight;
+  std::conditional_t<kTapEights == 1, FewSums<T>, Sums<T, kTapGroups, kTapEights, kSide / 8 + 1>> dweight;
   Moments nothing[kVector<T>];
   const int64_t begin = block.quotient * parts.each, after = begin + parts.each;
   for (int64_t tile = begin; tile < after && tile < parts.tiles; ++tile) {
@@ -426,8 +463,11 @@ __global__ void __launch_bounds__(kThreads, kTapGroups == 1 ? kResident : 1)
     load_planes<T, kSide>(conv, at, layout, dy, shared.planes);
     load_pixels(conv, at, layout.pixels, x, shared.pixels);
     __syncthreads();
-    dweight.multiply(shared.planes_of_warp(), shared.plane(), layout.pitch, conv.R - 1, shared.pixels, layout.pixels,
-                     (kSide + 7 + 15) / 16);
+    if constexpr (kTapEights == 1)
+      dweight.multiply(shared.planes_of_warp(), shared.plane(), layout.pitch, shared.pixels, layout.pixels);
+    else
+      dweight.multiply(shared.planes_of_warp(), shared.plane(), layout.pitch, conv.R - 1, shared.pixels, layout.pixels,
+                       (kSide + 7 + 15) / 16);
     if (!dx) continue;
     Sums<T, 1, kSide / 8, (kTapEights * 8 + 7 + 15) / 16 * 2> sums;
     sums.multiply(shared.planes_of_warp(), shared.plane(), layout.pitch, kSide - 1, shared.filters, layout.taps,
@@ -502,12 +542,12 @@ void launch_backward(const Conv2dProblem& p, const void* dy, const void* x, cons
         kThreads, ToeplitzLayout<kSmallToeplitzSide>(p.R, p.S, true).end, stream, conv, parts,
         static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(dx), slabs);
   };
-  if (p.R > 16 || p.S > 16)
-    launch.template operator()<2, 4>();
-  else if (p.S > 8)
+  if (p.R <= FewSums<T>::kMostRows && p.S <= FewSums<T>::kMostColumns)
+    launch.template operator()<1, 1>();
+  else if (p.R <= 16 && p.S <= 16)
     launch.template operator()<1, 2>();
   else
-    launch.template operator()<1, 1>();
+    launch.template operator()<2, 4>();
   CNNOPS_LAUNCH(conv2d_toeplitz_add_slabs_kernel<T>, blocks(ceil_div(slab_size(p), kThreads)), kThreads, 0, stream,
                 conv, parts, slabs, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<T*>(dweight));
 }
