@@ -279,9 +279,9 @@ def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -
 
 @cuda_built
 def test_bands_multiply_on_tensor_cores_what_lies_in_shared_memory() -> None:
-    """x comes and y goes 16 bytes at a time."""
+    """x comes and y goes 16 bytes at a time; of both gradients, dy comes and dx goes."""
     found = set()
-    for (image, kernel), code in code_of("conv2d_toeplitz_kernel<"):
+    for (image, kernel), code in code_of("conv2d_toeplitz_(backward_)?kernel<"):
         number = re.search(r"_kernel<(\w+)", kernel)[1]
         loops = sass.innermost(code, "HMMA")
         assert loops and {opcode.split(".")[1] for opcode in sass.opcodes(code, "HMMA")} == PRODUCTS[number]
