@@ -134,7 +134,7 @@ def families(case: Conv2dCase, dtype: torch.dtype, device: tuple[int, int, int] 
 def test_bands_are_for_large_depthwise_filters_of_16_bits(device: tuple[int, int, int]) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         taken = families(LARGE_DEPTHWISE, dtype, device)
-        assert taken[:2] == ["toeplitz"] * 2 and taken[2] != "toeplitz"
+        assert taken == ["toeplitz"] * 3
     assert "toeplitz" not in families(LARGE_DEPTHWISE, torch.float32, device)
     others = (
         {"stride": (2, 1)},
@@ -149,7 +149,8 @@ def test_bands_are_for_large_depthwise_filters_of_16_bits(device: tuple[int, int
 
 
 def test_bands_are_for_filters_whose_taps_fit_in_shared_memory() -> None:
-    """Large tiles of 31 x 31 taps fit on Hopper, small ones on sm_80, none where a block has 99 KB."""
+    """Large tiles of 31 x 31 taps fit on Hopper, small ones on sm_80, none where a block has 99 KB. Beside dx's filters
+    dweight wants x: of 25 x 25 taps there is room for one of them."""
     case = Conv2dCase("", 32, 128, 56, 56, 128, 31, 31, padding=(15, 15), groups=128)
     tiles = {}
     for device in DEVICES:
@@ -158,6 +159,11 @@ def test_bands_are_for_filters_whose_taps_fit_in_shared_memory() -> None:
             tiles[device[0], name] = (family == "toeplitz", (int(rows), int(columns)))
     expected = {80: (True, (16, 16)), 90: (True, (32, 32)), 100: (True, (32, 32))}
     assert all(tile == expected[arch] if arch in expected else not tile[0] for (arch, _), tile in tiles.items())
+    for device in DEVICES:
+        family = "toeplitz" if device[0] in expected else "depthwise"
+        assert families(case, torch.bfloat16, device)[2] == family
+        fewer = families(replace(case, R=25, S=25, padding=(12, 12)), torch.bfloat16, device)
+        assert fewer == ["toeplitz", "toeplitz", family]
 
 
 @pytest.mark.parametrize("case", [case for case in REACH if case.architecture < 90])

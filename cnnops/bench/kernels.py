@@ -78,7 +78,8 @@ REACH = (
         for stride in (1, 2)
     ),
     *(Reach((1, 10, 9, 10), (filters, 1, 4, 4), groups=10) for filters in (10, 20, 40)),  # and several, of any size
-    Reach((1, 8, 12, 12), (8, 1, 9, 9), pad=4, groups=8),  # of more rows than a block's
+    Reach((1, 8, 12, 12), (8, 1, 9, 9), pad=4, groups=8),  # of both gradients' larger tiles of taps
+    Reach((1, 8, 12, 12), (8, 1, 31, 31), pad=15, groups=8),
     _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
     _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
     _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),

@@ -100,7 +100,7 @@ Row toeplitz(const Conv2dProblem& p, const Device& device, bool chosen, const ch
   const bool depthwise = p.groups > 1 && p.groups == p.C && p.C == p.K && p.dtype != DType::kFloat;
   const bool dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
   const bool allowed = chosen && depthwise && dense && large(p.R) && large(p.S) &&
-                       ToeplitzLayout<kSide>(p.R, p.S).end <= static_cast<size_t>(device.shared_bytes);
+                       ToeplitzLayout<kSide>(p.R, p.S, false).end <= static_cast<size_t>(device.shared_bytes);
   return {allowed, Conv2dKernel::kToeplitz, kSide, kSide, 1, reason};
 }
 
@@ -118,6 +118,14 @@ Row small_toeplitz(const Conv2dProblem& p, const Device& device, int P, int Q) {
   const bool filled = P > kSmallToeplitzSide / 2 && Q > kSmallToeplitzSide / 2;
   const bool smallest = p.R == kLeastToeplitzTaps && p.S == kLeastToeplitzTaps;
   return toeplitz<kSmallToeplitzSide>(p, device, filled || !smallest, "large depthwise filters");
+}
+
+// dweight, and dx from the same read, where bands give dx.
+Row toeplitz_weight(const Conv2dProblem& p, const Device& device) {
+  Row row = small_toeplitz(p, device, p.H, p.W);
+  row.allowed =
+      row.allowed && ToeplitzLayout<kSmallToeplitzSide>(p.R, p.S, true).end <= static_cast<size_t>(device.shared_bytes);
+  return row;
 }
 
 // The passes whose rows are pixels; rows of one of them alone go before.
@@ -170,8 +178,8 @@ Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& d
                   channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
   Conv2dPlan plan = first_of(
-      depthwise(p, DepthwisePass::kWeight, device), packed(p, 32, 128), stem(p, device, 1, 32, 64, 32),
-      stem(p, device, 33, 160, 64, 160),
+      toeplitz_weight(p, device), depthwise(p, DepthwisePass::kWeight, device), packed(p, 32, 128),
+      stem(p, device, 1, 32, 64, 32), stem(p, device, 33, 160, 64, 160),
       portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
       portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
       portable<TallTile>(gemm.fits<TallTile>(p, device) && filters > 64, "many filters, few taps and channels"),
@@ -179,6 +187,10 @@ Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& d
       portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
   if (plan.kernel == Conv2dKernel::kDepthwise) {
     plan.splits = depthwise_cut(p, DepthwisePass::kWeight, device).parts;
+    return plan;
+  }
+  if (plan.kernel == Conv2dKernel::kToeplitz) {
+    plan.splits = ToeplitzParts(p, device).parts;
     return plan;
   }
   constexpr int64_t kLeastPixels = 256;
