@@ -121,13 +121,14 @@ def convert() -> None:
 
 
 def normalize() -> None:
-    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics, in L2 and not."""
+    """Batch norm in every dtype, its channels in whole vectors and not, in planes of no whole sectors, by either kind of
+    statistics, in L2 and not."""
     forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
-    for dtype, channels in itertools.product(FLOATS, (8, 3)):
-        x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+    for dtype, shape in itertools.product(FLOATS, ((2, 8), (2, 3), (2, 3, 3, 3))):
+        x, ones = torch.ones(shape, dtype=dtype), torch.ones(shape[1])
         for training, l2_bytes in itertools.product((True, False), (0, 1 << 20)):
             simt.module().set_device(l2_bytes=l2_bytes)
-            state = torch.zeros(channels), torch.ones(channels)
+            state = torch.zeros(shape[1]), torch.ones(shape[1])
             y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
             backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
     simt.module().set_device()
