@@ -185,8 +185,8 @@ BUDGETS = {
     "batch_|finish_(statistics|gradients)|running_statistics|clear_count_kernel|fold": 9 * 6 + 5,
     # 3 dtypes, by vectors and by elements, with 2 kinds of offsets: sums and both directions.
     "bn_act_max_pool2d": 3 * 6 * 2,
-    # 3 dtypes: sums and products, by position and by plane; layers.
-    "squeeze_excite": 41,
+    # 3 dtypes: sums and products, by position (in vectors, folded, by elements) and by plane; layers.
+    "squeeze_excite": 53,
     # 4 by 4 dtypes; 3 of each direction.
     "copy|activation": 16 + 6,
 }

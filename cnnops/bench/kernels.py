@@ -146,11 +146,12 @@ def pool_normalized() -> None:
 
 
 def squeeze_excite() -> None:
-    """Channels in vectors and one by one, planes, sums in one slice and in several."""
+    """Channels in vectors, folded and one by one, planes, sums in one slice and in several."""
     forward, backward = (simt.library.function(f"squeeze_excite_{each}") for each in ("forward", "backward"))
     for dtype in FLOATS:
-        for C, layout in ((16, torch.channels_last), (3, torch.channels_last), (3, torch.contiguous_format)):
-            x = torch.ones(1, C, 80, 80, dtype=dtype).to(memory_format=layout)
+        nhwc, nchw = torch.channels_last, torch.contiguous_format
+        for C, size, layout in ((16, 80, nhwc), (3, 80, nhwc), (257, 4, nhwc), (3, 80, nchw)):
+            x = torch.ones(1, C, size, size, dtype=dtype).to(memory_format=layout)
             w1, w2 = torch.ones(4, C, dtype=dtype), torch.ones(C, 4, dtype=dtype)
             y, *small = forward(x, w1, None, w2, None, "relu", "sigmoid")
             backward(y, x, w1, None, w2, None, *small, "relu", "sigmoid", *[True] * 5)
