@@ -12,12 +12,14 @@
 // Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], in the pieces of batch_norm.cuh; the rest [C].
 // Ownership  One block owns a slice of the positions of some channels. Its threads keep to their channels, so that
 //            parameters are loaded once. The sums of a slice go to the workspace, where batch_norm_sums.cu adds them.
+//            Of planes that are no whole sectors, one warp owns a stretch, whatever its channels, of what is written.
 //            One thread owns one channel of the epilogue's.
 //            Tensors that L2 holds are done in one launch by batch_norm_resident.cu instead.
 // Traffic    forward: x for the statistics, then x (+ residual) + y; backward: dy, x (+ y or residual) for the sums,
 //            then the same + dx (+ dresidual). A sweep that nothing asks for is left out, and so is an operand that the
-//            activation does not need. Parameters: those of a block's channels, once a thread. The epilogue: the seven
-//            arrays of C numbers, once; doubles cost nothing beside that, and the CPU's kernel has them too.
+//            activation does not need. Parameters: those of a block's channels, once a thread, or of a stretch those of
+//            each piece's, from cache. The epilogue: the seven arrays of C numbers, once; doubles cost nothing beside
+//            that, and the CPU's kernel has them too.
 
 #include <cmath>
 

@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(kPoolThreads)
       if (s < 0) continue;
       const int64_t out = ((at.n * P + p) * Q + q) * pool.C + at.c;
       const typename Kind::Share share(pool, p, q, r, s);
-      share.template add<T>(fetch<kWidth>(dy + out), offsets + out, sum);
+      const auto* const kept = Kind::kKeepsTaps ? offsets + out : nullptr;
+      share.template add<T>(fetch<kWidth>(dy + out), kept, sum);
     }
   }
   write_numbers(sum, dx + i * kWidth);
