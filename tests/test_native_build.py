@@ -180,12 +180,13 @@ BUDGETS = {
     # 3 dtypes. NHWC: max with 2 kinds of offsets and average, each by vectors and by elements, 2 forms unrolled for small
     # windows; backward as many. NCHW and split, indices, unpooling.
     "pool2d|max_pool2d|max_unpool2d": 106,
-    # 3 dtypes, by vectors and by elements: statistics, sums, both directions, and both in one launch; what finishes them.
-    "batch_|finish_(statistics|gradients)|running_statistics|clear_count_kernel|fold": 6 * 6 + 5,
-    # The same, with 2 kinds of offsets: sums and both directions.
+    # 3 dtypes, by vectors, by elements and in planes: statistics, sums, both directions, and both in one launch; what
+    # finishes them.
+    "batch_|finish_(statistics|gradients)|running_statistics|clear_count_kernel|fold": 9 * 6 + 5,
+    # 3 dtypes, by vectors and by elements, with 2 kinds of offsets: sums and both directions.
     "bn_act_max_pool2d": 3 * 6 * 2,
-    # 3 dtypes: sums and products, by position and by plane; layers.
-    "squeeze_excite": 41,
+    # 3 dtypes: sums and products, by position (in vectors, folded, by elements) and by plane; layers.
+    "squeeze_excite": 53,
     # 4 by 4 dtypes; 3 of each direction.
     "copy|activation": 16 + 6,
 }

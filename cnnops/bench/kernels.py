@@ -122,13 +122,14 @@ def convert() -> None:
 
 
 def normalize() -> None:
-    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics, in L2 and not."""
+    """Batch norm in every dtype, its channels in whole vectors and not, in planes of no whole sectors, by either kind of
+    statistics, in L2 and not."""
     forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
-    for dtype, channels in itertools.product(FLOATS, (8, 3)):
-        x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+    for dtype, shape in itertools.product(FLOATS, ((2, 8), (2, 3), (2, 3, 3, 3))):
+        x, ones = torch.ones(shape, dtype=dtype), torch.ones(shape[1])
         for training, l2_bytes in itertools.product((True, False), (0, 1 << 20)):
             simt.module().set_device(l2_bytes=l2_bytes)
-            state = torch.zeros(channels), torch.ones(channels)
+            state = torch.zeros(shape[1]), torch.ones(shape[1])
             y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
             backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
     simt.module().set_device()
@@ -146,11 +147,12 @@ def pool_normalized() -> None:
 
 
 def squeeze_excite() -> None:
-    """Channels in vectors and one by one, planes, sums in one slice and in several."""
+    """Channels in vectors, folded and one by one, planes, sums in one slice and in several."""
     forward, backward = (simt.library.function(f"squeeze_excite_{each}") for each in ("forward", "backward"))
     for dtype in FLOATS:
-        for C, layout in ((16, torch.channels_last), (3, torch.channels_last), (3, torch.contiguous_format)):
-            x = torch.ones(1, C, 80, 80, dtype=dtype).to(memory_format=layout)
+        nhwc, nchw = torch.channels_last, torch.contiguous_format
+        for C, size, layout in ((16, 80, nhwc), (3, 80, nhwc), (257, 4, nhwc), (3, 80, nchw)):
+            x = torch.ones(1, C, size, size, dtype=dtype).to(memory_format=layout)
             w1, w2 = torch.ones(4, C, dtype=dtype), torch.ones(C, 4, dtype=dtype)
             y, *small = forward(x, w1, None, w2, None, "relu", "sigmoid")
             backward(y, x, w1, None, w2, None, *small, "relu", "sigmoid", *[True] * 5)
