@@ -97,6 +97,7 @@ NchwCut nchw_cut(const Conv2dProblem& p, DepthwisePass pass, const Device& devic
     int64_t fits = kNchwRun;
     while (fits < rows && lay_out(p, pass, 1, fits + kNchwRun).end <= std::min(bytes, available)) fits += kNchwRun;
     if (fits < least && bytes < available) continue;
+    if (bytes == available) fits = std::min(fits, least);
     rows = ceil_div(ceil_div(p.P, ceil_div(p.P, fits)), kNchwRun) * kNchwRun;  // strips of about the same height
     break;
   }

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
     }
   };
 
-  // One class of pixels after another where the filter may be of any size: a pixel's taps are every step-th.
+  // Where the filter may be of any size, a pixel's taps are every step-th.
   const auto step_of = [](int stride, int dilation) {
     int a = stride, b = dilation;
     while (b) {
@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kNchwThreads, 4)
     }
     return stride / a;
   };
-  const int step_h = kSize ? 1 : step_of(p.stride_h, p.dilation_h),
-            step_w = kSize ? 1 : step_of(p.stride_w, p.dilation_w);
+  const int step_h = kSize ? 1 : step_of(p.stride_h, p.dilation_h);
+  const int step_w = kSize ? 1 : step_of(p.stride_w, p.dilation_w);
 
   const auto compute_dx = [&](const NchwStrip& strip, int other, float* to) {
     const Planes<T> gradients = planes_of_y(strip);
