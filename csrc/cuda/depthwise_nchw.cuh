@@ -99,54 +99,55 @@ __device__ void bring_planes(const Planes<T>& planes, const T* tensor, int64_t t
   }
 }
 
-// Writes activation(sums + residual), rounded, beside which other blocks may write. With `keep`, puts what was written
-// in the place of its sum.
+// Writes activation(sums + residual), rounded: whole pieces of 16 bytes, and the ends of a range, beside which other
+// blocks may write, by elements. With `keep`, puts what was written in the place of its sum.
 template <class T>
 __device__ void write_planes(const Planes<T>& planes, Activation activation, const T* residual, bool keep, float* sums,
                              T* y) {
+  const auto finish = [&]<int kCount>(float (&values)[kCount], T(&out)[kCount]) {  // out: the residual, then the result
+    if (residual) {
+      CNNOPS_UNROLL
+      for (int j = 0; j < kCount; ++j) values[j] += to_float(out[j]);
+    }
+    with_activation(activation, [&](auto activate) {
+      CNNOPS_UNROLL
+      for (int j = 0; j < kCount; ++j) from_float(activate(values[j]), out[j]);
+    });
+  };
+  const int thread = static_cast<int>(threadIdx.x);
   for (int range = 0; range < planes.ranges(); ++range) {
     const int place = planes.place(range), end = place + planes.length();
+    const int after_place = (place + kVector<T> - 1) / kVector<T> * kVector<T>,
+              before_end = end / kVector<T> * kVector<T>;
     const int64_t base = planes.first + range * planes.plane - place;
     float* const from = sums + range * planes.pitch;
-    for (int i = static_cast<int>(threadIdx.x) * kVector<T>; i < end; i += kNchwThreads * kVector<T>) {
-      const bool whole = i >= place && i + kVector<T> <= end;
-      const auto there = [&](int j) { return i + j >= place && i + j < end; };
-      float value[kVector<T>];
+    for (int i = after_place + thread * kVector<T>; i < before_end; i += kNchwThreads * kVector<T>) {
       Vector<T> out = {};
-      if (whole) {
-        CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; j += 4) {
-          const float4 four = *reinterpret_cast<const float4*>(from + i + j);
-          value[j] = four.x, value[j + 1] = four.y, value[j + 2] = four.z, value[j + 3] = four.w;
-        }
-        if (residual) out = load_16(reinterpret_cast<const Vector<T>*>(residual + base + i));
-      } else {
-        CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; ++j) {
-          value[j] = there(j) ? from[i + j] : 0;
-          if (residual && there(j)) out.at[j] = residual[base + i + j];
-        }
+      if (residual) out = load_16(reinterpret_cast<const Vector<T>*>(residual + base + i));
+      float values[kVector<T>];
+      CNNOPS_UNROLL
+      for (int j = 0; j < kVector<T>; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + i + j);
+        values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
       }
-      if (residual) {
-        CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; ++j) value[j] += to_float(out.at[j]);
-      }
-      with_activation(activation, [&](auto activate) {
-        CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; ++j) from_float(activate(value[j]), out.at[j]);
-      });
-      if (whole) {
-        store_16(y + base + i, &out);
-      } else {
-        CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; ++j)
-          if (there(j)) y[base + i + j] = out.at[j];
-      }
+      finish(values, out.at);
+      store_16(y + base + i, &out);
       if (keep) {
         CNNOPS_UNROLL
-        for (int j = 0; j < kVector<T>; ++j)
-          if (there(j)) from[i + j] = to_float(out.at[j]);
+        for (int j = 0; j < kVector<T>; ++j) from[i + j] = to_float(out.at[j]);
       }
+    }
+    // The first threads have the one end, the next ones the other, if that is not the same.
+    const bool first = thread < kVector<T>;
+    const int last = before_end > after_place ? before_end : after_place;
+    const int i = first ? place + thread : last + thread - kVector<T>;
+    if (i < (first && after_place < end ? after_place : end) && thread < 2 * kVector<T>) {
+      T out[1] = {};
+      if (residual) out[0] = residual[base + i];
+      float values[1] = {from[i]};
+      finish(values, out);
+      y[base + i] = out[0];
+      if (keep) from[i] = to_float(out[0]);
     }
   }
 }
