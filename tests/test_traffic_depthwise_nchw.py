@@ -1,4 +1,5 @@
-"""What the depthwise kernels of NCHW move, as the emulator counts it, is near the least that they can move.
+"""What the depthwise kernels of NCHW move, as the emulator counts it, is near the least that they can move; and that
+all of it is right, strips of large planes and what is fused included.
 
 The layers are not among tests/cases.py's. A block moves ranges of memory: all of a tile's planes in an image, or some
 rows of a plane and those that they share with the next ones. The width of a row, which need not be a multiple of
@@ -15,7 +16,9 @@ from types import ModuleType
 import helpers
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import Conv2dCase
+from tolerance import assert_exact
 from traffic import SECTOR, SLACK, near, sectors, traffic
 
 from cnnops.backends import simt
@@ -188,3 +191,41 @@ def test_the_bias_gradient_reads_dy_once(emulator: ModuleType) -> None:
     geometry = (*case.stride, *case.padding, *case.dilation, case.groups, 0)
     moved = traffic(lambda: simt.function("conv2d_backward")(dy, x, weight, *geometry, False, False, True))
     near("dy", moved["depthwise_nchw_bias_kernel<BFloat16>"]["global_read_sectors"] * SECTOR, dy.numel() * 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_strips_are_exact(emulator: ModuleType, case: Conv2dCase, dtype: torch.dtype) -> None:
+    """In every pass, of small integers."""
+    x, weight, _ = helpers.conv2d_inputs(case, dtype, "nchw", "cpu", helpers.integers)
+    dy = helpers.integers(case.output_shape, dtype, "cpu", helpers.generator(case.id))
+    geometry = (*case.stride, *case.padding, *case.dilation, case.groups, 0)
+    bias = torch.ones(case.K, dtype=dtype)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = F.conv2d(*leaves, case.stride, case.padding, case.dilation, case.groups)
+    names = ("y", "dx", "dweight", "dbias")
+    expected = dict(zip(names, (y.detach(), *torch.autograd.grad(y, leaves, dy.double())), strict=True))
+    forward, backward = simt.function("conv2d_forward"), simt.function("conv2d_backward")
+    found = [("y", forward(x, weight, bias, *geometry))]
+    for wanted in ((True, True, True), (True, False, False), (False, True, False)):
+        found += zip(names[1:], backward(dy, x, weight, *geometry, *wanted), strict=True)
+    for name, ours in found:
+        if ours is not None:
+            assert ours.is_contiguous(), name
+            assert_exact(ours, expected[name].to(dtype).double(), name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_strips_are_counted_once(emulator: ModuleType, case: Conv2dCase, dtype: torch.dtype) -> None:
+    """By statistics and by pooled means."""
+    x, weight, _ = helpers.conv2d_inputs(case, dtype, "nchw", "cpu")
+    geometry = (*case.stride, *case.padding, *case.dilation, case.groups, 0)
+    y, mean, m2 = simt.function("conv2d_statistics_forward")(x, weight, None, *geometry)
+    values, ones = y.double(), torch.ones(case.K)
+    centered = (values - values.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
+    torch.testing.assert_close(mean.double(), values.mean((0, 2, 3)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(m2.double(), centered, rtol=1e-5, atol=0)
+    norm = (None, None, torch.zeros(case.K), ones, ones, torch.zeros(case.K))
+    y, pooled = simt.function("conv2d_bn_act_pooled_forward")(x, weight, *norm, *geometry, 0.0, "relu")
+    torch.testing.assert_close(pooled.double(), y.double().mean((2, 3)), rtol=1e-5, atol=1e-6)
