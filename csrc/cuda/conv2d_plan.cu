@@ -7,6 +7,7 @@
 #include "conv2d.cuh"
 #include "conv2d_sm90.h"
 #include "depthwise_conv2d.h"
+#include "depthwise_nchw.h"
 #include "depthwise_toeplitz.h"
 
 namespace cnnops::cuda {
@@ -76,6 +77,19 @@ Row depthwise(const Conv2dProblem& p, DepthwisePass pass, const Device& device) 
           cut.channels,
           2,
           cut.sized ? "a channel to a group" : "a channel to a group, of a filter of any size"};
+}
+
+// Of problems without channels_last, which conv2d_nchw has taken. A strip's rows and a tile's channels stand for a
+// tile.
+Conv2dPlan nchw(const Conv2dProblem& p, DepthwisePass pass, const Device& device) {
+  const NchwCut cut = nchw_cut(p, pass, device);
+  return {Conv2dKernel::kNchw,
+          cut.rows,
+          cut.planes,
+          2,
+          1,
+          pass == DepthwisePass::kWeight ? cut.parts : 1,
+          "a channel to a group, in planes"};
 }
 
 // Whether the taps of all channels fit in the rows of an im2col matrix in shared memory.
@@ -216,20 +230,23 @@ Conv2dPlan either(const Conv2dProblem& p, const Device& device, Hopper&& hopper,
 }  // namespace
 
 Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device, bool pooled) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kForward, device);
   return either(p, device, plan_forward_sm90,
                 [pooled](const auto& p, const Device& device) { return plan_portable_forward(p, device, pooled); });
 }
 
 Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kInput, device);
   return either(p, device, plan_backward_input_sm90, plan_portable_backward_input);
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kWeight, device);
   return either(p, device, plan_backward_weight_sm90, plan_portable_backward_weight);
 }
 
 std::string describe(const Conv2dPlan& plan) {
-  const char* const names[] = {"portable", "packed", "depthwise", "toeplitz", "stem", "wgmma", "halo"};
+  const char* const names[] = {"portable", "packed", "depthwise", "nchw", "toeplitz", "stem", "wgmma", "halo"};
   return std::string(names[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
          std::to_string(plan.block_n) + " " + std::to_string(plan.stages) + " stages, clusters of " +
          std::to_string(plan.cluster) + ", " + std::to_string(plan.splits) + " slabs: " + plan.reason +
