@@ -218,14 +218,14 @@ __global__ void __launch_bounds__(kBiasWarps * 32)
     const int64_t first = (n * p.K + k) * size, place = first % kVector<T>;
     for (int64_t i = int64_t{threadIdx.x % 32} * kVector<T>; i < place + size; i += 32 * kVector<T>) {
       const T* const from = dy + first - place + i;
-      const bool whole = i >= place && i + kVector<T> <= place + size;
-      const Vector<T> values = whole ? load_16(reinterpret_cast<const Vector<T>*>(from)) : Vector<T>{};
-      CNNOPS_UNROLL
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (whole)
-          sum += to_float(values.at[j]);
-        else if (i + j >= place && i + j < place + size)
-          sum += to_float(from[j]);
+      if (i >= place && i + kVector<T> <= place + size) {
+        const Vector<T> values = load_16(reinterpret_cast<const Vector<T>*>(from));
+        CNNOPS_UNROLL
+        for (int j = 0; j < kVector<T>; ++j) sum += to_float(values.at[j]);
+      } else {
+        const int64_t end = i + kVector<T> < place + size ? i + kVector<T> : place + size;
+        CNNOPS_NO_UNROLL  // so that the registers suffice
+            for (int64_t j = i < place ? place : i; j < end; ++j) sum += to_float(from[j - i]);
       }
     }
   }
