@@ -1,8 +1,9 @@
 // The only file that sees torch tensors. Compiled once for each backend with
 //   -DCNNOPS_NS=cnnops_<backend> -DCNNOPS_KEY=CPU|CUDA,
 // it registers in that namespace an op for every entry of the backend's kernel table. An op allocates its outputs,
-// brings operands into the layout that kernels want (NHWC, dense) and calls the kernel. Calls arrive checked
-// (geometry.py), below autograd; the outputs' strides follow torch's rule, channels_last if x or the weight is.
+// brings operands into the layout that kernels want (NHWC, dense, but for those that take NCHW too) and calls the
+// kernel. Calls arrive checked (geometry.py), below autograd; the outputs' strides follow torch's rule, channels_last
+// if x or the weight is.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -197,17 +198,21 @@ Tensor nhwc(const Tensor& t, ScalarType dtype, Stream stream) {
   return dense;
 }
 
-OptionalTensor nhwc(const OptionalTensor& t, ScalarType dtype, Stream stream) {
-  return t ? OptionalTensor(nhwc(*t, dtype, stream)) : std::nullopt;
-}
-
 // t as kernels want it that take both layouts: dense NHWC where channels_last, else dense NCHW; both aligned.
-Tensor dense_as(const Tensor& t, bool channels_last, Stream stream) {
-  if (channels_last) return nhwc(t, t.scalar_type(), stream);
-  if (t.is_contiguous() && is_aligned(t)) return t;
-  Tensor dense = empty(t.sizes(), t.scalar_type(), t, false);
+Tensor dense_as(const Tensor& t, ScalarType dtype, bool channels_last, Stream stream) {
+  if (channels_last) return nhwc(t, dtype, stream);
+  if (t.scalar_type() == dtype && t.is_contiguous() && is_aligned(t)) return t;
+  Tensor dense = empty(t.sizes(), dtype, t, false);
   copy(t, dense, stream);
   return dense;
+}
+
+OptionalTensor dense_as(const OptionalTensor& t, ScalarType dtype, bool channels_last, Stream stream) {
+  return t ? OptionalTensor(dense_as(*t, dtype, channels_last, stream)) : std::nullopt;
+}
+
+Tensor dense_as(const Tensor& t, bool channels_last, Stream stream) {
+  return dense_as(t, t.scalar_type(), channels_last, stream);
 }
 
 OptionalTensor dense_as(const OptionalTensor& t, bool channels_last, Stream stream) {
@@ -333,10 +338,23 @@ Conv2dProblem conv2d_problem(DType dtype, bool tf32, int64_t N, int64_t C, int64
           .tf32 = tf32};
 }
 
+// The problem whose operands the kernels take as they lie, or as NHWC. Of an empty one nobody asks them.
+Conv2dProblem laid_out(Conv2dProblem problem, bool channels_last) {
+  const bool some = std::min({problem.N, problem.C, problem.H, problem.W, problem.P, problem.Q}) > 0;
+  problem.channels_last = channels_last || !some || !kernels().conv2d_nchw || !kernels().conv2d_nchw(problem);
+  return problem;
+}
+
+// The layout of y, and of dx.
+bool conv2d_channels_last(const Tensor& x, const Tensor& weight) {
+  return is_channels_last(x) || is_channels_last(weight);
+}
+
 Conv2dProblem conv2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
                              CNNOPS_CONV2D_PARAMS) {
-  return conv2d_problem(dtype_of(compute), tf32, x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0),
-                        weight.size(2), weight.size(3), CNNOPS_CONV2D_ARGS);
+  return laid_out(conv2d_problem(dtype_of(compute), tf32, x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0),
+                                 weight.size(2), weight.size(3), CNNOPS_CONV2D_ARGS),
+                  conv2d_channels_last(x, weight));
 }
 
 ScalarType conv2d_compute(const Tensor& x) {
@@ -344,16 +362,18 @@ ScalarType conv2d_compute(const Tensor& x) {
 }
 
 Output conv2d_output(const Conv2dProblem& problem, const Tensor& x, const Tensor& weight, ScalarType compute) {
-  return Output(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute,
-                is_channels_last(x) || is_channels_last(weight));
+  return Output(Sizes{problem.N, problem.K, problem.P, problem.Q}, x, compute, conv2d_channels_last(x, weight),
+                problem.channels_last);
 }
 
-// y, dense NHWC of the type that the convolution computes in, with an epilogue that has this residual besides.
+// y, dense in the problem's layout and of the type that it computes in, with an epilogue that has this residual
+// besides.
 void convolve(const Conv2dProblem& problem, const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
               Epilogue epilogue, void* y, Stream stream) {
   const ScalarType compute = conv2d_compute(x);
-  const Tensor dense_x = nhwc(x, compute, stream), dense_weight = nhwc(weight, compute, stream);
-  const OptionalTensor dense_residual = nhwc(residual, compute, stream);
+  const Tensor dense_x = dense_as(x, compute, problem.channels_last, stream);
+  const Tensor dense_weight = nhwc(weight, compute, stream);
+  const OptionalTensor dense_residual = dense_as(residual, compute, problem.channels_last, stream);
   epilogue.residual = pointer(dense_residual);
   const Workspace workspace(kernels().conv2d_forward_workspace(problem, epilogue), x);
   kernels().conv2d_forward(problem, epilogue, dense_x.data_ptr(), dense_weight.data_ptr(), y, workspace.data(), stream);
@@ -411,9 +431,9 @@ struct ConvGradients {
   std::optional<Output> dx, dweight;
   OptionalTensor dbias, dense_dbias;
 
-  ConvGradients(const Tensor& x, const Tensor& weight, int64_t filters, ScalarType compute, bool need_dx,
-                bool need_dweight, bool need_dbias) {
-    if (need_dx) dx.emplace(x.sizes(), x, compute, is_channels_last(x) || is_channels_last(weight));
+  ConvGradients(const Conv2dProblem& problem, const Tensor& x, const Tensor& weight, int64_t filters,
+                ScalarType compute, bool need_dx, bool need_dweight, bool need_dbias) {
+    if (need_dx) dx.emplace(x.sizes(), x, compute, conv2d_channels_last(x, weight), problem.channels_last);
     if (need_dweight) dweight.emplace(weight.sizes(), weight, compute, is_channels_last(weight));
     if (!need_dbias) return;
     dbias = empty(std::array<int64_t, 1>{filters}, x.scalar_type(), x, false);
@@ -497,12 +517,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
   const Conv2dProblem problem = conv2d_problem(kTf32, x, weight, compute, CNNOPS_CONV2D_ARGS);
-  const ConvGradients to(x, weight, problem.K, compute, need_dx, need_dweight, need_dbias);
+  const ConvGradients to(problem, x, weight, problem.K, compute, need_dx, need_dweight, need_dbias);
   if (dy.numel() == 0) {
     to.zero();
   } else if (need_dx || need_dweight || need_dbias) {
-    const Tensor dense_dy = nhwc(dy, compute, launch);
-    const OptionalTensor dense_x = need_dweight ? OptionalTensor(nhwc(x, compute, launch)) : std::nullopt;
+    const Tensor dense_dy = dense_as(dy, compute, problem.channels_last, launch);
+    OptionalTensor dense_x;
+    if (need_dweight) dense_x = dense_as(x, compute, problem.channels_last, launch);
     const OptionalTensor dense_weight = need_dx ? OptionalTensor(nhwc(weight, compute, launch)) : std::nullopt;
     const Workspace workspace(kernels().conv2d_backward_workspace(problem, need_dx, need_dweight, need_dbias), x);
     kernels().conv2d_backward(problem, dense_dy.data_ptr(), pointer(dense_x), pointer(dense_weight),
@@ -521,25 +542,27 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv2d_backward(const
 // The convolution that a transposed one is the gradient of: x is its output, y its input, and the weight its own.
 Conv2dProblem conv_transpose2d_problem(bool tf32, const Tensor& x, const Tensor& weight, ScalarType compute,
                                        CNNOPS_CONV_TRANSPOSE2D_PARAMS) {
-  return {.dtype = dtype_of(compute),
-          .N = narrow(x.size(0)),
-          .C = narrow(weight.size(1) * groups),
-          .H = narrow(transposed_output_size(x.size(2), weight.size(2), stride_h, pad_h, output_pad_h, dilation_h)),
-          .W = narrow(transposed_output_size(x.size(3), weight.size(3), stride_w, pad_w, output_pad_w, dilation_w)),
-          .K = narrow(weight.size(0)),
-          .R = narrow(weight.size(2)),
-          .S = narrow(weight.size(3)),
-          .P = narrow(x.size(2)),
-          .Q = narrow(x.size(3)),
-          .stride_h = narrow(stride_h),
-          .stride_w = narrow(stride_w),
-          .pad_h = narrow(pad_h),
-          .pad_w = narrow(pad_w),
-          .dilation_h = narrow(dilation_h),
-          .dilation_w = narrow(dilation_w),
-          .groups = narrow(groups),
-          .pad_mode = PadMode::kZeros,
-          .tf32 = tf32};
+  const Conv2dProblem problem{
+      .dtype = dtype_of(compute),
+      .N = narrow(x.size(0)),
+      .C = narrow(weight.size(1) * groups),
+      .H = narrow(transposed_output_size(x.size(2), weight.size(2), stride_h, pad_h, output_pad_h, dilation_h)),
+      .W = narrow(transposed_output_size(x.size(3), weight.size(3), stride_w, pad_w, output_pad_w, dilation_w)),
+      .K = narrow(weight.size(0)),
+      .R = narrow(weight.size(2)),
+      .S = narrow(weight.size(3)),
+      .P = narrow(x.size(2)),
+      .Q = narrow(x.size(3)),
+      .stride_h = narrow(stride_h),
+      .stride_w = narrow(stride_w),
+      .pad_h = narrow(pad_h),
+      .pad_w = narrow(pad_w),
+      .dilation_h = narrow(dilation_h),
+      .dilation_w = narrow(dilation_w),
+      .groups = narrow(groups),
+      .pad_mode = PadMode::kZeros,
+      .tf32 = tf32};
+  return laid_out(problem, conv2d_channels_last(x, weight));
 }
 
 template <bool kTf32>
@@ -548,10 +571,11 @@ Tensor conv_transpose2d_forward(const Tensor& x, const Tensor& weight, OptionalT
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
   const Conv2dProblem problem = conv_transpose2d_problem(kTf32, x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
-  const Output y(Sizes{problem.N, problem.C, problem.H, problem.W}, x, compute,
-                 is_channels_last(x) || is_channels_last(weight));
+  const Output y(Sizes{problem.N, problem.C, problem.H, problem.W}, x, compute, conv2d_channels_last(x, weight),
+                 problem.channels_last);
   if (y.numel() > 0) {
-    const Tensor dense_x = nhwc(x, compute, launch), dense_weight = nhwc(weight, compute, launch);
+    const Tensor dense_x = dense_as(x, compute, problem.channels_last, launch);
+    const Tensor dense_weight = nhwc(weight, compute, launch);
     const OptionalTensor dense_bias = vector(bias, compute, launch);
     const Workspace workspace(kernels().conv2d_backward_workspace(problem, true, false, false), x);
     kernels().conv_transpose2d_forward(problem, dense_x.data_ptr(), dense_weight.data_ptr(), pointer(dense_bias),
@@ -570,15 +594,15 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> conv_transpose2d_back
   const Launch launch(x);
   const ScalarType compute = conv2d_compute(x);
   const Conv2dProblem problem = conv_transpose2d_problem(kTf32, x, weight, compute, CNNOPS_CONV_TRANSPOSE2D_ARGS);
-  const ConvGradients to(x, weight, problem.C, compute, need_dx, need_dweight, need_dbias);
+  const ConvGradients to(problem, x, weight, problem.C, compute, need_dx, need_dweight, need_dbias);
   if (dy.numel() == 0) {
     to.zero();
     return to.finish(launch);
   }
-  const Tensor dense_dy = nhwc(dy, compute, launch);
+  const Tensor dense_dy = dense_as(dy, compute, problem.channels_last, launch);
   if (to.dx) convolve(problem, dense_dy, weight, std::nullopt, Epilogue{}, to.dx->data(), launch);
   if (to.dweight) {
-    const Tensor dense_x = nhwc(x, compute, launch);
+    const Tensor dense_x = dense_as(x, compute, problem.channels_last, launch);
     const Workspace workspace(kernels().conv2d_backward_workspace(problem, false, true, false), x);
     kernels().conv2d_backward(problem, dense_x.data_ptr(), dense_dy.data_ptr(), nullptr, nullptr, to.dweight->data(),
                               nullptr, workspace.data(), launch);
@@ -1132,9 +1156,10 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, Optio
 }
 
 std::string conv2d_plan(std::string direction, int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t R,
-                        int64_t S, CNNOPS_CONV2D_PARAMS, ScalarType dtype, bool tf32, int64_t architecture,
-                        int64_t multiprocessors, int64_t shared_bytes) {
-  const Conv2dProblem problem = conv2d_problem(dtype_of(dtype), tf32, N, C, H, W, K, R, S, CNNOPS_CONV2D_ARGS);
+                        int64_t S, CNNOPS_CONV2D_PARAMS, ScalarType dtype, bool channels_last, bool tf32,
+                        int64_t architecture, int64_t multiprocessors, int64_t shared_bytes) {
+  Conv2dProblem problem = conv2d_problem(dtype_of(dtype), tf32, N, C, H, W, K, R, S, CNNOPS_CONV2D_ARGS);
+  problem.channels_last = channels_last;
   return kernels().conv2d_plan(direction, problem, narrow(architecture), narrow(multiprocessors), narrow(shared_bytes));
 }
 

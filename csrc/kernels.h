@@ -1,9 +1,10 @@
 // What a backend implements: one table of kernel launchers over plain structs, dense device pointers and a stream.
 // bind.cpp is the only caller. A null entry is a kernel that the backend does not have.
 //
-// Activations are NHWC and filters KRSC in problem.dtype. Per-channel arrays of batch norm (weight, bias, mean,
-// rstd, running statistics and their gradients) are in the accumulation type: double for kDouble, else float.
-// A null output pointer is a result nobody asked for. N >= 1 and every extent >= 1: bind.cpp deals with the empty.
+// Activations are NHWC, or NCHW where the problem says so, and filters KRSC in problem.dtype. Per-channel arrays of
+// batch norm (weight, bias, mean, rstd, running statistics and their gradients) are in the accumulation type: double
+// for kDouble, else float. A null output pointer is a result nobody asked for. N >= 1 and every extent >= 1: bind.cpp
+// deals with the empty.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,7 @@ using Stream = void*;  // cudaStream_t on CUDA; null on a CPU
 // Applied to the convolution's sum before it is rounded: activation(sum * scale[k] + bias[k] + residual[n,p,q,k]).
 struct Epilogue {
   const void* bias = nullptr;      // [K] or null
-  const void* residual = nullptr;  // like y, or null
+  const void* residual = nullptr;  // like y, in its layout, or null
   Activation activation = Activation::kNone;
   const void* scale = nullptr;  // [K] or null; bias and scale are then in the accumulation type. See fold_batch_norm.
   // [K] in the accumulation type, or null: of each filter's rounded results over N, P and Q, the mean and the sum of
@@ -127,11 +128,15 @@ struct Kernels {
   void (*copy)(const CopyProblem&, const void* src, void* dst, Stream);
 
   // Which kernel computes a pass of a convolution ("forward", "backward_input", "backward_weight") on a device, and
-  // why. An architecture of 0 stands for the device that a launch would go to.
+  // why; as NHWC where the kernels do not take the problem in its layout. An architecture of 0 stands for the device
+  // that a launch would go to.
   std::string (*conv2d_plan)(const std::string& direction, const Conv2dProblem&, int architecture, int multiprocessors,
                              int shared_bytes) = nullptr;
   // Plan as for a device of at most this architecture; 0: as the device is. For tests and benchmarks.
   void (*use_architecture)(int architecture) = nullptr;
+
+  // Whether convolutions take the problem without channels_last; null: never. Otherwise the caller makes x NHWC.
+  bool (*conv2d_nchw)(const Conv2dProblem&) = nullptr;
 
   bool pool2d_nchw = false;        // pools take channels_last = false; otherwise the caller makes x NHWC
   bool conv2d_statistics = false;  // conv2d_forward fills Epilogue::mean and m2

@@ -29,13 +29,15 @@ constexpr int64_t transposed_output_size(int64_t in, int64_t kernel, int64_t str
 
 // y[n,p,q,k] = sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w, c]
 //                                * weight[k,r,s,c],
-// c over the C / groups channels of k's group. x [N,H,W,C], weight [K,R,S,C/groups], y [N,P,Q,K], all dense.
+// c over the C / groups channels of k's group. x [N,H,W,C], weight [K,R,S,C/groups], y [N,P,Q,K], all dense; without
+// channels_last x [N,C,H,W] and y [N,K,P,Q].
 struct Conv2dProblem {
   DType dtype;
   int N, C, H, W, K, R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups;
   PadMode pad_mode;
   bool tf32 = false;  // whether products of kFloat may be those of TF32, as torch's switch says on CUDA
+  bool channels_last = true;
 };
 
 // Windows of R x S taps over x [N,H,W,C], giving y [N,P,Q,C]; without channels_last [N,C,H,W], giving [N,C,P,Q].

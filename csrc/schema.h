@@ -77,7 +77,7 @@
     "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)")                                                                   \
   _(conv2d_plan,                                                                                                       \
     "str direction, int N, int C, int H, int W, int K, int R, int S, " CNNOPS_CONV2D                                   \
-    ", ScalarType dtype, bool tf32, int architecture, int multiprocessors, int shared_bytes",                          \
+    ", ScalarType dtype, bool channels_last, bool tf32, int architecture, int multiprocessors, int shared_bytes",      \
     "str")                                                                                                             \
   _(use_architecture, "int architecture", "()")                                                                        \
   _(build_info, "", "str")

@@ -206,6 +206,29 @@ def test_non_finite_values_stay_in_their_channel(backend: Backend, layout: str) 
         assert torch.equal(broken.any(0).flatten(1).any(1).nonzero().flatten().cpu(), torch.tensor([1, 2]))
 
 
+@on_dtypes("batch_norm_act_forward")
+@pytest.mark.parametrize("shape", [(3, 16, 16, 12), (3, 11, 7, 5), (40, 24, 7, 7), (2, 3, 41, 37)], ids=str)
+def test_an_infinite_channel_has_an_infinite_mean(backend: Backend, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Wherever the infinity lies: in the first or the last slice of its channel, or between."""
+    x = helpers.randn(shape, dtype, backend.device, helpers.generator("infinite"))
+    x[0, 0, 0, 0] = x[-1, 1, -1, -1] = x[1, 2, 2, 1] = torch.inf
+    x[1, 0, 3, 3] = x[0, 1, 0, 0] = 3.0
+    x[0, 2, 0, 0] = -torch.inf
+    for values in (x, -x):
+        for layout in LAYOUTS:
+            mean, var = (torch.full(shape[1:2], 0.5, device=x.device, dtype=torch.float64) for _ in range(2))
+            if dtype != torch.float64:
+                mean, var = mean.float(), var.float()
+            expected = mean.clone(), var.clone()
+            CF.batch_norm(helpers.laid_out(values, layout), mean, var, None, None, True)
+            F.batch_norm(values, *expected, None, None, True)
+            broken = slice(0, 3)
+            assert_exact(mean[broken].cpu(), expected[0][broken].cpu().double(), "running_mean")
+            assert_exact(var[broken].cpu(), expected[1][broken].cpu().double(), "running_var")
+            assert mean[3:].isfinite().all()
+            assert var[3:].isfinite().all()
+
+
 def composed(case: NormCase, activation: str, state: State) -> helpers.Function:
     def function(x: Any, weight: Any, bias: Any, residual: Any) -> torch.Tensor:
         z = F.batch_norm(x, *state, weight, bias, case.training, case.momentum, case.eps)
@@ -284,7 +307,16 @@ def test_relu_keeps_nan_and_negative_zero(backend: Backend) -> None:
 
 @on_dtypes("batch_norm_act_forward")
 @pytest.mark.parametrize(
-    "shape", [(3, 272, 9, 7), (2, 24, 40, 33), (5, 3, 31, 17), (2, 1, 29, 31), (600, 40, 1, 1)], ids=str
+    "shape",
+    [
+        (3, 272, 9, 7),
+        (2, 24, 40, 33),
+        (5, 3, 31, 17),
+        (2, 1, 29, 31),
+        (600, 40, 1, 1),
+        *((7, 67, 1, 3), (3, 300, 2, 1), (5, 19, 2, 2), (4, 5, 2, 4), (2, 3, 1, 1021)),
+    ],
+    ids=str,
 )
 def test_integers_are_exact(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """With mean 0, variance 1 and eps 0 nothing rounds on the way: a sum that misses an element, or has one twice, shows."""

@@ -55,7 +55,7 @@ def run(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(3, 272, 9, 8), (2, 24, 40, 33), (5, 3, 31, 17), (600, 40, 1, 1), (1, 1, 2, 1)], ids=str
+    "shape", [(3, 272, 9, 8), (2, 24, 40, 33), (5, 3, 31, 17), (600, 40, 1, 1), (1, 1, 2, 1), (9, 83, 3, 1)], ids=str
 )
 def test_one_launch_has_the_bits_of_three(
     emulator: ModuleType, shape: Shape, dtype: torch.dtype, layout: str, residual: bool, training: bool

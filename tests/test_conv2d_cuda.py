@@ -5,6 +5,7 @@ The device claims to be of sm_80: elsewhere Hopper's kernels are chosen, which h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import Conv2dCase
 from helpers import Backend, torch_conv2d
-from tolerance import assert_same_bits
+from tolerance import assert_exact, assert_same_bits
 
 import cnnops.functional as CF
 from cnnops.backends import simt
@@ -48,7 +49,10 @@ STEM, STEM_SHORT, STEM_LONG = (
 )
 PACKED = ("conv2d_packed_*_kernel<{T}",) * 3
 DEPTHWISE = ("depthwise_any_forward_kernel<{T}", *("depthwise_any_backward_kernel<{T}",) * 2)  # one for both gradients
-BANDS_SMALL, BANDS_LARGE = ((f"conv2d_toeplitz_kernel<{{T}}, {side}>",) * 2 + DEPTHWISE[2:] for side in (16, 32))
+BANDS_SMALL, BANDS_LARGE = (  # both gradients from one kernel
+    (f"conv2d_toeplitz_kernel<{{T}}, {side}>", *(f"conv2d_toeplitz_backward_kernel<{{T}}, {taps}>",) * 2)
+    for side, taps in ((16, "2, 4"), (32, "1, 2"))
+)
 
 PLANNED = (
     # Tails along both sides of a tile, taps that channels of 24 cut across steps.
@@ -164,6 +168,41 @@ def test_few_tiles_of_long_sums_are_cut_into_slabs(backend: Backend, dtype: torc
         helpers.gradient_for(torch_conv2d(case), inputs),
     )
     assert f"conv2d_add_slabs_kernel<{stored(dtype)}>" in ran()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("taps", [(7, 7), (9, 11), (8, 25)], ids=str)
+def test_what_is_not_finite_stays_with_the_taps_of_bands(
+    backend: Backend, taps: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """The zeros of bands, and those beside dy and x, would be NaN times infinity."""
+    (R, S), C, random = taps, 9, helpers.generator(str(taps))
+    geometry = ((1, 1), (R // 2, S // 2), (1, 1))
+    x, weight, dy = (
+        helpers.laid_out(helpers.integers(shape, dtype, backend.device, random, 1), "channels_last")
+        for shape in ((2, C, 20, 33), (C, 1, R, S), (2, C, 21 - R % 2, 33))
+    )
+    x[0, 1, 0, 0], x[1, 2, -1, -1], x[0, 4, 7, 9] = torch.inf, torch.nan, -torch.inf
+    dy[0, 3, 0, -1], dy[1, 0, -1, 0], dy[1, 4, 11, 17] = -torch.inf, torch.nan, torch.inf
+
+    def gradients(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        wanted = [True, True, False]
+        operands = (t.double().cpu() for t in (dy, x, weight))
+        return torch.ops.aten.convolution_backward(*operands, None, *geometry, False, [0, 0], C, wanted)[:2]
+
+    simt.module().reset_counters()
+    flat = tuple(itertools.chain(*geometry))
+    got = simt.function("conv2d_backward")(dy, x, weight, *flat, C, 0, True, True, False)[:2]
+    assert any(name.startswith(f"conv2d_toeplitz_backward_kernel<{stored(dtype)},") for name in ran())
+    ones = [torch.ones_like(t) for t in (dy, x, weight)]
+    of_dy, of_x = gradients(~dy.isfinite(), *ones[1:]), gradients(ones[0], ~x.isfinite(), ones[2])
+    expected = gradients(*(t.nan_to_num(0, 0, 0) for t in (dy, x, weight)))
+    for name, ours, theirs, broken in zip(
+        ("dx", "dweight"), got, expected, (of_dy[0] > 0, of_dy[1] + of_x[1] > 0), strict=True
+    ):
+        assert torch.equal(~ours.cpu().isfinite(), broken) and broken.any() and not broken.all(), name
+        finite = theirs.to(dtype).double().where(~broken, 0)
+        assert_exact(ours.cpu().where(~broken, 0), finite, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

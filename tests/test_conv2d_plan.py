@@ -35,7 +35,7 @@ DEVICES = (
 )
 HOPPER = DEVICES[3]
 LINE = re.compile(
-    r"(\w+) in (\w+): (portable|packed|depthwise|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)"
+    r"(\w+) in (\w+): (portable|packed|depthwise|nchw|stem|wgmma|halo|toeplitz) (\d+)x(\d+) (\d+) stages.*: (\w.+)"
 )
 SM90_ALONE = ("wgmma", "halo")
 GEOMETRY = (1, 1, 1, 1, 1, 1, 1, 0)
@@ -49,9 +49,11 @@ def library() -> Iterator[None]:
     simt.library.function("use_architecture")(0)
 
 
-def plans(function: str, case: object, dtype: torch.dtype, device: tuple[int, int, int]) -> list[tuple[str, ...]]:
+def plans(
+    function: str, case: object, dtype: torch.dtype, device: tuple[int, int, int], layout: str = "channels_last"
+) -> list[tuple[str, ...]]:
     """(pass, precision, family, tile's rows, its columns, stages, reason) of each pass."""
-    problem = helpers.problem_of(function, case, dtype, "channels_last", "cuda")
+    problem = helpers.problem_of(function, case, dtype, layout, "cuda")
     found = [LINE.fullmatch(line) for line in cuda.planned(simt.library, function, problem, device)]
     assert None not in found, cuda.planned(simt.library, function, problem, device)
     return [match.groups() for match in found]
@@ -125,16 +127,22 @@ def test_choice_for_a_layer_on_hopper(layer: str) -> None:
 LARGE_DEPTHWISE = Conv2dCase("", 8, 64, 28, 40, 64, 13, 9, padding=(6, 4), groups=64)
 
 
-def families(case: Conv2dCase, dtype: torch.dtype, device: tuple[int, int, int] = DEVICES[0]) -> list[str]:
+def families(
+    case: Conv2dCase,
+    dtype: torch.dtype,
+    device: tuple[int, int, int] = DEVICES[0],
+    layout: str = "channels_last",
+) -> list[str]:
     """Of the forward pass and both gradients."""
-    return [found[2] for name in ("conv2d_forward", "conv2d_backward") for found in plans(name, case, dtype, device)]
+    functions = "conv2d_forward", "conv2d_backward"
+    return [found[2] for name in functions for found in plans(name, case, dtype, device, layout)]
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device[0]}")
 def test_bands_are_for_large_depthwise_filters_of_16_bits(device: tuple[int, int, int]) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         taken = families(LARGE_DEPTHWISE, dtype, device)
-        assert taken[:2] == ["toeplitz"] * 2 and taken[2] != "toeplitz"
+        assert taken == ["toeplitz"] * 3
     assert "toeplitz" not in families(LARGE_DEPTHWISE, torch.float32, device)
     others = (
         {"stride": (2, 1)},
@@ -148,8 +156,22 @@ def test_bands_are_for_large_depthwise_filters_of_16_bits(device: tuple[int, int
         assert "toeplitz" not in families(replace(LARGE_DEPTHWISE, **other), torch.bfloat16, device), other
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"sm_{device[0]}")
+def test_planes_are_for_depthwise_filters_of_nchw(device: tuple[int, int, int]) -> None:
+    """Of at most 7 x 7 taps, where the rows of a strip fit in shared memory."""
+    case = Conv2dCase("", 8, 64, 56, 56, 64, 3, 3, padding=(1, 1), groups=64)
+    for dtype in cuda.DTYPES:
+        for taken in (case, replace(case, K=128), replace(case, S=13, padding=(1, 6)), replace(case, W=300)):
+            assert families(taken, dtype, device, "nchw") == ["nchw"] * 3, taken
+            assert "nchw" not in families(taken, dtype, device), taken
+        others = {"groups": 32}, {"R": 8, "S": 8}, {"R": 2, "S": 32, "padding": (1, 16)}, {"W": 1 << 14}, {"K": 64 * 17}
+        for other in others:
+            assert "nchw" not in families(replace(case, **other), dtype, device, "nchw"), other
+
+
 def test_bands_are_for_filters_whose_taps_fit_in_shared_memory() -> None:
-    """Large tiles of 31 x 31 taps fit on Hopper, small ones on sm_80, none where a block has 99 KB."""
+    """Large tiles of 31 x 31 taps fit on Hopper, small ones on sm_80, none where a block has 99 KB. Beside dx's filters
+    dweight wants x: of 25 x 25 taps there is room for one of them."""
     case = Conv2dCase("", 32, 128, 56, 56, 128, 31, 31, padding=(15, 15), groups=128)
     tiles = {}
     for device in DEVICES:
@@ -158,6 +180,11 @@ def test_bands_are_for_filters_whose_taps_fit_in_shared_memory() -> None:
             tiles[device[0], name] = (family == "toeplitz", (int(rows), int(columns)))
     expected = {80: (True, (16, 16)), 90: (True, (32, 32)), 100: (True, (32, 32))}
     assert all(tile == expected[arch] if arch in expected else not tile[0] for (arch, _), tile in tiles.items())
+    for device in DEVICES:
+        family = "toeplitz" if device[0] in expected else "depthwise"
+        assert families(case, torch.bfloat16, device)[2] == family
+        fewer = families(replace(case, R=25, S=25, padding=(12, 12)), torch.bfloat16, device)
+        assert fewer == ["toeplitz", "toeplitz", family]
 
 
 @pytest.mark.parametrize("case", [case for case in REACH if case.architecture < 90])
@@ -186,7 +213,7 @@ def test_nothing_is_planned_where_nothing_runs() -> None:
 def test_an_unknown_pass_is_refused() -> None:
     plan = simt.library.function("conv2d_plan")
     with pytest.raises(RuntimeError, match=r"direction must be .*, but got 'sideways'"):
-        plan("sideways", 1, 8, 4, 4, 8, 3, 3, *GEOMETRY, torch.float32, False, 0, 0, 0)
+        plan("sideways", 1, 8, 4, 4, 8, 3, 3, *GEOMETRY, torch.float32, True, False, 0, 0, 0)
 
 
 @pytest.mark.parametrize("architecture", [80, 86, 90])
@@ -250,7 +277,7 @@ import torch
 from cnnops.backends import simt
 simt.usable()
 ask = simt.library.function("conv2d_plan")
-print(ask("forward", 4, 64, 32, 32, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, torch.bfloat16, False, 0, 0, 0))
+print(ask("forward", 4, 64, 32, 32, 64, 3, 3, 1, 1, 1, 1, 1, 1, 1, 0, torch.bfloat16, True, False, 0, 0, 0))
 """
 
 

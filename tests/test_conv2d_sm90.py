@@ -137,7 +137,9 @@ def theirs(direction: str, case: Conv2dCase, a: Tensor, weight: Tensor) -> Tenso
 
 def planned(direction: str, case: Conv2dCase, dtype: torch.dtype, *device: int) -> str:
     extents = *case.x_shape, case.K, case.R, case.S
-    plan: str = simt.function("conv2d_plan")(direction, *extents, *geometry(case), dtype, False, *(device or (0, 0, 0)))
+    plan: str = simt.function("conv2d_plan")(
+        direction, *extents, *geometry(case), dtype, True, False, *(device or (0, 0, 0))
+    )
     return plan
 
 

@@ -172,20 +172,23 @@ def test_holds_every_kernel_for_exactly_the_claimed_architectures() -> None:
 BUDGETS = {
     # csrc/cuda/conv2d.cuh counts them.
     "conv2d_(?!toeplitz)|add_slabs|finish_moments": 70,
-    # 2 tiles, 2 dtypes; both passes are one kernel.
-    "conv2d_toeplitz": 4,
+    # 2 dtypes: 2 tiles, of which both passes are one kernel; both gradients by 3 sizes of filters; slabs.
+    "conv2d_toeplitz": 4 + 6 + 2,
     # 3 sizes, 2 strides, 3 dtypes: forward with and without statistics, backward. Of any size: 3 tiles forward, 2 widths
     # of backward, in 3 dtypes. Slabs in 3, pooled results.
-    "depthwise": 54 + 15 + 4,
+    "depthwise_(?!nchw)": 54 + 15 + 4,
+    # 3 sizes, 2 strides and one of any size, 3 dtypes: forward and backward. Slabs and bias in 3, pooled results.
+    "depthwise_nchw": 42 + 7,
     # 3 dtypes. NHWC: max with 2 kinds of offsets and average, each by vectors and by elements, 2 forms unrolled for small
     # windows; backward as many. NCHW and split, indices, unpooling.
     "pool2d|max_pool2d|max_unpool2d": 106,
-    # 3 dtypes, by vectors and by elements: statistics, sums, both directions, and both in one launch; what finishes them.
-    "batch_|finish_(statistics|gradients)|running_statistics|clear_count_kernel|fold": 6 * 6 + 5,
-    # The same, with 2 kinds of offsets: sums and both directions.
+    # 3 dtypes, by vectors, by elements and in planes: statistics, sums, both directions, and both in one launch; what
+    # finishes them.
+    "batch_|finish_(statistics|gradients)|running_statistics|clear_count_kernel|fold": 9 * 6 + 5,
+    # 3 dtypes, by vectors and by elements, with 2 kinds of offsets: sums and both directions.
     "bn_act_max_pool2d": 3 * 6 * 2,
-    # 3 dtypes: sums and products, by position and by plane; layers.
-    "squeeze_excite": 41,
+    # 3 dtypes: sums and products, by position (in vectors, folded, by elements) and by plane; layers.
+    "squeeze_excite": 53,
     # 4 by 4 dtypes; 3 of each direction.
     "copy|activation": 16 + 6,
 }
@@ -279,9 +282,9 @@ def test_portable_kernels_multiply_on_tensor_cores_what_comes_asynchronously() -
 
 @cuda_built
 def test_bands_multiply_on_tensor_cores_what_lies_in_shared_memory() -> None:
-    """x comes and y goes 16 bytes at a time."""
+    """x comes and y goes 16 bytes at a time; of both gradients, dy comes and dx goes."""
     found = set()
-    for (image, kernel), code in code_of("conv2d_toeplitz_kernel<"):
+    for (image, kernel), code in code_of("conv2d_toeplitz_(backward_)?kernel<"):
         number = re.search(r"_kernel<(\w+)", kernel)[1]
         loops = sass.innermost(code, "HMMA")
         assert loops and {opcode.split(".")[1] for opcode in sass.opcodes(code, "HMMA")} == PRODUCTS[number]

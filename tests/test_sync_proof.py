@@ -32,6 +32,7 @@ def check(library: Library, device: str, case: Reach, dtype: torch.dtype) -> Non
     x, weight, bias = (
         helpers.integers(shape, dtype, device, random, most=1) for shape in (case.x, case.weight, case.weight[:1])
     )
+    x = case.laid_out(x)
     y = case.function("conv2d_forward", library)(x, weight, bias, *case.geometry)
     dy = helpers.integers(y.shape, dtype, device, random, most=1)
     got = (y, *case.function("conv2d_backward", library)(dy, x, weight, *case.geometry, True, True, True))

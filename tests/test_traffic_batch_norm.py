@@ -3,13 +3,14 @@
 DRAM's part: forward, x for the statistics, then x (+ residual) + y; backward, dy and x (+ y or residual) for the sums,
 then the same + dx (+ dresidual); with fixed statistics, x (+ residual) + y, and backward the two sweeps. In one launch,
 for tensors that L2 holds, each tensor once. L2's part: the sweeps of either form, and what each thread loads of its
-channels' parameters. The shapes are not among tests/cases.py's.
+channels' parameters. The shapes are not among tests/cases.py's. Planes of NCHW that are no whole sectors are moved by
+16 bytes as all others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, gcd, prod
 from types import ModuleType
 
 import helpers
@@ -54,13 +55,22 @@ CASES = (
     Case((2, 272, 16, 12), "hardswish", residual=True),
     Case((3, 96, 16, 16), "relu6", training=False),
 )
+PLANES = (
+    Case((33, 40, 7, 7)),
+    Case((3, 24, 35, 33), "silu"),
+    Case((5, 48, 13, 17), "relu", residual=True),
+    Case((4, 64, 14, 14), "hardswish", residual=True),
+    Case((24, 21, 9, 11), "relu6", training=False),
+)
+"""Of no whole sectors."""
 EVERY = pytest.mark.parametrize(
     ("case", "dtype", "layout"),
     [
         pytest.param(case, dtype, layout, id=f"{case.id}-{str(dtype)[6:]}-{layout}")
-        for case in CASES
+        for case in CASES + PLANES
         for dtype in (torch.bfloat16, torch.float32)
         for layout in ("channels_last", "nchw")
+        if layout == "nchw" or case not in PLANES
     ],
 )
 
@@ -108,6 +118,10 @@ def bytes_of(case: Case, dtype: torch.dtype) -> int:
     return prod(case.shape) * dtype.itemsize
 
 
+def in_planes(case: Case, dtype: torch.dtype, layout: str) -> bool:
+    return layout == "nchw" and prod(case.shape[2:]) * dtype.itemsize % SECTOR > 0
+
+
 @dataclass(frozen=True)
 class Sweep:
     """How make_sweep of csrc/cuda/batch_norm_sums.cu cuts x."""
@@ -122,7 +136,14 @@ class Sweep:
         width = 16 // dtype.itemsize
         units, count = (C // width, N * H * W) if layout == "channels_last" else (C, N * H * W // width)
         columns = 1 if layout == "nchw" else units if units <= 32 else ceil(units / ceil(units / 32) / 2) * 2
-        rows, tiles = 256 // columns, ceil(units / columns)
+        lanes = 1
+        if in_planes(case, dtype, layout):
+            pieces = ceil((H * W + width - gcd(H * W, width)) / width)
+            count = N * pieces
+            if pieces <= 32:
+                lanes, tiles = pieces, ceil(C / (min(128, 256 // pieces) // 8 * 8))
+                columns = min(C, ceil(C / tiles / 8) * 8)
+        rows, tiles = 256 // (columns * lanes) * lanes, ceil(units / columns)
         least = max(ceil(count / max(1, blocks // tiles)), min(count, max(128, rows * 4)))
         return cls(columns, tiles, ceil(count / (ceil(least / rows) * rows)))
 
@@ -131,15 +152,19 @@ def stated(case: Case, dtype: torch.dtype, layout: str, kernel: str, blocks: int
     """The L2 bytes of a sweep by about so many blocks, or as many as its own kernel has: beside the tensors, the parameters that each warp loads, and the sums of a block.
 
     In [N,L,C] a thread loads an array's values for its channels by 16 bytes, with neighbours 16 or 32 bytes away; in
-    [N,C,L] one number for the whole warp.
+    [N,C,L] one number for the whole warp. Where planes are no whole sectors, a map's warp loads them for each 512 bytes
+    of x: those of the planes that its pieces begin in, and of those that they end in.
     """
     arrays = {"batch_moments_kernel": 0, "batch_norm_backward_kernel": 4 + 2 * case.training}.get(kernel, 4)
     sweep = Sweep.of(case, dtype, layout, blocks or BLOCKS.get(kernel, MAPPING_BLOCKS))
     if layout == "channels_last":
         loaded, left = sweep.columns * (64 if dtype.itemsize == 2 else 16), 4
     else:
-        loaded = left = SECTOR
-    parameters = sweep.tiles * sweep.slices * 8 * loaded * arrays
+        loaded, left = SECTOR, SECTOR if sweep.columns == 1 else 4
+    parameters: float = sweep.tiles * sweep.slices * 8 * loaded * arrays
+    if in_planes(case, dtype, layout) and kernel not in BLOCKS:
+        planes = 512 / (prod(case.shape[2:]) * dtype.itemsize)
+        parameters = arrays * bytes_of(case, dtype) / 512 * (1 + min(1, planes)) * (SECTOR + 4 * planes)
     sums = 2 * sweep.slices * case.shape[1] * left if kernel in BLOCKS else 0
     return sum(tensors(case)[kernel]) * bytes_of(case, dtype) + parameters + sums
 

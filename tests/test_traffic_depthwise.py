@@ -20,7 +20,6 @@ from traffic import SECTOR, SLACK, near, traffic
 from cnnops.backends import simt
 
 MULTIPROCESSORS = 3  # of the emulator's device
-SHARED_BYTES = 227 << 10  # that a block may have there
 
 
 def layer(id: str, N: int, C: int, H: int, W: int, K: int, side: int, stride: int = 1, dilation: int = 1) -> Conv2dCase:
@@ -46,18 +45,23 @@ CASES = (
     layer("5x5-multiplier-2", 2, 32, 22, 23, 64, 5),
     layer("7x7-multiplier-2", 2, 32, 31, 29, 64, 7),
     layer("3x3-multiplier-4", 2, 32, 21, 22, 128, 3),
-    layer("13x13", 1, 32, 37, 36, 32, 13),
-    layer("11x11-multiplier-2", 1, 32, 29, 30, 64, 11),
+    layer("9x9-s2", 2, 32, 61, 62, 32, 9, stride=2),
+    layer("9x9-d2", 2, 32, 45, 47, 32, 9, dilation=2),
+    layer("11x11-multiplier-2", 1, 32, 45, 46, 64, 11),
+    layer("13x13", 1, 32, 61, 63, 32, 13),
+    layer("17x17-d3", 1, 16, 73, 77, 16, 17, dilation=3),
+    layer("31x31", 1, 16, 71, 70, 16, 31),
+    layer("31x31-s2", 1, 16, 121, 119, 16, 31, stride=2),
 )
 DTYPES = (torch.bfloat16, torch.float32)
 PASSES = ("forward", "backward", "backward_input", "backward_weight")
 
 
-def on_tensor_cores(case: Conv2dCase, dtype: torch.dtype, each: str) -> bool:
-    """Whether tests/test_traffic_toeplitz.py has the kernels of a pass, or those of its dx."""
+def on_tensor_cores(case: Conv2dCase, dtype: torch.dtype) -> bool:
+    """Whether tests/test_traffic_toeplitz.py has the kernels of a pass."""
     plain = case.K == case.C and case.stride == case.dilation == (1, 1) and case.R >= 7
     small = case.R == 7 and case.output_shape[2] <= 8
-    return dtype != torch.float32 and plain and not small and each != "backward_weight"
+    return dtype != torch.float32 and plain and not small
 
 
 def rows(passes: tuple[str, ...]) -> pytest.MarkDecorator:
@@ -69,7 +73,7 @@ def rows(passes: tuple[str, ...]) -> pytest.MarkDecorator:
             for case in CASES
             for dtype in DTYPES
             for each in passes
-            if not on_tensor_cores(case, dtype, each)
+            if not on_tensor_cores(case, dtype)
         ],
     )
 
@@ -105,11 +109,6 @@ class Cut:
         return self.each in ("backward", "backward_weight")
 
     @property
-    def apart(self) -> bool:
-        """Whether the sums of dweight are of eight rows of taps in each block, and dx is computed by others."""
-        return self.sums and not self.sized and self.case.R > 8
-
-    @property
     def positions(self) -> tuple[int, int]:
         case = self.case
         if not self.of_x:
@@ -136,8 +135,10 @@ class Cut:
 
     @functools.cached_property
     def strip(self) -> tuple[int, int]:
-        """Columns and the rows of a step: the width whose strips read the fewest columns."""
-        groups = 128 // (self.tile_channels // 2)
+        """Columns and the rows of a step: the width whose strips read the fewest columns, of blocks of twice the threads
+        where 31 x 31 sums leave a multiprocessor one."""
+        lone = self.sums and self.case.R == 31
+        groups = (256 if lone else 128) // (self.tile_channels // 2)
         widths = [4 * across for across in (2, 4, 8) if across <= groups]
         columns = min(widths, key=lambda width: ceil(self.positions[1] / width) * self.ring_columns(width))
         return columns, groups * 4 // columns * (2 if self.sized else 1)
@@ -148,8 +149,7 @@ class Cut:
         that leave slabs, each worth them."""
         case, (rows, columns), (width, step) = self.case, self.positions, self.strip
         sums = self.sums
-        tap_tiles = ceil(case.R / 8) if self.apart else 1
-        tiles = ceil((case.C if self.of_x else case.K) / self.tile_channels) * tap_tiles
+        tiles = ceil((case.C if self.of_x else case.K) / self.tile_channels)
         wanted = ceil((4 if sums else 8) * MULTIPROCESSORS / tiles)
         if sums:
             wanted = min(wanted, max(1, case.N * rows * columns // (16 * case.R * case.S)))
@@ -162,22 +162,21 @@ class Cut:
     def parts(self) -> int:
         return self.rows_and_parts[1]
 
-    def halo(self, first_tap: int = 0, end_tap: int | None = None) -> int:
-        """Pixels of one image that strips read around their own for some rows of the filter, or all of them."""
+    @property
+    def halo(self) -> int:
+        """Pixels of one image that strips read around their own."""
 
         def along(axis: int, length: int) -> int:
             case, extent = self.case, self.positions[axis]
             stride, pad = case.stride[axis], case.padding[axis]
-            reach, least = ((case.R, case.S)[axis] - 1) * case.dilation[axis], 0
-            if axis == 0 and end_tap:
-                reach, least = (end_tap - 1) * case.dilation[0], first_tap * case.dilation[0]
+            reach = ((case.R, case.S)[axis] - 1) * case.dilation[axis]
             total = 0
             for begin in range(0, extent, length):
                 end = min(begin + length, extent)
                 if self.of_x:
                     each = stride if self.sized else 1
                     first = begin // each + pad // stride - reach // stride
-                    last = (end - 1) // each + pad // stride - least // stride
+                    last = (end - 1) // each + pad // stride
                     size = case.output_shape[2 + axis]
                 else:
                     first, last = begin * stride - pad, (end - 1) * stride - pad + reach
@@ -200,21 +199,13 @@ def stated(case: Conv2dCase, each: str, element: int) -> Moved:
     cut = Cut(case, each, element)
     x, y, weights = (bytes_of(shape, element) for shape in (case.x_shape, case.output_shape, case.weight_shape))
     if each == "forward":
-        return Moved(cut.halo() * case.N * case.C * element + weights * cut.parts, y)
-    tap_rows = range(0, case.R, 8 if cut.apart else case.R)
-    halo = sum(cut.halo(r, min(r + tap_rows.step, case.R)) for r in tap_rows)
-    read, written = halo * case.N * case.K * element, 0
+        return Moved(cut.halo * case.N * case.C * element + weights * cut.parts, y)
+    read, written = cut.halo * case.N * case.K * element, 0
     if each != "backward_weight":
         read, written = read + weights * cut.parts, x
     if cut.sums:
-        read, written = read + x * len(tap_rows), written + bytes_of(case.weight_shape, 4) * cut.parts
+        read, written = read + x, written + bytes_of(case.weight_shape, 4) * cut.parts
     return Moved(read, written)
-
-
-def passes_of(case: Conv2dCase, dtype: torch.dtype, each: str) -> tuple[str, ...]:
-    """The kernels of a pass: one of both gradients, unless its filters are the largest."""
-    apart = each == "backward" and Cut(case, each, dtype.itemsize).apart
-    return ("backward_input", "backward_weight") if apart else (each,)
 
 
 @functools.cache
@@ -237,18 +228,15 @@ def own(moved: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
 
 @rows(PASSES)
 def test_l2_moves_what_strips_read(emulator: ModuleType, case: Conv2dCase, dtype: torch.dtype, each: str) -> None:
-    passes = passes_of(case, dtype, each)
-    kernels = own(counted(case, dtype, each))
-    assert len(kernels) == 1, kernels.keys()  # the same one twice for the largest filters
-    says = [stated(case, name, dtype.itemsize) for name in passes]
-    for direction, total in (("read", sum(s.read for s in says)), ("write", sum(s.written for s in says))):
-        sectors = sum(moved[f"global_{direction}_sectors"] for moved in kernels.values())
-        near(f"{case.id} {each}: {direction}", sectors * SECTOR, total)
+    [moved] = own(counted(case, dtype, each)).values()
+    says = stated(case, each, dtype.itemsize)
+    for direction, total in (("read", says.read), ("write", says.written)):
+        near(f"{case.id} {each}: {direction}", moved[f"global_{direction}_sectors"] * SECTOR, total)
 
 
 @rows(PASSES)
 def test_dram_moves_everything_once(emulator: ModuleType, case: Conv2dCase, dtype: torch.dtype, each: str) -> None:
-    """Also with slabs, which are a small part; but the largest filters' are added, and both gradients read dy twice."""
+    """Also with slabs, which are a small part."""
     moved = counted(case, dtype, each)
     x, y, weight = (bytes_of(s, dtype.itemsize) for s in (case.x_shape, case.output_shape, case.weight_shape))
     least = {
@@ -257,11 +245,6 @@ def test_dram_moves_everything_once(emulator: ModuleType, case: Conv2dCase, dtyp
         "backward_input": y + weight + x,
         "backward_weight": x + y + weight,
     }[each]
-    cut = Cut(case, "backward_weight", dtype.itemsize)
-    if cut.apart and each in ("backward", "backward_weight"):
-        least += 2 * bytes_of(case.weight_shape, 4) * cut.parts
-    if len(passes_of(case, dtype, each)) == 2:
-        least += y
     dram = sum(kernel["dram_read_bytes"] + kernel["dram_write_bytes"] for kernel in moved.values())
     assert dram <= SLACK * least, f"DRAM moves {dram} bytes, {dram / least:.2f} times the {least} that are needed"
 
@@ -276,8 +259,7 @@ def test_whole_sectors_are_moved(emulator: ModuleType, case: Conv2dCase, dtype: 
 
 @rows(("backward",))
 def test_both_gradients_read_dy_once(emulator: ModuleType, case: Conv2dCase, dtype: torch.dtype, each: str) -> None:
-    """And x, but for the largest filters, which read dy twice."""
+    """And x."""
     x, y = (bytes_of(shape, dtype.itemsize) for shape in (case.x_shape, case.output_shape))
     [both] = own(counted(case, dtype, each)).values()
-    y *= len(passes_of(case, dtype, each))
     assert both["dram_read_bytes"] <= 1.05 * (x + y) + bytes_of(case.weight_shape, dtype.itemsize)

@@ -118,7 +118,18 @@ def planned(
     ask = library.function("conv2d_plan")
     return tuple(
         f"{each} in {precision}: "
-        + ask(each, problem.N, *extents, problem.R, problem.S, *geometry, problem.dtype, tf32, *device)
+        + ask(
+            each,
+            problem.N,
+            *extents,
+            problem.R,
+            problem.S,
+            *geometry,
+            problem.dtype,
+            problem.channels_last,
+            tf32,
+            *device,
+        )
         for each in CONVOLUTIONS[function]
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cnnops import resources
 from cnnops.backends import cuda, simt
@@ -30,7 +31,7 @@ FLOATS = (torch.float32, *HALVES)
 @dataclass(frozen=True)
 class Reach:
     """A convolution, in some dtypes and on a device of some architecture, whose passes run kernels that no other one
-    of `REACH` runs. `tf32`: float32 is multiplied in TF32."""
+    of `REACH` runs. `tf32`: float32 is multiplied in TF32. `channels_last`: the layout of x and y."""
 
     x: tuple[int, int, int, int]
     weight: tuple[int, int, int, int]
@@ -41,11 +42,16 @@ class Reach:
     dtypes: tuple[torch.dtype, ...] = FLOATS
     tf32: bool = False
     architecture: int = 80
+    channels_last: bool = True
 
     @property
     def geometry(self) -> tuple[int, ...]:
         """As the native ops take it."""
         return (*[self.stride] * 2, *[self.pad] * 2, *[self.dilation] * 2, self.groups, 0)
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """x in the layout of this case."""
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
 
     def function(self, name: str, library: Library = simt.library) -> Callable[..., Any]:
         """A convolution of `library` in the precision of this case."""
@@ -78,7 +84,14 @@ REACH = (
         for stride in (1, 2)
     ),
     *(Reach((1, 10, 9, 10), (filters, 1, 4, 4), groups=10) for filters in (10, 20, 40)),  # and several, of any size
-    Reach((1, 8, 12, 12), (8, 1, 9, 9), pad=4, groups=8),  # of more rows than a block's
+    Reach((1, 8, 12, 12), (8, 1, 9, 9), pad=4, groups=8),  # of both gradients' larger tiles of taps
+    Reach((1, 8, 12, 12), (8, 1, 31, 31), pad=15, groups=8),
+    *(  # the same in planes
+        Reach((1, 24, 11, 10), (24, 1, side, side), stride, side // 2, groups=24, channels_last=False)
+        for side in (3, 5, 7)
+        for stride in (1, 2)
+    ),
+    Reach((1, 10, 9, 10), (20, 1, 4, 4), groups=10, channels_last=False),
     _hopper(Reach((2, 64, 12, 12), (64, 64, 3, 3))),  # every tap from one tile of x
     _hopper(Reach((1, 64, 24, 24), (64, 64, 5, 5), pad=2)),  # sums of the last wave are divided
     _hopper(Reach((1, 128, 12, 12), (128, 128, 1, 1), pad=0)),
@@ -90,6 +103,7 @@ REACH = (
 def convolve(case: Reach, dtype: torch.dtype) -> None:
     """The forward pass and all gradients."""
     x, weight, bias = (torch.ones(shape, dtype=dtype) for shape in (case.x, case.weight, case.weight[:1]))
+    x = case.laid_out(x)
     y = case.function("conv2d_forward")(x, weight, bias, *case.geometry)
     case.function("conv2d_backward")(torch.ones_like(y), x, weight, *case.geometry, True, True, True)
 
@@ -97,7 +111,7 @@ def convolve(case: Reach, dtype: torch.dtype) -> None:
 def fuse(case: Reach, dtype: torch.dtype) -> None:
     """What stands beside a convolution: statistics, folded batch norm, activations and their gradients."""
     x, weight = (torch.ones(shape, dtype=dtype) for shape in (case.x, case.weight))
-    ones = torch.ones(case.weight[0])
+    x, ones = case.laid_out(x), torch.ones(case.weight[0])
     case.function("conv2d_statistics_forward")(x, weight, None, *case.geometry)
     case.function("conv2d_bn_act_forward")(
         *(x, weight, None, None, ones, ones, ones, ones), *case.geometry, 1e-5, "relu"
@@ -121,13 +135,14 @@ def convert() -> None:
 
 
 def normalize() -> None:
-    """Batch norm in every dtype, its channels in whole vectors and not, by either kind of statistics, in L2 and not."""
+    """Batch norm in every dtype, its channels in whole vectors and not, in planes of no whole sectors, by either kind of
+    statistics, in L2 and not."""
     forward, backward = (simt.library.function(f"batch_norm_act_{each}") for each in ("forward", "backward"))
-    for dtype, channels in itertools.product(FLOATS, (8, 3)):
-        x, ones = torch.ones(2, channels, dtype=dtype), torch.ones(channels)
+    for dtype, shape in itertools.product(FLOATS, ((2, 8), (2, 3), (2, 3, 3, 3))):
+        x, ones = torch.ones(shape, dtype=dtype), torch.ones(shape[1])
         for training, l2_bytes in itertools.product((True, False), (0, 1 << 20)):
             simt.module().set_device(l2_bytes=l2_bytes)
-            state = torch.zeros(channels), torch.ones(channels)
+            state = torch.zeros(shape[1]), torch.ones(shape[1])
             y, mean, rstd = forward(x, ones, ones, None, *state, training, 0.1, 1e-5, "relu")
             backward(y, x, ones, ones, None, None, mean, rstd, training, 1e-5, "relu", *[True] * 4)
     simt.module().set_device()
@@ -145,11 +160,12 @@ def pool_normalized() -> None:
 
 
 def squeeze_excite() -> None:
-    """Channels in vectors and one by one, planes, sums in one slice and in several."""
+    """Channels in vectors, folded and one by one, planes, sums in one slice and in several."""
     forward, backward = (simt.library.function(f"squeeze_excite_{each}") for each in ("forward", "backward"))
     for dtype in FLOATS:
-        for C, layout in ((16, torch.channels_last), (3, torch.channels_last), (3, torch.contiguous_format)):
-            x = torch.ones(1, C, 80, 80, dtype=dtype).to(memory_format=layout)
+        nhwc, nchw = torch.channels_last, torch.contiguous_format
+        for C, size, layout in ((16, 80, nhwc), (3, 80, nhwc), (257, 4, nhwc), (3, 80, nchw)):
+            x = torch.ones(1, C, size, size, dtype=dtype).to(memory_format=layout)
             w1, w2 = torch.ones(4, C, dtype=dtype), torch.ones(C, 4, dtype=dtype)
             y, *small = forward(x, w1, None, w2, None, "relu", "sigmoid")
             backward(y, x, w1, None, w2, None, *small, "relu", "sigmoid", *[True] * 5)

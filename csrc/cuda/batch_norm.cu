@@ -12,12 +12,14 @@
 // Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], in the pieces of batch_norm.cuh; the rest [C].
 // Ownership  One block owns a slice of the positions of some channels. Its threads keep to their channels, so that
 //            parameters are loaded once. The sums of a slice go to the workspace, where batch_norm_sums.cu adds them.
+//            Of planes that are no whole sectors, one warp owns a stretch, whatever its channels, of what is written.
 //            One thread owns one channel of the epilogue's.
 //            Tensors that L2 holds are done in one launch by batch_norm_resident.cu instead.
 // Traffic    forward: x for the statistics, then x (+ residual) + y; backward: dy, x (+ y or residual) for the sums,
 //            then the same + dx (+ dresidual). A sweep that nothing asks for is left out, and so is an operand that the
-//            activation does not need. Parameters: those of a block's channels, once a thread. The epilogue: the seven
-//            arrays of C numbers, once; doubles cost nothing beside that, and the CPU's kernel has them too.
+//            activation does not need. Parameters: those of a block's channels, once a thread, or of a stretch those of
+//            each piece's, from cache. The epilogue: the seven arrays of C numbers, once; doubles cost nothing beside
+//            that, and the CPU's kernel has them too.
 
 #include <cmath>
 
@@ -44,24 +46,24 @@ __global__ void __launch_bounds__(kThreads) fold_batch_norm_kernel(int64_t chann
   static_cast<float*>(fold.shift)[c] = static_cast<float>(centred * scale + at(fold.bias, c, 0));
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     batch_norm_forward_kernel(Sweep s, Activation activation, Parameters parameters, const T* x, const T* residual,
                               T* y) {
-  normalise<T, kWidth, kApplyAhead>(s, SweepPart(s), activation, parameters, x, residual, y);
+  normalise<T, kWidth, kPlanes, kApplyAhead>(s, blockIdx.x, activation, parameters, x, residual, y);
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     batch_norm_sums_kernel(Sweep s, int64_t channels, Parameters parameters, Gradient<T> from, float* partial) {
-  sum_gradients<T, kWidth>(s, SweepPart(s), channels, parameters, from, partial);
+  sum_gradients<T, kWidth, kPlanes>(s, blockIdx.x, channels, parameters, from, partial);
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     batch_norm_backward_kernel(Sweep s, int64_t channels, Parameters parameters, Gradient<T> from, const float* shares,
                                T* dx, T* dresidual) {
-  differentiate<T, kWidth>(s, SweepPart(s), channels, parameters, from, shares, dx, dresidual);
+  differentiate<T, kWidth, kPlanes, kGradientAhead>(s, blockIdx.x, channels, parameters, from, {shares, dx, dresidual});
 }
 
 // Blocks wait for memory alone: two rounds of them even out what the multiprocessors get done.
@@ -93,22 +95,20 @@ void backward(const NormProblem& p, const BatchNormBackward& b, Stream stream) {
       auto* const arrived = at_byte<unsigned>(sums, sums_bytes(s.slices, p.C));
       return batch_norm_backward_resident(p, b, shares, sums, arrived, stream);
     }
-    constexpr auto whole = batch_norm_sums_kernel<T, kVector<T>>, single = batch_norm_sums_kernel<T, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, sums);
-    else
-      CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, sums);
+    for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+      constexpr auto kernel = batch_norm_sums_kernel<T, kWidth, kPlanes>;
+      CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, sums);
+    });
     finish_batch_norm_gradients(p, b, s.slices, sums, shares, stream);
   }
   if (!b.dx && !b.dresidual) return;
   const Sweep s = mapping_sweep(p);
   const float* const taken = p.training ? shares : nullptr;
   auto *const dx = static_cast<T*>(b.dx), *const dresidual = static_cast<T*>(b.dresidual);
-  constexpr auto whole = batch_norm_backward_kernel<T, kVector<T>>, single = batch_norm_backward_kernel<T, 1>;
-  if (s.width > 1)
-    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, taken, dx, dresidual);
-  else
-    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, taken, dx, dresidual);
+  for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+    constexpr auto kernel = batch_norm_backward_kernel<T, kWidth, kPlanes>;
+    CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, parameters, from, taken, dx, dresidual);
+  });
 }
 
 }  // namespace
@@ -136,11 +136,10 @@ void batch_norm_act_forward(const NormProblem& p, const BatchNormForward& b, Str
   for_dtype(p.dtype, [&]<class T>(T) {
     const auto *const x = static_cast<const T*>(b.x), *const residual = static_cast<const T*>(b.residual);
     auto* const y = static_cast<T*>(b.y);
-    constexpr auto whole = batch_norm_forward_kernel<T, kVector<T>>, single = batch_norm_forward_kernel<T, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.activation, parameters, x, residual, y);
-    else
-      CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.activation, parameters, x, residual, y);
+    for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+      constexpr auto kernel = batch_norm_forward_kernel<T, kWidth, kPlanes>;
+      CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.activation, parameters, x, residual, y);
+    });
   });
 }
 

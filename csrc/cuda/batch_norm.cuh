@@ -49,7 +49,10 @@ struct GradientSums {
 // A sweep moves x in pieces: `width` elements that follow each other, of as many channels in [N,L,C] and of one channel
 // in [N,C,L]. The pieces of the same channels are a unit: runs of `length` pieces, `count` in all. A block owns
 // `columns` units that lie side by side, and a slice of the pieces of each; its threads are `rows` rows of one thread
-// for each column, and a few that own nothing.
+// for each column, of which `lanes` rows are neighbours.
+//
+// Where planes of [N,C,L] are no whole sectors (`planes`), a run begins with the piece that has the plane's first
+// element, and the ends of its pieces that belong to neighbours are left out: see batch_norm_planes.cuh.
 constexpr int kSweepThreads = 256;
 constexpr int kSummingBlocks = 4;  // for each multiprocessor, of sweeps that sum gradients: two rounds of two
 
@@ -58,18 +61,39 @@ struct Sweep {
   int64_t count, length, stride, run_stride;
   int64_t skip, skip_in_run;            // from a thread's piece to its next: elements, and pieces within the run
   int64_t tiles, slices, slice_length;  // the last slice may be shorter
-  int width, unit_channels, columns, rows;
+  int64_t total;                        // elements of x
+  int width, unit_channels, columns, rows, lanes;
+  bool planes;
+  // Of `planes`: elements that a warp maps; from a thread's piece to its next, channels, and elements within the plane.
+  int64_t stretch, stretch_channels, stretch_skip;
 
   __host__ __device__ int64_t blocks() const { return tiles * slices; }
   __host__ __device__ int64_t pieces(int64_t slice) const {
     return slice + 1 < slices ? slice_length : count - slice * slice_length;
   }
-  // Elements of each channel in a slice.
-  __host__ __device__ int64_t elements(int64_t slice) const { return pieces(slice) * (width / unit_channels); }
+  // Elements of a channel in a slice.
+  __host__ __device__ int64_t elements(int64_t slice, int64_t channel) const {
+    if (!planes) return pieces(slice) * (width / unit_channels);
+    const int64_t first = slice * slice_length;
+    return before(first + pieces(slice), channel) - before(first, channel);
+  }
+
+ private:
+  // Elements of a channel before a piece of its planes.
+  __host__ __device__ int64_t before(int64_t piece, int64_t channel) const {
+    const Split at = split(piece, length);
+    const int64_t begin = channel * unit_stride + at.quotient * run_stride;
+    const int64_t in_plane = at.remainder * width - begin % width;
+    return at.quotient * unit_stride + (in_plane < 0 ? 0 : in_plane > unit_stride ? unit_stride : in_plane);
+  }
 };
 
 // By about `blocks` blocks, or fewer, so that each thread of a block has some pieces. The results of sums depend on it.
-Sweep make_sweep(const NormProblem& p, int64_t blocks);
+// A piece has `vector` elements, or one where channels of [N,L,C] do not allow it.
+Sweep make_sweep(const NormProblem& p, int64_t blocks, int vector);
+inline Sweep make_sweep(const NormProblem& p, int64_t blocks) {
+  return make_sweep(p, blocks, p.dtype == DType::kFloat ? kVector<float> : kVector<Half>);
+}
 
 // The part of a sweep's block, the calling one unless said otherwise, that the calling thread owns.
 struct SweepPart {
@@ -79,8 +103,9 @@ struct SweepPart {
   __device__ explicit SweepPart(const Sweep& s) : SweepPart(s, blockIdx.x) {}
   __device__ SweepPart(const Sweep& s, int64_t number) {
     const Split block = split(number, s.tiles);
-    column = static_cast<int>(threadIdx.x) % s.columns;
-    row = static_cast<int>(threadIdx.x) / s.columns;
+    const int thread = static_cast<int>(threadIdx.x);
+    column = thread / s.lanes % s.columns;
+    row = thread / (s.lanes * s.columns) * s.lanes + thread % s.lanes;
     slice = block.quotient;
     const int64_t unit = block.remainder * s.columns + column, pieces = s.pieces(slice);
     const Split first = split(slice * s.slice_length + row, s.length);

@@ -20,7 +20,9 @@
 namespace cnnops::cuda {
 namespace {
 
-constexpr int kApplyAhead = 2;  // of what L2 has, fewer loads need to be under way, and registers are few
+// Of what L2 has, fewer loads need to be under way, and registers are few.
+template <bool kPlanes>
+constexpr int kResidentAhead = kPlanes ? 1 : 2;
 
 __global__ void clear_count_kernel(unsigned* arrived) { *arrived = 0; }
 
@@ -33,38 +35,41 @@ __device__ __forceinline__ void for_shares(int64_t count, F&& f) {
   }
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, kMomentsBlocks)
     batch_norm_forward_resident_kernel(Sweep s, NormProblem p, Statistics statistics, Parameters parameters, const T* x,
                                        const T* residual, T* y, float* partial, unsigned* arrived) {
-  for_shares(s.blocks(), [&](int64_t i) { sum_moments<T, kWidth>(s, SweepPart(s, i), p.C, x, partial); });
+  for_shares(s.blocks(), [&](int64_t i) { sum_moments<T, kWidth, kPlanes>(s, i, p.C, x, partial); });
   grid_barrier(arrived, gridDim.x);
   for_shares(ceil_div(p.C, kMergeChannels),
              [&](int64_t i) { finish_statistics(s, p, i * kMergeChannels, partial, statistics); });
   grid_barrier(arrived, 2 * gridDim.x);
   for_shares(s.blocks(), [&](int64_t i) {
-    normalise<T, kWidth, kApplyAhead>(s, SweepPart(s, i), p.activation, parameters, x, residual, y);
+    normalise<T, kWidth, kPlanes, kResidentAhead<kPlanes>>(s, i, p.activation, parameters, x, residual, y);
   });
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, 2)
     batch_norm_backward_resident_kernel(Sweep s, NormProblem p, Parameters parameters, Gradient<T> from,
                                         GradientResults results, float* sums, T* dx, T* dresidual, unsigned* arrived) {
-  for_shares(s.blocks(), [&](int64_t i) { sum_gradients<T, kWidth>(s, SweepPart(s, i), p.C, parameters, from, sums); });
+  for_shares(s.blocks(), [&](int64_t i) { sum_gradients<T, kWidth, kPlanes>(s, i, p.C, parameters, from, sums); });
   grid_barrier(arrived, gridDim.x);
   for_shares(ceil_div(p.C, kMergeChannels),
              [&](int64_t i) { finish_gradients(p, i * kMergeChannels, s.slices, sums, parameters.rstd, results); });
   grid_barrier(arrived, 2 * gridDim.x);
   const float* const shares = p.training ? results.shares : nullptr;
   for_shares(s.blocks(), [&](int64_t i) {
-    differentiate<T, kWidth>(s, SweepPart(s, i), p.C, parameters, from, shares, dx, dresidual);
+    differentiate<T, kWidth, kPlanes, kResidentAhead<kPlanes>>(s, i, p.C, parameters, from, {shares, dx, dresidual});
   });
 }
 
-template <auto kernel>
-dim3 resident_grid(const Sweep& s) {
-  return blocks(std::min(resident_blocks(Launched<kernel>::entry, kSweepThreads), s.blocks()));
+template <auto kernel, class... Arguments>
+void launch_resident(const Sweep& s, unsigned* arrived, Stream stream, Arguments... arguments) {
+  CNNOPS_LAUNCH(clear_count_kernel, 1, 1, 0, stream, arrived);
+  const int64_t most = resident_blocks(Launched<kernel>::entry, kSweepThreads);
+  CNNOPS_LAUNCH_COOPERATIVE(kernel, blocks(std::min(most, s.blocks())), kSweepThreads, 0, stream, s, arguments...,
+                            arrived);
 }
 
 }  // namespace
@@ -77,40 +82,24 @@ bool stays_in_l2(const NormProblem& p, int tensors, int64_t l2_bytes) {
 void batch_norm_forward_resident(const NormProblem& p, const BatchNormForward& b, float* partial, unsigned* arrived,
                                  Stream stream) {
   const Sweep s = moments_sweep(p);
-  const Statistics statistics = statistics_of(b);
-  const Parameters parameters = parameters_of(b);
-  CNNOPS_LAUNCH(clear_count_kernel, 1, 1, 0, stream, arrived);
   for_dtype(p.dtype, [&]<class T>(T) {
-    const auto *const x = static_cast<const T*>(b.x), *const residual = static_cast<const T*>(b.residual);
-    auto* const y = static_cast<T*>(b.y);
-    constexpr auto whole = batch_norm_forward_resident_kernel<T, kVector<T>>,
-                   single = batch_norm_forward_resident_kernel<T, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH_COOPERATIVE(whole, resident_grid<whole>(s), kSweepThreads, 0, stream, s, p, statistics, parameters,
-                                x, residual, y, partial, arrived);
-    else
-      CNNOPS_LAUNCH_COOPERATIVE(single, resident_grid<single>(s), kSweepThreads, 0, stream, s, p, statistics,
-                                parameters, x, residual, y, partial, arrived);
+    for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+      launch_resident<batch_norm_forward_resident_kernel<T, kWidth, kPlanes>>(
+          s, arrived, stream, p, statistics_of(b), parameters_of(b), static_cast<const T*>(b.x),
+          static_cast<const T*>(b.residual), static_cast<T*>(b.y), partial);
+    });
   });
 }
 
 void batch_norm_backward_resident(const NormProblem& p, const BatchNormBackward& b, float* shares, float* sums,
                                   unsigned* arrived, Stream stream) {
   const Sweep s = summing_sweep(p);
-  const Parameters parameters = parameters_of(b);
-  const GradientResults results = results_of(b, shares);
-  CNNOPS_LAUNCH(clear_count_kernel, 1, 1, 0, stream, arrived);
   for_dtype(p.dtype, [&]<class T>(T) {
-    const Gradient<T> from = gradient_of<T>(p, b);
-    auto *const dx = static_cast<T*>(b.dx), *const dresidual = static_cast<T*>(b.dresidual);
-    constexpr auto whole = batch_norm_backward_resident_kernel<T, kVector<T>>,
-                   single = batch_norm_backward_resident_kernel<T, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH_COOPERATIVE(whole, resident_grid<whole>(s), kSweepThreads, 0, stream, s, p, parameters, from,
-                                results, sums, dx, dresidual, arrived);
-    else
-      CNNOPS_LAUNCH_COOPERATIVE(single, resident_grid<single>(s), kSweepThreads, 0, stream, s, p, parameters, from,
-                                results, sums, dx, dresidual, arrived);
+    for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+      launch_resident<batch_norm_backward_resident_kernel<T, kWidth, kPlanes>>(
+          s, arrived, stream, p, parameters_of(b), gradient_of<T>(p, b), results_of(b, shares), sums,
+          static_cast<T*>(b.dx), static_cast<T*>(b.dresidual));
+    });
   });
 }
 

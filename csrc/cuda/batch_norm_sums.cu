@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "batch_norm.h"
 #include "batch_norm_parts.cuh"
@@ -19,10 +20,10 @@
 namespace cnnops::cuda {
 namespace {
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kPlanes>
 __global__ void __launch_bounds__(kSweepThreads, kMomentsBlocks)
     batch_moments_kernel(Sweep s, int64_t channels, const T* x, float* partial) {
-  sum_moments<T, kWidth>(s, SweepPart(s), channels, x, partial);
+  sum_moments<T, kWidth, kPlanes>(s, blockIdx.x, channels, x, partial);
 }
 
 __global__ void __launch_bounds__(kMergeThreads)
@@ -46,15 +47,14 @@ __global__ void __launch_bounds__(kMergeThreads)
 
 }  // namespace
 
-Sweep make_sweep(const NormProblem& p, int64_t blocks) {
-  constexpr int kWarp = 32;
-  const int vector = p.dtype == DType::kFloat ? kVector<float> : kVector<Half>;
+Sweep make_sweep(const NormProblem& p, int64_t blocks, int vector) {
+  constexpr int kWarp = 32, kSector = 2;  // threads; pieces
   // One position or one channel is dense in both layouts.
   const bool lines = p.L == 1 || (p.channels_last && p.C > 1);
-  const int64_t contiguous = lines ? p.C : p.C == 1 ? p.N * p.L : p.L;
   Sweep s{};
-  s.width = contiguous % vector == 0 ? vector : 1;
+  s.lanes = 1;
   if (lines) {
+    s.width = p.C % vector == 0 ? vector : 1;
     s.units = p.C / s.width;
     s.unit_stride = s.unit_channels = s.width;
     s.count = s.length = p.N * p.L;
@@ -62,17 +62,28 @@ Sweep make_sweep(const NormProblem& p, int64_t blocks) {
     s.run_stride = s.length * s.stride;
     // Tiles are about equal, so that the last one's lanes are busy, too, and of whole sectors.
     const int64_t tiles = ceil_div(s.units, kWarp);
-    s.columns = static_cast<int>(tiles == 1 ? s.units : ceil_div(s.units, 2 * tiles) * 2);
+    s.columns = static_cast<int>(tiles == 1 ? s.units : ceil_div(s.units, kSector * tiles) * kSector);
   } else {
+    const int64_t plane = p.C == 1 ? p.N * p.L : p.L;
+    s.planes = plane % (kSector * vector) != 0;
+    s.width = vector;
     s.units = p.C;
-    s.unit_stride = contiguous;
+    s.unit_stride = plane;
     s.unit_channels = s.columns = 1;
-    s.length = contiguous / s.width;
-    s.count = p.N * p.L / s.width;
+    // As planes lie, the first element may be any piece's last that a common divisor lets it be.
+    s.length = ceil_div(plane + vector - std::gcd(plane, int64_t{vector}), vector);
+    s.count = p.N * p.L / plane * s.length;
     s.stride = s.width;
-    s.run_stride = p.C * contiguous;
+    s.run_stride = p.C * plane;
+    if (s.planes && s.length <= kWarp) {
+      // Neighbouring planes by neighbouring threads, which then ask for whole sectors together.
+      const int64_t most = std::min(kSweepThreads / 2, kSweepThreads / static_cast<int>(s.length));
+      const int64_t tiles = ceil_div(p.C, most / kMergeChannels * kMergeChannels);
+      s.columns = static_cast<int>(std::min(p.C, ceil_div(p.C, kMergeChannels * tiles) * kMergeChannels));
+      s.lanes = static_cast<int>(s.length);
+    }
   }
-  s.rows = kSweepThreads / s.columns;
+  s.rows = kSweepThreads / (s.columns * s.lanes) * s.lanes;
   s.skip_in_run = s.rows % s.length;
   s.skip = s.rows / s.length * s.run_stride + s.skip_in_run * s.stride;
   s.tiles = ceil_div(s.units, s.columns);
@@ -80,6 +91,13 @@ Sweep make_sweep(const NormProblem& p, int64_t blocks) {
   const int64_t least = std::max(128, s.rows * kMomentsAhead), wanted = std::max<int64_t>(1, blocks / s.tiles);
   s.slice_length = ceil_div(std::max(ceil_div(s.count, wanted), std::min(least, s.count)), s.rows) * s.rows;
   s.slices = ceil_div(s.count, s.slice_length);
+  s.total = p.N * p.C * p.L;
+  if (s.planes) {
+    const int64_t together = int64_t{kWarp} * s.width, warps = s.blocks() * (kSweepThreads / kWarp);
+    s.stretch = ceil_div(ceil_div(s.total, together), warps) * together;
+    s.stretch_channels = together / s.unit_stride % s.units;
+    s.stretch_skip = together % s.unit_stride;
+  }
   return s;
 }
 
@@ -98,11 +116,10 @@ void batch_norm_statistics(const NormProblem& p, const BatchNormForward& b, Stre
   auto* const partial = static_cast<float*>(b.workspace);
   for_dtype(p.dtype, [&]<class T>(T) {
     const auto* const x = static_cast<const T*>(b.x);
-    constexpr auto whole = batch_moments_kernel<T, kVector<T>>, single = batch_moments_kernel<T, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, x, partial);
-    else
-      CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, x, partial);
+    for_form<T>(s, [&]<int kWidth, bool kPlanes>(Form<kWidth, kPlanes>) {
+      constexpr auto kernel = batch_moments_kernel<T, kWidth, kPlanes>;
+      CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, p.C, x, partial);
+    });
   });
   CNNOPS_LAUNCH(finish_statistics_kernel, blocks(ceil_div(p.C, kMergeChannels)), kMergeThreads, 0, stream, s, p,
                 partial, to);

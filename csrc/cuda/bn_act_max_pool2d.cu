@@ -12,10 +12,10 @@
 // Traffic    forward: x for the statistics, then x + y (+ offsets); backward: x, dy and offsets for the sums, then the
 //            same + dx. Windows overlap: what several read of x, dy and offsets comes from cache but for the first.
 
-#include "activation.cuh"
-#include "batch_norm.cuh"
+#include <algorithm>
+
 #include "batch_norm.h"
-#include "dtype.h"
+#include "batch_norm_parts.cuh"
 #include "launchers.h"
 #include "pool2d_window.cuh"
 
@@ -35,22 +35,9 @@ struct Place {
   }
 };
 
-// The channel arrays; weight and bias may be null.
-struct Parameters {
-  const float *mean, *rstd, *weight, *bias;
-
-  // The maps of a thread's channels.
-  template <int kWidth>
-  __device__ __forceinline__ void load_maps(const Sweep& s, const SweepPart& part, BatchNormMap (&maps)[kWidth]) const {
-    float means[kWidth], rstds[kWidth], weights[kWidth], biases[kWidth];
-    load_channels(s, part, mean, 0, means);
-    load_channels(s, part, rstd, 0, rstds);
-    load_channels(s, part, weight, 1, weights);
-    load_channels(s, part, bias, 0, biases);
-    CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; ++k) maps[k] = {means[k], rstds[k] * weights[k], biases[k]};
-  }
-};
+// Channels of a thread: as many as 16 bytes of x or of offsets hold, so that both are moved by whole sectors.
+template <class T, class O>
+constexpr int kChannels = 16 / std::max<int>(sizeof(T), sizeof(O));
 
 // A window without a tap inside the input gives -inf and the offset 0. A NaN always replaces what is kept, and nothing
 // replaces a NaN but another; a tie replaces nothing. offsets may be null.
@@ -61,7 +48,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
   SweepPart part(s);
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
-  parameters.load_maps(s, part, maps);
+  load_maps(s, part, parameters, maps);
   with_activation(activation, [&](auto activate) {
     while (part.left > 0) {
       const Place out(part.in_run, pool.rows.out, pool.cols.out);
@@ -75,12 +62,12 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         const int64_t row = out.n * pool.rows.in + rows.first + int64_t{r} * pool.rows.dilation;
         for (int s = cols.inside.begin; s < cols.inside.end; ++s) {
           const int64_t col = cols.first + int64_t{s} * pool.cols.dilation;
-          const Vector<T> values = load(x + (row * pool.cols.in + col) * pool.C + part.channel, kWidth);
+          const Raw<T, kWidth> values = fetch<kWidth>(x + (row * pool.cols.in + col) * pool.C + part.channel);
           const int tap = r * cols.taps + s;
           CNNOPS_UNROLL
           for (int k = 0; k < kWidth; ++k) {
             T rounded;
-            from_float(activate(maps[k](to_float(values.at[k]))), rounded);
+            from_float(activate(maps[k](number<kWidth, T>(values, k))), rounded);
             const float a = to_float(rounded);
             const bool wins = a > best[k] || a != a;
             best[k] = wins ? a : best[k];
@@ -88,10 +75,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
           }
         }
       }
-      Vector<T> found = {};
-      CNNOPS_UNROLL
-      for (int k = 0; k < kWidth; ++k) from_float(best[k], found.at[k]);
-      store(found, y + to, kWidth);
+      write_numbers(best, y + to);
       if (offsets) store_taps(kept, offsets + to);
     }
   });
@@ -99,7 +83,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
 // What dz is made of.
 template <class T, class O>
-struct Gradient {
+struct PoolGradient {
   Pool pool;
   Activation activation;
   const T *dy, *x;
@@ -121,11 +105,11 @@ struct Gradient {
         if (s < 0) continue;
         const int tap = r * cols.kernel + s;
         const int64_t at = ((in.n * rows.out + p) * cols.out + q) * pool.C + c;
-        const Vector<T> values = load(dy + at, kWidth);
+        const Raw<T, kWidth> values = fetch<kWidth>(dy + at);
         int kept[kWidth];
         load_taps(offsets + at, kept);
         CNNOPS_UNROLL
-        for (int k = 0; k < kWidth; ++k) da[k] += kept[k] == tap ? to_float(values.at[k]) : 0;
+        for (int k = 0; k < kWidth; ++k) da[k] += kept[k] == tap ? number<kWidth, T>(values, k) : 0;
       }
     }
     CNNOPS_UNROLL
@@ -143,13 +127,13 @@ struct Gradient {
     with_gradient(activation, [&](auto gradient) {
       while (part.left > 0) {
         const int64_t line = part.in_run, at = part.next(s);
-        Vector<T> values = {};
-        if (need_x || activation != Activation::kNone) values = load(x + at, kWidth);
+        Raw<T, kWidth> values = {};
+        if (need_x || activation != Activation::kNone) values = fetch<kWidth>(x + at);
         float dz[kWidth], value[kWidth];
         gather(line, part.channel, dz);
         CNNOPS_UNROLL
         for (int k = 0; k < kWidth; ++k) {
-          value[k] = to_float(values.at[k]);
+          value[k] = number<kWidth, T>(values, k);
           dz[k] = gradient(dz[k], saved_for_gradient(activation, maps[k](value[k])));
         }
         f(at, dz, value);
@@ -161,12 +145,12 @@ struct Gradient {
 // partial[slice][dz, dz * (x - mean)][C]. Where there is no gradient, an infinite x adds nothing.
 template <class T, class O, int kWidth>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    bn_act_max_pool2d_sums_kernel(Sweep s, Parameters parameters, Gradient<T, O> from, float* partial) {
+    bn_act_max_pool2d_sums_kernel(Sweep s, Parameters parameters, PoolGradient<T, O> from, float* partial) {
   const SweepPart part(s);
   GradientSums mine[kWidth];
   if (part.left > 0) {
     BatchNormMap maps[kWidth];
-    parameters.load_maps(s, part, maps);
+    load_maps(s, part, parameters, maps);
     from.for_pieces_of(s, part, true, maps, [&](int64_t, const float (&dz)[kWidth], const float (&x)[kWidth]) {
       CNNOPS_UNROLL
       for (int k = 0; k < kWidth; ++k) {
@@ -186,42 +170,33 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 // shares: null where statistics are fixed.
 template <class T, class O, int kWidth>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    bn_act_max_pool2d_backward_kernel(Sweep s, Parameters parameters, Gradient<T, O> from, const float* shares, T* dx) {
+    bn_act_max_pool2d_backward_kernel(Sweep s, Parameters parameters, PoolGradient<T, O> from, const float* shares,
+                                      T* dx) {
   const SweepPart part(s);
   if (part.left == 0) return;
   BatchNormMap maps[kWidth];
-  parameters.load_maps(s, part, maps);
-  float dz_shares[kWidth], x_shares[kWidth];
-  load_channels(s, part, shares, 0, dz_shares);
-  load_channels(s, part, shares ? shares + from.pool.C : nullptr, 0, x_shares);
+  load_maps(s, part, parameters, maps);
+  BatchNormShares taken[kWidth];
+  load_shares(s, part, from.pool.C, shares, taken);
   from.for_pieces_of(s, part, shares, maps, [&](int64_t at, const float (&dz)[kWidth], const float (&x)[kWidth]) {
-    Vector<T> out = {};
+    float out[kWidth];
     CNNOPS_UNROLL
-    for (int k = 0; k < kWidth; ++k)
-      from_float(shares ? BatchNormShares{dz_shares[k], x_shares[k]}.dx(maps[k], dz[k], x[k]) : dz[k] * maps[k].scale,
-                 out.at[k]);
-    store(out, dx + at, kWidth);
+    for (int k = 0; k < kWidth; ++k) out[k] = shares ? taken[k].dx(maps[k], dz[k], x[k]) : dz[k] * maps[k].scale;
+    write_numbers(out, dx + at);
   });
 }
 
 // Over [lines,C], by about so many blocks for each multiprocessor.
+template <class T, class O>
 Sweep sweep_lines(const NormProblem& norm, int64_t lines, int64_t blocks_each) {
   NormProblem flat = norm;
   flat.N = lines;
   flat.L = 1;
-  return make_sweep(flat, blocks_each * device().multiprocessors);
+  return make_sweep(flat, blocks_each * device().multiprocessors, kChannels<T, O>);
 }
-
-Sweep summing_sweep(const NormProblem& norm) { return sweep_lines(norm, norm.N * norm.L, kSummingBlocks); }
 
 // shares[2][C], and sums[slice][2][C] from a place aligned to 256 bytes on.
 int64_t shares_bytes(const NormProblem& norm) { return ceil_div(2 * norm.C * int64_t{sizeof(float)}, 256) * 256; }
-
-template <class Args>
-Parameters parameters_of(const Args& args) {
-  return {static_cast<const float*>(args.mean), static_cast<const float*>(args.rstd),
-          static_cast<const float*>(args.weight), static_cast<const float*>(args.bias)};
-}
 
 // f(T{}, O{}) for the types of x and of the offsets.
 template <class F>
@@ -229,53 +204,55 @@ void for_types(const Pool2dProblem& pool, F&& f) {
   for_dtype(pool.dtype, [&]<class T>(T type) { for_offset(pool, [&]<class O>(O offset) { f(type, offset); }); });
 }
 
+// f(std::integral_constant<int, kWidth>{}) for a sweep's kernels.
+template <class T, class O, class F>
+void for_width(const Sweep& s, F&& f) {
+  if (s.width > 1)
+    f(std::integral_constant<int, kChannels<T, O>>{});
+  else
+    f(std::integral_constant<int, 1>{});
+}
+
 template <class T, class O>
 void forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormForward& args, void* kept,
              Stream stream) {
-  const Sweep s = sweep_lines(norm, int64_t{pool.N} * pool.P * pool.Q, kMappingBlocks);
+  const Sweep s = sweep_lines<T, O>(norm, int64_t{pool.N} * pool.P * pool.Q, kMappingBlocks);
   const Pool windows(pool);
   const Parameters parameters = parameters_of(args);
   const auto* const x = static_cast<const T*>(args.x);
   auto* const y = static_cast<T*>(args.y);
   auto* const offsets = static_cast<O*>(kept);
-  constexpr auto whole = bn_act_max_pool2d_forward_kernel<T, O, kVector<T>>;
-  constexpr auto single = bn_act_max_pool2d_forward_kernel<T, O, 1>;
-  if (s.width > 1)
-    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, windows, norm.activation, parameters, x, y,
+  for_width<T, O>(s, [&]<int kWidth>(std::integral_constant<int, kWidth>) {
+    constexpr auto kernel = bn_act_max_pool2d_forward_kernel<T, O, kWidth>;
+    CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, windows, norm.activation, parameters, x, y,
                   offsets);
-  else
-    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, windows, norm.activation, parameters, x, y,
-                  offsets);
+  });
 }
 
 template <class T, class O>
 void backward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormBackward& args, const void* offsets,
               Stream stream) {
-  const Gradient<T, O> from{Pool(pool), norm.activation, static_cast<const T*>(args.dy), static_cast<const T*>(args.x),
-                            static_cast<const O*>(offsets)};
+  const PoolGradient<T, O> from{Pool(pool), norm.activation, static_cast<const T*>(args.dy),
+                                static_cast<const T*>(args.x), static_cast<const O*>(offsets)};
   const Parameters parameters = parameters_of(args);
   auto* const shares = static_cast<float*>(args.workspace);
   if (args.dweight || args.dbias || (norm.training && args.dx)) {
     auto* const sums = shares + shares_bytes(norm) / static_cast<int64_t>(sizeof(float));
-    const Sweep s = summing_sweep(norm);
-    constexpr auto whole = bn_act_max_pool2d_sums_kernel<T, O, kVector<T>>;
-    constexpr auto single = bn_act_max_pool2d_sums_kernel<T, O, 1>;
-    if (s.width > 1)
-      CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, sums);
-    else
-      CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, sums);
+    const Sweep s = sweep_lines<T, O>(norm, norm.N * norm.L, kSummingBlocks);
+    for_width<T, O>(s, [&]<int kWidth>(std::integral_constant<int, kWidth>) {
+      constexpr auto kernel = bn_act_max_pool2d_sums_kernel<T, O, kWidth>;
+      CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, sums);
+    });
     finish_batch_norm_gradients(norm, args, s.slices, sums, shares, stream);
   }
   if (!args.dx) return;
-  const Sweep s = sweep_lines(norm, norm.N * norm.L, kMappingBlocks);
+  const Sweep s = sweep_lines<T, O>(norm, norm.N * norm.L, kMappingBlocks);
   const float* const taken = norm.training ? shares : nullptr;
   auto* const dx = static_cast<T*>(args.dx);
-  constexpr auto whole = bn_act_max_pool2d_backward_kernel<T, O, kVector<T>>;
-  constexpr auto single = bn_act_max_pool2d_backward_kernel<T, O, 1>;
-  if (s.width > 1)
-    CNNOPS_LAUNCH(whole, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, taken, dx);
-  else
-    CNNOPS_LAUNCH(single, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, taken, dx);
+  for_width<T, O>(s, [&]<int kWidth>(std::integral_constant<int, kWidth>) {
+    constexpr auto kernel = bn_act_max_pool2d_backward_kernel<T, O, kWidth>;
+    CNNOPS_LAUNCH(kernel, blocks(s.blocks()), kSweepThreads, 0, stream, s, parameters, from, taken, dx);
+  });
 }
 
 }  // namespace
@@ -284,8 +261,11 @@ int64_t bn_act_max_pool2d_forward_workspace(const NormProblem& norm, const Pool2
   return batch_norm_statistics_workspace(norm);
 }
 
-int64_t bn_act_max_pool2d_backward_workspace(const NormProblem& norm, const Pool2dProblem&) {
-  return shares_bytes(norm) + summing_sweep(norm).slices * 2 * norm.C * int64_t{sizeof(float)};
+int64_t bn_act_max_pool2d_backward_workspace(const NormProblem& norm, const Pool2dProblem& pool) {
+  int64_t slices = 0;
+  for_types(pool,
+            [&]<class T, class O>(T, O) { slices = sweep_lines<T, O>(norm, norm.N * norm.L, kSummingBlocks).slices; });
+  return shares_bytes(norm) + slices * 2 * norm.C * int64_t{sizeof(float)};
 }
 
 void bn_act_max_pool2d_forward(const NormProblem& norm, const Pool2dProblem& pool, const BatchNormForward& args,

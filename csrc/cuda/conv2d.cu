@@ -3,13 +3,14 @@
 //
 //   dbias[k] = sum over (n,p,q) of dy[n,p,q,k]
 //
-// Layout     dy [N,P,Q,K].
+// Layout     dy [N,P,Q,K]; that of NCHW is in depthwise_nchw.cu.
 // Ownership  One block owns 32 filters of one slab of pixels; the slabs' sums are added in order.
 // Traffic    dy once, and one float for each filter of a slab.
 
 #include <algorithm>
 
 #include "conv2d_kernels.h"
+#include "depthwise_nchw.h"
 #include "dtype.h"
 #include "launchers.h"
 #include "ptx.cuh"
@@ -30,6 +31,8 @@ const Conv2dFamily& family_of(const Conv2dPlan& plan) {
       return kPackedConv2d;
     case Conv2dKernel::kDepthwise:
       return kDepthwiseConv2d;
+    case Conv2dKernel::kNchw:
+      return kDepthwiseNchwConv2d;
     case Conv2dKernel::kStem:
       return kStemConv2d;
     case Conv2dKernel::kWgmma:
@@ -87,6 +90,7 @@ BiasSlabs bias_slabs(const Conv2dProblem& p) {
 }
 
 void backward_bias(const Conv2dProblem& p, const void* dy, void* dbias, float* workspace, Stream stream) {
+  if (!p.channels_last) return depthwise_nchw_bias(p, dy, dbias, workspace, stream);
   const BiasSlabs slabs = bias_slabs(p);
   for_dtype(p.dtype, [&]<class T>(T) {
     CNNOPS_LAUNCH(conv2d_backward_bias_kernel<T>, blocks(ceil_div(p.K, kSumColumns) * slabs.count),
@@ -110,7 +114,9 @@ struct BackwardWorkspace {
       const Conv2dPlan plan = plan_backward_weight(p, device());
       weight = rounded(family_of(plan).backward_weight_workspace(p, plan));
     }
-    if (need_dbias) bias = rounded(bias_slabs(p).count * p.K * int64_t{sizeof(float)});
+    if (need_dbias)
+      bias = rounded(p.channels_last ? bias_slabs(p).count * p.K * int64_t{sizeof(float)}
+                                     : depthwise_nchw_bias_workspace(p));
   }
 };
 
@@ -158,9 +164,11 @@ void conv_transpose2d_forward(const Conv2dProblem& p, const void* x, const void*
   family_of(plan).backward_input(p, plan, {.bias = bias}, x, weight, y, workspace, stream);
 }
 
-std::string conv2d_plan(const std::string& direction, const Conv2dProblem& p, int architecture, int multiprocessors,
-                        int shared_bytes) {
+std::string conv2d_plan(const std::string& direction, const Conv2dProblem& problem, int architecture,
+                        int multiprocessors, int shared_bytes) {
   const Device on = architecture ? Device{architecture, multiprocessors, shared_bytes} : device();
+  Conv2dProblem p = problem;
+  p.channels_last = p.channels_last || !depthwise_nchw_takes(p, on);
   if (direction == "forward") return describe(plan_forward(p, on));
   if (direction == "backward_input") return describe(plan_backward_input(p, on));
   if (direction == "backward_weight") return describe(plan_backward_weight(p, on));

@@ -27,14 +27,18 @@ struct Conv2dFamily {
 
 // A null function is a pass that the family does not have. The sm_90a ones are null throughout where the library was
 // not compiled for that architecture.
-extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kDepthwiseConv2d, kToeplitzConv2d, kStemConv2d, kWgmmaConv2d,
-    kHaloConv2d;
+extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kDepthwiseConv2d, kDepthwiseNchwConv2d, kToeplitzConv2d,
+    kStemConv2d, kWgmmaConv2d, kHaloConv2d;
 
 // Moments of tiles, merged in order: partial[tile][count, mean, m2][K] gives epilogue.mean and epilogue.m2.
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream);
 
 // The numbers in a slab of dweight's sums.
 inline int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
+
+// dbias of problems without channels_last, in a workspace of its own.
+int64_t depthwise_nchw_bias_workspace(const Conv2dProblem& p);
+void depthwise_nchw_bias(const Conv2dProblem& p, const void* dy, void* dbias, float* workspace, Stream stream);
 
 // out[i] = the sum over slabs of slabs[slab][i], in order; out is of `dtype`.
 void add_slabs(DType dtype, int64_t count, int64_t size, const float* slabs, void* out, Stream stream);

@@ -7,6 +7,7 @@
 #include "conv2d.cuh"
 #include "conv2d_sm90.h"
 #include "depthwise_conv2d.h"
+#include "depthwise_nchw.h"
 #include "depthwise_toeplitz.h"
 
 namespace cnnops::cuda {
@@ -78,6 +79,19 @@ Row depthwise(const Conv2dProblem& p, DepthwisePass pass, const Device& device) 
           cut.sized ? "a channel to a group" : "a channel to a group, of a filter of any size"};
 }
 
+// Of problems without channels_last, which conv2d_nchw has taken. A strip's rows and a tile's channels stand for a
+// tile.
+Conv2dPlan nchw(const Conv2dProblem& p, DepthwisePass pass, const Device& device) {
+  const NchwCut cut = nchw_cut(p, pass, device);
+  return {Conv2dKernel::kNchw,
+          cut.rows,
+          cut.planes,
+          2,
+          1,
+          pass == DepthwisePass::kWeight ? cut.parts : 1,
+          "a channel to a group, in planes"};
+}
+
 // Whether the taps of all channels fit in the rows of an im2col matrix in shared memory.
 Row stem(const Conv2dProblem& p, const Device& device, int64_t least_taps, int64_t most_taps, int block_m,
          int block_n) {
@@ -100,7 +114,7 @@ Row toeplitz(const Conv2dProblem& p, const Device& device, bool chosen, const ch
   const bool depthwise = p.groups > 1 && p.groups == p.C && p.C == p.K && p.dtype != DType::kFloat;
   const bool dense = p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
   const bool allowed = chosen && depthwise && dense && large(p.R) && large(p.S) &&
-                       ToeplitzLayout<kSide>(p.R, p.S).end <= static_cast<size_t>(device.shared_bytes);
+                       ToeplitzLayout<kSide>(p.R, p.S, false).end <= static_cast<size_t>(device.shared_bytes);
   return {allowed, Conv2dKernel::kToeplitz, kSide, kSide, 1, reason};
 }
 
@@ -118,6 +132,14 @@ Row small_toeplitz(const Conv2dProblem& p, const Device& device, int P, int Q) {
   const bool filled = P > kSmallToeplitzSide / 2 && Q > kSmallToeplitzSide / 2;
   const bool smallest = p.R == kLeastToeplitzTaps && p.S == kLeastToeplitzTaps;
   return toeplitz<kSmallToeplitzSide>(p, device, filled || !smallest, "large depthwise filters");
+}
+
+// dweight, and dx from the same read, where bands give dx.
+Row toeplitz_weight(const Conv2dProblem& p, const Device& device) {
+  Row row = small_toeplitz(p, device, p.H, p.W);
+  row.allowed =
+      row.allowed && ToeplitzLayout<kSmallToeplitzSide>(p.R, p.S, true).end <= static_cast<size_t>(device.shared_bytes);
+  return row;
 }
 
 // The passes whose rows are pixels; rows of one of them alone go before.
@@ -170,8 +192,8 @@ Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& d
                   channels % vector_of(p) == 0 && filters % vector_of(p) == 0};
   const bool many = gemm.n > LargeTile::kN;  // columns, of taps and channels
   Conv2dPlan plan = first_of(
-      depthwise(p, DepthwisePass::kWeight, device), packed(p, 32, 128), stem(p, device, 1, 32, 64, 32),
-      stem(p, device, 33, 160, 64, 160),
+      toeplitz_weight(p, device), depthwise(p, DepthwisePass::kWeight, device), packed(p, 32, 128),
+      stem(p, device, 1, 32, 64, 32), stem(p, device, 33, 160, 64, 160),
       portable<LargeTile>(gemm.fits<LargeTile>(p, device) && filters > 64 && gemm.n > 64, "many filters"),
       portable<WideTile>(gemm.fits<WideTile>(p, device) && many, "few filters, many taps and channels"),
       portable<TallTile>(gemm.fits<TallTile>(p, device) && filters > 64, "many filters, few taps and channels"),
@@ -179,6 +201,10 @@ Conv2dPlan plan_portable_backward_weight(const Conv2dProblem& p, const Device& d
       portable<SmallTile>(true, "channels or filters that 16 bytes do not divide"));
   if (plan.kernel == Conv2dKernel::kDepthwise) {
     plan.splits = depthwise_cut(p, DepthwisePass::kWeight, device).parts;
+    return plan;
+  }
+  if (plan.kernel == Conv2dKernel::kToeplitz) {
+    plan.splits = ToeplitzParts(p, device).parts;
     return plan;
   }
   constexpr int64_t kLeastPixels = 256;
@@ -204,20 +230,23 @@ Conv2dPlan either(const Conv2dProblem& p, const Device& device, Hopper&& hopper,
 }  // namespace
 
 Conv2dPlan plan_forward(const Conv2dProblem& p, const Device& device, bool pooled) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kForward, device);
   return either(p, device, plan_forward_sm90,
                 [pooled](const auto& p, const Device& device) { return plan_portable_forward(p, device, pooled); });
 }
 
 Conv2dPlan plan_backward_input(const Conv2dProblem& p, const Device& device) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kInput, device);
   return either(p, device, plan_backward_input_sm90, plan_portable_backward_input);
 }
 
 Conv2dPlan plan_backward_weight(const Conv2dProblem& p, const Device& device) {
+  if (!p.channels_last) return nchw(p, DepthwisePass::kWeight, device);
   return either(p, device, plan_backward_weight_sm90, plan_portable_backward_weight);
 }
 
 std::string describe(const Conv2dPlan& plan) {
-  const char* const names[] = {"portable", "packed", "depthwise", "toeplitz", "stem", "wgmma", "halo"};
+  const char* const names[] = {"portable", "packed", "depthwise", "nchw", "toeplitz", "stem", "wgmma", "halo"};
   return std::string(names[static_cast<int>(plan.kernel)]) + " " + std::to_string(plan.block_m) + "x" +
          std::to_string(plan.block_n) + " " + std::to_string(plan.stages) + " stages, clusters of " +
          std::to_string(plan.cluster) + ", " + std::to_string(plan.splits) + " slabs: " + plan.reason +

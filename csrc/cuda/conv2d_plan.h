@@ -14,6 +14,7 @@ enum class Conv2dKernel : int {
   kPortable,   // conv2d_portable.cu: any problem, mma.sync or CUDA cores
   kPacked,     // conv2d_packed.cu: groups of few channels, block-diagonally
   kDepthwise,  // depthwise_conv2d.cu: groups of one channel
+  kNchw,       // depthwise_nchw.cu: groups of one channel, in planes
   kToeplitz,   // depthwise_toeplitz.cu: large depthwise filters as banded matrices
   kStem,       // conv2d_stem.cu: few input channels, im2col in shared memory
   kWgmma,      // conv2d_sm90.cu: TMA and wgmma

@@ -67,7 +67,7 @@ template <class T>
 __global__ void __launch_bounds__(kAddThreads)
     depthwise_add_slabs_kernel(Conv2dProblem p, DepthwiseCut cut, const float* slabs, const T* dy, const T* x,
                                T* dweight) {
-  const int taps = p.R * p.S, most = kTapRows * p.S;  // of a filter, and of a tile
+  const int taps = p.R * p.S, most = cut.tap_tiles > 1 ? kTapRows * p.S : taps;  // of a filter, and of a tile
   const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x, size = int64_t{p.K} * taps;
   if (i >= size) return;
   const Split tile = split(i, int64_t{p.K} * most);

@@ -87,7 +87,7 @@ __device__ void bring(const Window<T>& from, int row, int rows, int column, int 
   constexpr int kEach = kAligned ? kVector<T> : 1;
   const int units = width / kEach, units_of_a_row = ring.columns * units;
   int at_row = 0;
-  for (int i = static_cast<int>(threadIdx.x);; i += kDepthwiseThreads) {
+  for (int i = static_cast<int>(threadIdx.x);; i += static_cast<int>(blockDim.x)) {
     while (i >= units_of_a_row) i -= units_of_a_row, ++at_row;
     if (at_row >= rows) return;
     const int at_column = i / units, channel = (i - at_column * units) * kEach;
@@ -136,7 +136,7 @@ __device__ void march(const DepthwiseCut& cut, int64_t part, const Rows& rows_of
 // weights[tap][channel] of `filters` filters from `first` on, zero beyond K.
 template <class T>
 __device__ void bring_weights(const T* weight, int64_t first, int filters, int64_t K, int taps, T* weights) {
-  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += kDepthwiseThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += static_cast<int>(blockDim.x)) {
     const int filter = i / taps, tap = i - filter * taps;
     weights[tap * filters + filter] = first + filter < K ? weight[first * taps + i] : T{};
   }
@@ -162,12 +162,13 @@ __device__ void write_sums(const Epilogue& epilogue, const float2 (&sums)[kPixel
   __syncwarp();  // the sums were read
 }
 
-// A warp's moments, as the `tile`-th of those that finish_moments merges.
+// A warp's moments, of those that finish_moments merges: partial[part][warp][count, mean, m2][K].
 template <class T, int kChannels>
-__device__ void write_moments(Moments (&moments)[kVector<T>], int64_t tile, int64_t k, int64_t K, float* partial) {
+__device__ void write_moments(Moments (&moments)[kVector<T>], int64_t part, int64_t k, int64_t K, float* partial) {
   merge_lanes<T, kChannels>(moments);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   if (static_cast<int>(threadIdx.x) % 32 >= kChannels / kVector<T>) return;
-  float* const to = partial + tile * 3 * K;
+  float* const to = partial + (part * kDepthwiseWarps + warp) * 3 * K;
   const int64_t first = k + column_of<T, kChannels>();
   CNNOPS_UNROLL
   for (int i = 0; i < kVector<T>; ++i) {

@@ -15,6 +15,7 @@ namespace cnnops::cuda {
 enum class DepthwisePass : int { kForward, kInput, kWeight };
 
 constexpr int kDepthwiseThreads = 128, kDepthwiseWarps = kDepthwiseThreads / 32;
+constexpr int kLoneThreads = 2 * kDepthwiseThreads;  // where a multiprocessor has no room for a second block
 constexpr int kLongestFilter = 31;  // side of a filter, which has an instance of its own or is of any size up to this
 // A thread's pixels where the filter's size is known, and otherwise, in one row.
 constexpr int kSizedRows = 2, kSizedColumns = 4, kAnyColumns = 4;
@@ -22,18 +23,19 @@ constexpr int kSizedRows = 2, kSizedColumns = 4, kAnyColumns = 4;
 // in different banks of shared memory.
 constexpr int kSizedBytes = 64, kAnyBytes = 32, kMostAnyBytes = 128, kSkew = 16;
 constexpr int kSumsSkew = 4;  // floats beside a row of sums
-// What a block that sums dweight has of a filter of any size, and the neighbouring taps of a thread.
+// What a block sums of dweight where not all rows of taps fit in shared memory, and the neighbouring taps of a thread.
 constexpr int kTapRows = 8, kTapColumns = 4;
 
 struct DepthwiseCut {
-  bool sized;                                // whether the filter's size is one that has an instance
-  int channels, channel_tiles;               // of a tile; tiles
-  int tap_tiles;                             // rows of filters of any size, kTapRows at a time, where dweight is summed
-  int across, down, columns, step;           // groups; pixels of a strip's row, rows of a step
-  int rows, row_length;                      // of what a pass goes through in an image
-  int64_t strips_w, chunks, chunk_rows;      // strips side by side and below each other in an image; rows of one
-  int64_t strips, each, parts;               // strips of all images, those of a block, blocks for one tile
-  int window, advance, ring_columns, pixel;  // rows that a step reads around its own, how far they move; row, pixel
+  bool sized;                                 // whether the filter's size is one that has an instance
+  int channels, channel_tiles;                // of a tile; tiles
+  int tap_tiles;                              // 1, or of kTapRows rows of the taps whose sums are dweight
+  int threads;                                // of a block
+  int across, down, columns, step;            // groups; pixels of a strip's row, rows of a step
+  int rows, row_length;                       // of what a pass goes through in an image
+  int64_t strips_w, chunks, chunk_rows;       // strips side by side and below each other in an image; rows of one
+  int64_t strips, each, parts;                // strips of all images, those of a block, blocks for one tile
+  int window, advance, ring_columns, pixel;   // rows that a step reads around its own, how far they move; row, pixel
   size_t other, weights, sums, dweight, end;  // where the parts of shared memory begin behind the ring, in bytes
 };
 

@@ -13,8 +13,8 @@
 //            dweight a group has four neighbouring taps of a filter, whose sums stay in shared memory.
 // Traffic    Forward: x with the halo once for each strip, with the columns on either side; y once. Backward: dy with
 //            the halo once for each strip, and x and dx once. weight and a slab of dweight once for each block.
-//            Filters of more than eight rows, which are bound by arithmetic, have dx and dweight computed apart:
-//            dweight by blocks of eight rows of taps, each of which reads dy and x once more.
+//            Where the sums of all taps do not fit in shared memory, dx and dweight are computed apart: dweight by
+//            blocks of eight rows of taps, each of which reads dy and x once more.
 
 #include "depthwise_conv2d.cuh"
 #include "dtype.h"
@@ -107,20 +107,18 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
       write_pooled<T, kChannels>(moments, strip.index, k, p.K, partial);
   };
   march(cut, block.quotient, rows_of, step);
-  if (partial && !epilogue.pooled)
-    write_moments<T, kChannels>(moments, block.quotient * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32, k, p.K,
-                                partial);
+  if (partial && !epilogue.pooled) write_moments<T, kChannels>(moments, block.quotient, k, p.K, partial);
 }
 
 // kPaired: whether each channel has one filter, so that a pair of filters lies beside each other.
 template <class T, bool kPaired>
-__global__ void __launch_bounds__(kDepthwiseThreads, 4)
+__global__ void __launch_bounds__(kLoneThreads, 2)
     depthwise_any_backward_kernel(Conv2dProblem p, DepthwiseCut cut, Epilogue epilogue, const T* dy, const T* x,
                                   const T* weight, T* dx, float* slabs) {
   CNNOPS_DYNAMIC_SHARED(char, shared);
   constexpr int kChannels = kAnyBytes / static_cast<int>(sizeof(T)), kLanes = kChannels / 2;
-  constexpr int kGroups = kDepthwiseThreads / kLanes;
   const DepthwiseThread<kChannels> thread(cut);
+  const int groups = cut.across * cut.down;
   const Split block = split(blockIdx.x, cut.channel_tiles), part = split(block.quotient, cut.tap_tiles);
   const int64_t c = block.remainder * kChannels;
   const int multiplier = kPaired ? 1 : p.K / p.C, filters = kChannels * multiplier, place = thread.channel * multiplier;
@@ -167,20 +165,20 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
   // A chunk is kTapColumns taps of a row. Where there are fewer filters' chunks than groups, several groups share the
   // positions.
   const int chunks_of_a_row = static_cast<int>(ceil_div(p.S, kTapColumns)), chunks = rows * chunks_of_a_row;
-  const int shares = chunks * multiplier < kGroups ? kGroups / (chunks * multiplier) : 1;
+  const int shares = chunks * multiplier < groups ? groups / (chunks * multiplier) : 1;
   const int items = shares * chunks * multiplier, group = static_cast<int>(threadIdx.x) / kLanes;
   const auto sum_of = [&](int item, int t) {
     return reinterpret_cast<float2*>(dweight + (item * kTapColumns + t) * kChannels + thread.channel);
   };
   if (slabs)
-    for (int item = group; item < items; item += kGroups)
+    for (int item = group; item < items; item += groups)
       for (int t = 0; t < kTapColumns; ++t) *sum_of(item, t) = {0, 0};
 
   const auto add_to_dweight = [&](const Strip& strip, int row, int slot, int other) {
     const Ring<T> pixels = tile_of_x(other);
     const int end_row = strip.end - row < cut.step ? strip.end - row : cut.step;
     const int end_column = cut.row_length - strip.column < cut.columns ? cut.row_length - strip.column : cut.columns;
-    for (int item = group; item < items; item += kGroups) {
+    for (int item = group; item < items; item += groups) {
       const int share = item / (chunks * multiplier), chunk = item / multiplier - share * chunks;
       const int r = chunk / chunks_of_a_row, s = (chunk - r * chunks_of_a_row) * kTapColumns;
       const int reach_h = (first_r + r) * p.dilation_h;
@@ -257,7 +255,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4)
 
   __syncthreads();
   const int taps = rows * p.S;
-  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += kDepthwiseThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < filters * taps; i += cut.threads) {
     const int filter = i / taps, tap = i - filter * taps, r = tap / p.S, s = tap - r * p.S;
     const int64_t k = c * multiplier + filter;
     if (k >= p.K) return;
@@ -296,8 +294,8 @@ void depthwise_any_backward(const Conv2dProblem& p, const DepthwiseCut& cut, con
   for_dtype(p.dtype, [&]<class T>(T) {
     const auto launch = [&]<bool kPaired>() {
       CNNOPS_LAUNCH((depthwise_any_backward_kernel<T, kPaired>), blocks(cut.parts * cut.tap_tiles * cut.channel_tiles),
-                    kDepthwiseThreads, cut.end, stream, p, cut, epilogue, static_cast<const T*>(dy),
-                    static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(dx), slabs);
+                    cut.threads, cut.end, stream, p, cut, epilogue, static_cast<const T*>(dy), static_cast<const T*>(x),
+                    static_cast<const T*>(weight), static_cast<T*>(dx), slabs);
     };
     if (p.K == p.C)
       launch.template operator()<true>();

@@ -69,7 +69,8 @@ DepthwiseCut depthwise_cut(const Conv2dProblem& p, DepthwisePass pass, const Dev
   const int element = p.dtype == DType::kFloat ? 4 : 2;
   DepthwiseCut cut{};
   cut.sized = is_sized(p);
-  cut.tap_tiles = pass == DepthwisePass::kWeight && !cut.sized ? static_cast<int>(ceil_div(p.R, kTapRows)) : 1;
+  cut.tap_tiles = 1;
+  cut.threads = kDepthwiseThreads;
 
   int64_t rows = p.P, columns = p.Q;
   if (pass != DepthwisePass::kForward) {
@@ -84,19 +85,34 @@ DepthwiseCut depthwise_cut(const Conv2dProblem& p, DepthwisePass pass, const Dev
   int bytes = cut.sized ? kSizedBytes : kAnyBytes;
   if (pass == DepthwisePass::kForward)
     while (bytes < kMostAnyBytes && bytes < kAnyBytes * (p.K / p.C)) bytes *= 2;
-  int64_t least = INT64_MAX;
-  int chosen = 2;
-  for (;; bytes /= 2) {
-    cut.channels = bytes / element;
-    const int groups = kDepthwiseThreads / (cut.channels / 2);
+  const auto lay_out_widest = [&] {
+    const int groups = cut.threads / (cut.channels / 2);
+    int64_t least = INT64_MAX;
+    int chosen = 2;
     for (int across = 2; across <= std::min(groups, 8); across *= 2) {
       lay_out(cut, p, pass, groups, across);
       const int64_t read = ceil_div(columns, cut.columns) * cut.ring_columns;
       if (read < least && cut.end <= static_cast<size_t>(device.shared_bytes)) least = read, chosen = across;
     }
-    if (least < INT64_MAX || cut.sized || bytes == kAnyBytes) {
-      lay_out(cut, p, pass, groups, chosen);
-      break;
+    lay_out(cut, p, pass, groups, chosen);
+    return least < INT64_MAX;
+  };
+  for (;; bytes /= 2) {
+    cut.channels = bytes / element;
+    if (lay_out_widest() || cut.sized || bytes == kAnyBytes) break;
+  }
+  if (pass == DepthwisePass::kWeight && !cut.sized && p.R > kTapRows) {
+    // The sums of all taps beside the ring of their rows: both gradients come from one read. Those of 31 x 31 floats
+    // leave a multiprocessor one block, whose warps are then twice as many. Its products are what it waits for: 1922 to
+    // an element of dy, x and dx, 160 to a byte, where the devices have time for ten.
+    const auto bytes_left = static_cast<size_t>(device.shared_bytes);
+    if (cut.end > bytes_left) {
+      cut.tap_tiles = static_cast<int>(ceil_div(p.R, kTapRows));
+      lay_out_widest();
+    } else if (2 * cut.end > bytes_left) {
+      const DepthwiseCut fewer = cut;
+      cut.threads = kLoneThreads;
+      if (!lay_out_widest()) cut = fewer;
     }
   }
   cut.channel_tiles = static_cast<int>(ceil_div(pass == DepthwisePass::kForward ? p.K : p.C, cut.channels));

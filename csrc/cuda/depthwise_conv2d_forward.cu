@@ -91,9 +91,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kSize == 3 ? 4 : 3)
   };
   march(cut, block.quotient, rows_of, step);
 
-  if (kMoments && !epilogue.pooled)
-    write_moments<T, kChannels>(moments, block.quotient * kDepthwiseWarps + static_cast<int>(threadIdx.x) / 32, k, p.K,
-                                partial);
+  if (kMoments && !epilogue.pooled) write_moments<T, kChannels>(moments, block.quotient, k, p.K, partial);
 }
 
 }  // namespace

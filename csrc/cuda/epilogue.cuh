@@ -115,4 +115,27 @@ __device__ void merge_lanes(Moments (&moments)[kVector<T>]) {
   }
 }
 
+// Merges the moments of all warps into partial[count, mean, m2][K], of the filters from k on that are before k_end, by
+// way of what `shared` has room for. All threads of a block call this.
+template <class T, int kColumns, int kWarps>
+__device__ void merge_warps(Moments (&moments)[kVector<T>], void* shared, int64_t k, int64_t k_end, int64_t K,
+                            float* partial) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  merge_lanes<T, kColumns>(moments);
+  __syncthreads();  // what lay there was read
+  auto* const parts = static_cast<Moments*>(shared);
+  if (static_cast<int>(threadIdx.x) % 32 < kColumns / kVector<T>) {
+    CNNOPS_UNROLL
+    for (int i = 0; i < kVector<T>; ++i) parts[warp * kColumns + column_of<T, kColumns>() + i] = moments[i];
+  }
+  __syncthreads();
+  for (int n = static_cast<int>(threadIdx.x); n < kColumns && k + n < k_end; n += 32 * kWarps) {
+    Moments all;
+    for (int i = 0; i < kWarps; ++i) all.merge(parts[i * kColumns + n]);
+    partial[k + n] = all.count;
+    partial[K + k + n] = all.mean;
+    partial[2 * K + k + n] = all.m2;
+  }
+}
+
 }  // namespace cnnops::cuda

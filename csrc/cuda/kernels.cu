@@ -132,6 +132,7 @@ const Kernels& kernels() {
     t.adaptive_avg_pool2d_backward = cuda::adaptive_avg_pool2d_backward;
     t.copy = cuda::copy;
     t.conv2d_plan = cuda::conv2d_plan;
+    t.conv2d_nchw = cuda::conv2d_nchw;
     t.use_architecture = cuda::use_architecture;
     t.conv2d_statistics = true;
     t.conv2d_pooled = true;

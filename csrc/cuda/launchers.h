@@ -13,6 +13,7 @@ void conv2d_backward(const Conv2dProblem&, const void* dy, const void* x, const 
                      void* dbias, void* workspace, Stream);
 void conv_transpose2d_forward(const Conv2dProblem&, const void* x, const void* weight, const void* bias, void* y,
                               void* workspace, Stream);
+bool conv2d_nchw(const Conv2dProblem&);
 std::string conv2d_plan(const std::string& direction, const Conv2dProblem&, int architecture, int multiprocessors,
                         int shared_bytes);
 void activation_forward(DType, Activation, int64_t count, const void* z, void* y, Stream);

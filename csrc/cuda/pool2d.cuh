@@ -18,65 +18,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 
 #include "dtype.h"
 #include "launchers.h"
 #include "pool2d_window.cuh"
-#include "vector.cuh"
 
 namespace cnnops::cuda {
 
 constexpr int kPoolThreads = 256, kSplitThreads = 512;
-
-template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T at[4];
-};
-
-// kWidth neighbouring channels in memory and in registers: 16 bytes, 8 of a 16-bit type, or one element.
-template <class T, int kWidth>
-using Raw = std::conditional_t<kWidth == 1, T, std::conditional_t<kWidth == kVector<T>, Vector<T>, Quad<T>>>;
-
-template <int kWidth, class T>
-__device__ __forceinline__ Raw<T, kWidth> fetch(const T* from) {
-  if constexpr (kWidth == 1) {
-    return *from;
-  } else if constexpr (kWidth == kVector<T>) {
-    return load(from, kVector<T>);
-  } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
-    Quad<T> raw;
-    const unsigned both[] = {words.x, words.y};
-    std::memcpy(&raw, both, sizeof raw);
-    return raw;
-  }
-}
-template <int kWidth, class T>
-__device__ __forceinline__ float number(const Raw<T, kWidth>& raw, int i) {
-  if constexpr (kWidth == 1)
-    return to_float(raw);
-  else
-    return to_float(raw.at[i]);
-}
-template <int kWidth, class T>
-__device__ __forceinline__ void write_numbers(const float (&values)[kWidth], T* to) {
-  if constexpr (kWidth == 1) {
-    from_float(values[0], *to);
-  } else {
-    Raw<T, kWidth> packed;
-    CNNOPS_UNROLL
-    for (int i = 0; i < kWidth; ++i) from_float(values[i], packed.at[i]);
-    if constexpr (kWidth == kVector<T>) {
-      store(packed, to, kVector<T>);
-    } else {
-      unsigned words[2];
-      std::memcpy(words, &packed, sizeof words);
-      *reinterpret_cast<uint2*>(to) = uint2{words[0], words[1]};
-    }
-  }
-}
 
 // Where the i-th `width` channels of an NHWC tensor lie, by image, row, column and first channel.
 struct PoolSite {
@@ -163,7 +112,8 @@ __global__ void __launch_bounds__(kPoolThreads)
       if (s < 0) continue;
       const int64_t out = ((at.n * P + p) * Q + q) * pool.C + at.c;
       const typename Kind::Share share(pool, p, q, r, s);
-      share.template add<T>(fetch<kWidth>(dy + out), offsets + out, sum);
+      const auto* const kept = Kind::kKeepsTaps ? offsets + out : nullptr;
+      share.template add<T>(fetch<kWidth>(dy + out), kept, sum);
     }
   }
   write_numbers(sum, dx + i * kWidth);

@@ -1,7 +1,11 @@
-// Where a pool's windows lie, and the offsets of the taps that it keeps, as all kernels see them that pool.
+// Where a pool's windows lie, the offsets of the taps that it keeps, and how both and the tensors are loaded and
+// stored, for all kernels that pool.
 #pragma once
 
-#include "ptx.cuh"
+#include <cstring>
+#include <type_traits>
+
+#include "vector.cuh"
 
 namespace cnnops::cuda {
 
@@ -112,6 +116,54 @@ struct Pool {
 // The first tap of window (p, q), which an output keeps if nothing is greater; 0 for a window without one.
 __device__ __forceinline__ int first_tap(const Window& rows, const Window& cols) {
   return rows.inside.size() > 0 && cols.inside.size() > 0 ? rows.inside.begin * cols.taps + cols.inside.begin : 0;
+}
+
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T at[4];
+};
+
+// kWidth neighbouring channels in memory and in registers: 16 bytes, 8 of a 16-bit type, or one element.
+template <class T, int kWidth>
+using Raw = std::conditional_t<kWidth == 1, T, std::conditional_t<kWidth == kVector<T>, Vector<T>, Quad<T>>>;
+
+template <int kWidth, class T>
+__device__ __forceinline__ Raw<T, kWidth> fetch(const T* from) {
+  if constexpr (kWidth == 1) {
+    return *from;
+  } else if constexpr (kWidth == kVector<T>) {
+    return load(from, kVector<T>);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+    Quad<T> raw;
+    const unsigned both[] = {words.x, words.y};
+    std::memcpy(&raw, both, sizeof raw);
+    return raw;
+  }
+}
+template <int kWidth, class T>
+__device__ __forceinline__ float number(const Raw<T, kWidth>& raw, int i) {
+  if constexpr (kWidth == 1)
+    return to_float(raw);
+  else
+    return to_float(raw.at[i]);
+}
+template <int kWidth, class T>
+__device__ __forceinline__ void write_numbers(const float (&values)[kWidth], T* to) {
+  if constexpr (kWidth == 1) {
+    from_float(values[0], *to);
+  } else {
+    Raw<T, kWidth> packed;
+    CNNOPS_UNROLL
+    for (int i = 0; i < kWidth; ++i) from_float(values[i], packed.at[i]);
+    if constexpr (kWidth == kVector<T>) {
+      store(packed, to, kVector<T>);
+    } else {
+      unsigned words[2];
+      std::memcpy(words, &packed, sizeof words);
+      *reinterpret_cast<uint2*>(to) = uint2{words[0], words[1]};
+    }
+  }
 }
 
 // As numbers of kWidth neighbours lie in registers, and in memory 4 to 16 bytes at a time.

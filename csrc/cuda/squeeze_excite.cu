@@ -10,10 +10,10 @@
 //
 // Layout     x, y and their gradients [N,L,C] or [N,C,L]; weight1 and the transposed weight2 [M,C]; the rest [N,C] and
 //            [N,M], in float.
-// Ownership  Sums over L: of [N,L,C] a block owns some channels of a slice of an image's positions, of [N,C,L] a few
-//            lanes own a slice of a plane. Where there are several slices, one thread adds up theirs in order. The
-//            layers: a warp owns 4 x 4 hidden values, a block 8 rows of 128 channels, whose terms its warps share and
-//            then add in order. Every schedule gives the same bits.
+// Ownership  Sums over L: of [N,L,C] a block owns some channels of a slice of an image's positions, all of them where
+//            16 bytes hold several positions'; of [N,C,L] a few lanes own a slice of a plane. Where there are several
+//            slices, one thread adds up theirs in order. The layers: a warp owns 4 x 4 hidden values, a block 8 rows of
+//            128 channels, whose terms its warps share and then add in order. Every schedule gives the same bits.
 // Traffic    forward: x for the means, then x + y; backward: dy + x for dscale, then dy + dx; the layers' matrices.
 
 #include <algorithm>
@@ -119,6 +119,25 @@ struct Share {
   }
 };
 
+// Leaves in `all` the sums of each column's rows, in pairs.
+template <int kWidth>
+__device__ __forceinline__ void add_rows(const float (&mine)[kWidth], int rows, int columns,
+                                         float (&all)[kWidth][kThreads]) {
+  const int thread = static_cast<int>(threadIdx.x);
+  CNNOPS_UNROLL
+  for (int k = 0; k < kWidth; ++k) all[k][thread] = mine[k];
+  for (int left = rows; left > 1;) {  // rows below `left` have what is to be added
+    const int half = (left + 1) / 2;
+    __syncthreads();
+    if (thread < (left - half) * columns) {
+      CNNOPS_UNROLL
+      for (int k = 0; k < kWidth; ++k) all[k][thread] += all[k][thread + half * columns];
+    }
+    left = half;
+  }
+  __syncthreads();
+}
+
 template <class T, int kWidth, bool kProduct>
 __global__ void __launch_bounds__(kThreads)
     squeeze_excite_sum_positions_kernel(Positions cut, const T* dy, const T* x, Sums sums) {
@@ -136,18 +155,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < kWidth; ++k)
       sum[k] += kProduct ? to_float(gradients.at[k]) * to_float(values.at[k]) : to_float(values.at[k]);
   }
-  CNNOPS_UNROLL
-  for (int k = 0; k < kWidth; ++k) partial[k][thread] = sum[k];
-  for (int left = cut.rows; left > 1;) {  // rows below `left` have what is to be added
-    const int half = (left + 1) / 2;
-    __syncthreads();
-    if (thread < (left - half) * cut.width) {
-      CNNOPS_UNROLL
-      for (int k = 0; k < kWidth; ++k) partial[k][thread] += partial[k][thread + half * cut.width];
-    }
-    left = half;
-  }
-  __syncthreads();
+  add_rows(sum, cut.rows, cut.width, partial);
   const int64_t c = share.tile_c + thread;
   if (thread < cut.width * kWidth && c < cut.C)
     sums.put(share.slice, share.n * cut.C + c, partial[thread % kWidth][thread / kWidth]);
@@ -184,6 +192,113 @@ __global__ void __launch_bounds__(kThreads)
       from_float(kShift ? product + plus[k] : product, values.at[k]);
     }
     store(values, y + i, kWidth);
+  }
+}
+
+// How [N,L,C] is cut where 16 bytes hold the channels of several positions: an image is C columns of such pieces, a row
+// of which is kVector<T> positions, so that a column keeps to its channels. The first piece begins at a multiple of 16
+// bytes; what it and the last hold of the neighbours is left out. A block owns `rows` rows at once.
+struct Folds {
+  int64_t L, C, total;
+  Slices slices;  // of an image's rows
+  int rows;
+
+  template <class T>
+  Folds(const SqueezeExciteProblem& p, T, int64_t blocks)
+      : L(p.L), C(p.C), total(p.N * p.L * p.C), rows(static_cast<int>(kThreads / p.C)) {
+    const int64_t pieces = ceil_div(L * C + kVector<T> - 1, kVector<T>);
+    slices = sliced(ceil_div(pieces, C), ceil_div(blocks, p.N), int64_t{kSteps} * rows);
+  }
+};
+
+// Whether they are for this problem: one block has all channels, and images are long beside their ends.
+template <class T>
+bool folded(const SqueezeExciteProblem& p, T) {
+  return by_position(p) && p.C % kVector<T> != 0 && p.C <= kThreads && p.L >= kVector<T>;
+}
+
+// A thread's share of its block: the pieces at `first`, first + step, ... below `last`, of an image whose elements are
+// those from `begin` to `end` - 1. `channel` is that of the image's first piece's first element.
+template <int kWidth>
+struct FoldShare {
+  int64_t n, slice, begin, end, first, step, last;
+  int channel, column;
+
+  __device__ explicit FoldShare(const Folds& cut) {
+    const Split by_slice = split(blockIdx.x, cut.slices.count);
+    const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(cut.C), row = thread / C;
+    n = by_slice.quotient;
+    slice = by_slice.remainder;
+    begin = n * cut.L * cut.C;
+    end = begin + cut.L * cut.C;
+    const int64_t start = begin / kWidth * kWidth, length = cut.C * kWidth, here = slice * cut.slices.size;
+    channel = static_cast<int>(split(start, cut.C).remainder);
+    column = thread % C;
+    first = start + (here + row) * length + column * kWidth;
+    step = cut.rows * length;
+    last = row < cut.rows ? least(end, start + (here + cut.slices.size) * length) : 0;
+  }
+};
+
+template <class T, bool kProduct>
+__global__ void __launch_bounds__(kThreads)
+    squeeze_excite_sum_folds_kernel(Folds cut, const T* dy, const T* x, Sums sums) {
+  constexpr int kWidth = kVector<T>;
+  using Partial = float[kWidth][kThreads];
+  CNNOPS_SHARED(Partial, partial);
+  const FoldShare<kWidth> share(cut);
+  const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(cut.C);
+  float sum[kWidth] = {};
+  for (int64_t i = share.first; i < share.last; i += share.step) {
+    const int here = cut.total - i < kWidth ? static_cast<int>(cut.total - i) : kWidth;
+    const Vector<T> values = load(x + i, here);
+    Vector<T> gradients = {};
+    if constexpr (kProduct) gradients = load(dy + i, here);
+    CNNOPS_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      const float value = to_float(values.at[k]);
+      if (i + k >= share.begin && i + k < share.end) sum[k] += kProduct ? to_float(gradients.at[k]) * value : value;
+    }
+  }
+  add_rows(sum, cut.rows, C, partial);
+  if (thread >= C) return;
+  float all = 0;  // of a channel's kWidth places in a row
+  for (int place = (thread - share.channel + C) % C; place < kWidth * C; place += C)
+    all += partial[place % kWidth][place / kWidth];
+  sums.put(share.slice, share.n * C + thread, all);
+}
+
+template <class T, bool kShift>
+__global__ void __launch_bounds__(kThreads)
+    squeeze_excite_scale_folds_kernel(Folds cut, const T* x, const float* scale, const float* shift, T* y) {
+  constexpr int kWidth = kVector<T>;
+  using Channels = float[kThreads];
+  CNNOPS_SHARED(Channels, scales);
+  CNNOPS_SHARED(Channels, shifts);
+  const FoldShare<kWidth> share(cut);
+  const int thread = static_cast<int>(threadIdx.x), C = static_cast<int>(cut.C);
+  if (thread < C) {
+    scales[thread] = scale[share.n * C + thread];
+    if constexpr (kShift) shifts[thread] = shift[share.n * C + thread];
+  }
+  __syncthreads();
+  float by[kWidth], plus[kWidth] = {};
+  CNNOPS_UNROLL
+  for (int k = 0; k < kWidth; ++k) {
+    const int c = (share.channel + share.column * kWidth + k) % C;
+    by[k] = scales[c];
+    if constexpr (kShift) plus[k] = shifts[c];
+  }
+  for (int64_t i = share.first; i < share.last; i += share.step) {
+    const bool whole = i >= share.begin && i + kWidth <= share.end;
+    Vector<T> values = load(x + i, cut.total - i < kWidth ? static_cast<int>(cut.total - i) : kWidth);
+    CNNOPS_UNROLL
+    for (int k = 0; k < kWidth; ++k) {
+      const float product = to_float(values.at[k]) * by[k];
+      from_float(kShift ? product + plus[k] : product, values.at[k]);
+      if (!whole && i + k >= share.begin && i + k < share.end) y[i + k] = values.at[k];
+    }
+    if (whole) store(values, y + i, kWidth);
   }
 }
 
@@ -347,9 +462,9 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const Split block = split(blockIdx.x, ceil_div(each.columns, kWide));
   const int64_t first = block.remainder * kWide, result = block.quotient * kResults;
-  const float* factors[kResults];  // beyond the last: the last once more
+  int64_t factors[kResults];  // where those of a result begin; beyond the last: the last once more
   CNNOPS_UNROLL
-  for (int i = 0; i < kResults; ++i) factors[i] = each.factors + least(result + i, each.results - 1) * each.result_step;
+  for (int i = 0; i < kResults; ++i) factors[i] = least(result + i, each.results - 1) * each.result_step;
 
   float sums[kResults][kLines] = {};
   const int64_t share = ceil_div(each.rows, kWarps), end = least(each.rows, (warp + 1) * share);
@@ -362,7 +477,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     CNNOPS_UNROLL
     for (int i = 0; i < kResults; ++i) {
-      const float factor = each.factors ? factors[i][r * each.row_step] : 1;
+      const float factor = each.factors ? each.factors[factors[i] + r * each.row_step] : 1;
       CNNOPS_UNROLL
       for (int k = 0; k < kLines; ++k) sums[i][k] += factor * value[k];
     }
@@ -417,10 +532,17 @@ Positions summed_positions(const SqueezeExciteProblem& p) {
   return cut;
 }
 
+template <class T>
+Folds summed_folds(const SqueezeExciteProblem& p, T type) {
+  return {p, type, int64_t{device().multiprocessors} * kBlocksEach};
+}
+
 int64_t slices_of(const SqueezeExciteProblem& p) {
   int64_t count = 1;
   for_dtype(p.dtype, [&]<class T>(T type) {
-    count = by_position(p) ? summed_positions<T>(p).slices.count : Planes(p, type).slices.count;
+    count = folded(p, type)  ? summed_folds(p, type).slices.count
+            : by_position(p) ? summed_positions<T>(p).slices.count
+                             : Planes(p, type).slices.count;
   });
   return count;
 }
@@ -434,7 +556,11 @@ int64_t partial_size(const SqueezeExciteProblem& p) {
 template <class T, bool kProduct>
 void sum(const SqueezeExciteProblem& p, const void* dy, const void* x, const Sums& sums, Stream stream) {
   const T *gradients = static_cast<const T*>(dy), *values = static_cast<const T*>(x);
-  if (by_position(p)) {
+  if (folded(p, T{})) {
+    const Folds cut = summed_folds(p, T{});
+    constexpr auto kernel = squeeze_excite_sum_folds_kernel<T, kProduct>;
+    CNNOPS_LAUNCH(kernel, blocks(p.N * cut.slices.count), kThreads, 0, stream, cut, gradients, values, sums);
+  } else if (by_position(p)) {
     const Positions cut = summed_positions<T>(p);
     for_width<T>(p.C, [&](auto width) {
       constexpr auto kernel = squeeze_excite_sum_positions_kernel<T, decltype(width)::value, kProduct>;
@@ -457,7 +583,11 @@ void scale(const SqueezeExciteProblem& p, const void* x, const void* by, const f
   const T* const in = static_cast<const T*>(x);
   const auto* const scales = static_cast<const float*>(by);
   T* const out = static_cast<T*>(y);
-  if (by_position(p)) {
+  if (folded(p, T{})) {
+    const Folds cut(p, T{}, p.N * p.L);
+    constexpr auto kernel = squeeze_excite_scale_folds_kernel<T, kShift>;
+    CNNOPS_LAUNCH(kernel, blocks(p.N * cut.slices.count), kThreads, 0, stream, cut, in, scales, shift, out);
+  } else if (by_position(p)) {
     Positions cut(p, channels_each<T>(p.C));
     cut.slices = sliced(p.L, p.L, int64_t{kSteps} * cut.rows);
     for_width<T>(p.C, [&](auto width) {

@@ -380,21 +380,7 @@ __device__ void write_tile(const Epilogue& epilogue, void* shared, const RowOf& 
                                       moments);
   if constexpr (kMoments) {
     static_assert(kColumns == Shape::kN);
-    merge_lanes<T, kColumns>(moments);
-    __syncthreads();  // the sums were read: each warp's moments take their place
-    auto* const parts = static_cast<Moments*>(shared);
-    if (static_cast<int>(threadIdx.x) % 32 < kColumns / kVector<T>) {
-      CNNOPS_UNROLL
-      for (int i = 0; i < kVector<T>; ++i) parts[warp * kColumns + column_of<T, kColumns>() + i] = moments[i];
-    }
-    __syncthreads();
-    for (int n = static_cast<int>(threadIdx.x); n < kColumns && k + n < k_end; n += Shape::kThreads) {
-      Moments all;
-      for (int i = 0; i < Shape::kWarps; ++i) all.merge(parts[i * kColumns + n]);
-      partial[k + n] = all.count;
-      partial[K + k + n] = all.mean;
-      partial[2 * K + k + n] = all.m2;
-    }
+    merge_warps<T, kColumns, Shape::kWarps>(moments, shared, k, k_end, K, partial);
   }
 }
 

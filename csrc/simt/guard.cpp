@@ -465,6 +465,7 @@ Kernels guarded(const Kernels& all) {
   CNNOPS_AS_IT_IS(squeeze_excite_forward_workspace);
   CNNOPS_AS_IT_IS(squeeze_excite_backward_workspace);
   CNNOPS_AS_IT_IS(conv2d_plan);
+  CNNOPS_AS_IT_IS(conv2d_nchw);
   CNNOPS_AS_IT_IS(use_architecture);
   CNNOPS_AS_IT_IS(max_unpool2d_workspace);
   CNNOPS_AS_IT_IS(pool2d_nchw);
