@@ -43,6 +43,8 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "adaptive_max_pool2d_forward": ("pool2d", Pool2dProblem),
     "adaptive_max_pool2d_backward": ("pool2d", Pool2dProblem),
     "adaptive_max_pool2d_indices": ("pool2d", Pool2dProblem),
+    "max_unpool2d_forward": ("max_unpool2d", Pool2dProblem),
+    "max_unpool2d_backward": ("max_unpool2d", Pool2dProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
 

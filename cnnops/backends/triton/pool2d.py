@@ -158,7 +158,7 @@ def _divisor(
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, WIDE: tl.constexpr, INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
 ):  # fmt: skip
     """What the sum over window (p, q) is divided by: DIVISOR, or if that is 0 what the window counts."""
-    if DIVISOR:
+    if DIVISOR != 0:
         return tl.zeros_like(p).to(tl.float32) + DIVISOR
     else:
         rows = _counted(p, H, P, R, STRIDE_H, PAD_H, INCLUDE_PAD, WIDE)

@@ -20,7 +20,7 @@ _UNROLLED_OF_MANY = 4
 
 
 def _unroll(steps: int) -> int:
-    return steps if 0 < steps <= _UNROLLED else _UNROLLED_OF_MANY
+    return steps if steps <= _UNROLLED else _UNROLLED_OF_MANY
 
 
 def _tile(p: Pool2dProblem, tile: PoolTile) -> dict[str, int | bool]:
@@ -71,7 +71,7 @@ def forward(p: Pool2dProblem, **more: bool | float) -> Launch:
     outputs = p.N * p.P * p.Q
     taps = p.R * p.S or most_covered(p.H, p.P) * most_covered(p.W, p.Q)
     constants = _tile(p, tile) | {"BLOCK_T": tile.block_t} | _windows(p)
-    constants["UNROLL"] = _unroll(cdiv(p.R * p.S, tile.block_t))
+    constants["UNROLL"] = _unroll(cdiv(p.R * p.S, tile.block_t)) if p.R else _UNROLLED_OF_MANY
     return Launch(
         _programs(p, tile, outputs),
         _sizes(p) | {"outputs": outputs, "steps": cdiv(taps, tile.block_t)},
@@ -99,7 +99,7 @@ def backward(p: Pool2dProblem, **more: bool | float) -> Launch:
     else:
         high, wide = most_covered(p.P, p.H), most_covered(p.Q, p.W)
     constants["WINDOWS_H"], constants["WINDOWS_W"] = (high, wide) if p.R else (0, 0)
-    constants["UNROLL"] = _unroll(high * wide if p.R else 0)
+    constants["UNROLL"] = _unroll(high * wide) if p.R else 1  # few adaptive windows have an input
     return Launch(
         _programs(p, tile, pixels),
         _sizes(p) | {"pixels": pixels, "wide": wide, "steps": high * wide},

@@ -36,13 +36,18 @@ def _planes(p: Pool2dProblem) -> bool:
 
 # Where a program's lanes own a position each.
 BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
-    Rule(_interpreted, PoolTile(128, 1, 32, 4), "the interpreter's time is per operation, whatever its size"),
+    Rule(
+        lambda p: _interpreted(p) and p.N * p.H * p.W >= 4096,
+        PoolTile(2048, 1, 32, 4),
+        "the interpreter's time is per operation, up to some ten thousand numbers whatever its size",
+    ),
+    Rule(_interpreted, PoolTile(128, 1, 32, 4), "so few positions fill no larger block"),
     Rule(
         _planes,
         PoolTile(64, 1, 32, 8),
         "offsets are NHWC: 32 channels of a position are a sector of bytes, 64 positions two warps' lanes along W",
     ),
-    Rule(lambda p: p.C < 16, PoolTile(256, 1, 4, 4), "few channels: narrow blocks waste least (an image's 3 to 4)"),
+    Rule(lambda p: p.C < 16, PoolTile(128, 1, 4, 4), "few channels: narrow blocks waste least (an image's 3 to 4)"),
     Rule(lambda p: p.C < 64, PoolTile(64, 1, 16, 4), "two vectors of 16-bit numbers a position"),
     Rule(
         lambda p: True, PoolTile(16, 1, 64, 4), "a thread owns one vector of 16-bit numbers, two of fp32, whose taps are"
