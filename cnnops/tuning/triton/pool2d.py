@@ -37,11 +37,12 @@ def _planes(p: Pool2dProblem) -> bool:
 # Where a program's lanes own a position each.
 BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(
-        lambda p: _interpreted(p) and p.N * p.H * p.W >= 4096,
-        PoolTile(2048, 1, 32, 4),
+        lambda p: _interpreted(p) and p.N * p.H * p.W >= 1024,
+        PoolTile(1024, 1, 64, 4),
         "the interpreter's time is per operation, up to some ten thousand numbers whatever its size",
     ),
-    Rule(_interpreted, PoolTile(128, 1, 32, 4), "so few positions fill no larger block"),
+    Rule(lambda p: _interpreted(p) and p.C >= 128, PoolTile(32, 1, 512, 4), "the same of small planes"),
+    Rule(_interpreted, PoolTile(128, 1, 64, 4), "tests' small cases are one block or two"),
     Rule(
         _planes,
         PoolTile(64, 1, 32, 8),
@@ -57,8 +58,13 @@ BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
 
 FORWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(
+        lambda p: _interpreted(p) and _reduced(p) and p.C >= 128,
+        PoolTile(2, 16, 512, 4),
+        "the interpreter's time is per operation: few large steps over the channels of a network's last layer",
+    ),
+    Rule(
         lambda p: _interpreted(p) and _reduced(p),
-        PoolTile(16, 16, 32, 4),
+        PoolTile(8, 16, 64, 4),
         "small enough that tests take several steps over a window",
     ),
     Rule(
