@@ -86,7 +86,8 @@ def backward_kernel(
 
 
 def _problem(t, indices, P, Q, channels_last) -> Pool2dProblem:
-    return Pool2dProblem(*indices.shape, 0, 0, P, Q, *(0,) * 6, t.dtype, t.device.type, channels_last)
+    N, C, H, W = indices.shape
+    return Pool2dProblem(N, C, H, W, 0, 0, P, Q, 0, 0, 0, 0, 0, 0, t.dtype, t.device.type, channels_last)
 
 
 def _first_wrong(indices) -> torch.Tensor:

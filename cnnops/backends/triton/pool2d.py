@@ -318,13 +318,13 @@ def max_indices_kernel(
     tl.store(indices + at, (h * W + w).to(tl.int64), mask=exists)
 
 
-def _adaptive(t, channels_last, H, W, P, Q) -> Pool2dProblem:
-    return _sliding(t, channels_last, H, W, P, Q, *(0,) * 8)
-
-
-def _sliding(t, channels_last, H, W, P, Q, kernel_h, kernel_w, *geometry) -> Pool2dProblem:
-    N, C = t.shape[:2]
-    return Pool2dProblem(N, C, H, W, kernel_h, kernel_w, P, Q, *geometry, t.dtype, t.device.type, channels_last)
+def _problem(t, channels_last, sizes, windows, geometry=(0,) * 8) -> Pool2dProblem:
+    """sizes: H and W; windows: P and Q; geometry: kernel, stride, pad and dilation, each of h and of w; 0: adaptive."""
+    kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = geometry
+    return Pool2dProblem(
+        t.shape[0], t.shape[1], sizes[0], sizes[1], kernel_h, kernel_w, windows[0], windows[1],
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, t.dtype, t.device.type, channels_last,
+    )  # fmt: skip
 
 
 def _max_forward(x, p: Pool2dProblem, offset_dtype: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -385,36 +385,36 @@ def max_pool2d_forward(
     P = output_size(H, kernel_h, stride_h, pad_h, dilation_h, ceil=ceil_mode)
     Q = output_size(W, kernel_w, stride_w, pad_w, dilation_w, ceil=ceil_mode)
     window = kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
-    p = _sliding(x, is_channels_last(x), H, W, P, Q, *window)
+    p = _problem(x, is_channels_last(x), (H, W), (P, Q), window)
     dtype = torch.uint8 if kernel_h * kernel_w <= 256 else torch.int32
     return _max_forward(x, p, dtype if need_offsets else None)
 
 
 def max_pool2d_backward(dy, offsets, H, W, channels_last, *window) -> torch.Tensor:
     """dx [N, C, H, W] of dy and offsets [N, C, P, Q]. window: kernel, stride, pad and dilation, each of h and of w."""
-    return _max_backward(dy, offsets, _sliding(dy, channels_last, H, W, *dy.shape[2:], *window))
+    return _max_backward(dy, offsets, _problem(dy, channels_last, (H, W), dy.shape[2:], window))
 
 
 def max_pool2d_indices(offsets, H, W, *window) -> torch.Tensor:
     """Flat positions h * W + w, int64 [N, C, P, Q], channels_last. window: as in `max_pool2d_backward`."""
-    return _max_indices(offsets, _sliding(offsets, True, H, W, *offsets.shape[2:], *window))
+    return _max_indices(offsets, _problem(offsets, True, (H, W), offsets.shape[2:], window))
 
 
 def adaptive_max_pool2d_forward(x, P, Q, need_offsets) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y [N, C, P, Q] of x [N, C, H, W], fp32, fp16 or bf16, in x's layout; and offsets [N, C, P, Q], channels_last,
     int32."""
-    p = _adaptive(x, is_channels_last(x), *x.shape[2:], P, Q)
+    p = _problem(x, is_channels_last(x), x.shape[2:], (P, Q))
     return _max_forward(x, p, torch.int32 if need_offsets else None)
 
 
 def adaptive_max_pool2d_backward(dy, offsets, H, W, channels_last) -> torch.Tensor:
     """dx [N, C, H, W] of dy and offsets [N, C, P, Q]."""
-    return _max_backward(dy, offsets, _adaptive(dy, channels_last, H, W, *dy.shape[2:]))
+    return _max_backward(dy, offsets, _problem(dy, channels_last, (H, W), dy.shape[2:]))
 
 
 def adaptive_max_pool2d_indices(offsets, H, W) -> torch.Tensor:
     """Flat positions h * W + w, int64 [N, C, P, Q], channels_last."""
-    return _max_indices(offsets, _adaptive(offsets, True, H, W, *offsets.shape[2:]))
+    return _max_indices(offsets, _problem(offsets, True, (H, W), offsets.shape[2:]))
 
 
 def avg_pool2d_forward(
@@ -425,7 +425,7 @@ def avg_pool2d_forward(
     P = output_size(H, kernel_h, stride_h, pad_h, ceil=ceil_mode)
     Q = output_size(W, kernel_w, stride_w, pad_w, ceil=ceil_mode)
     window = kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, 1, 1
-    p = _sliding(x, is_channels_last(x), H, W, P, Q, *window)
+    p = _problem(x, is_channels_last(x), (H, W), (P, Q), window)
     return _avg_forward(x, p, count_include_pad, divisor_override)
 
 
@@ -435,15 +435,15 @@ def avg_pool2d_backward(
 ) -> torch.Tensor:  # fmt: skip
     """dx [N, C, H, W] of dy [N, C, P, Q]."""
     window = kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, 1, 1
-    p = _sliding(dy, channels_last, H, W, *dy.shape[2:], *window)
+    p = _problem(dy, channels_last, (H, W), dy.shape[2:], window)
     return _avg_backward(dy, p, count_include_pad, divisor_override)
 
 
 def adaptive_avg_pool2d_forward(x, P, Q) -> torch.Tensor:
     """y [N, C, P, Q] of x [N, C, H, W], fp32, fp16 or bf16, in x's layout."""
-    return _avg_forward(x, _adaptive(x, is_channels_last(x), *x.shape[2:], P, Q), False, 0)
+    return _avg_forward(x, _problem(x, is_channels_last(x), x.shape[2:], (P, Q)), False, 0)
 
 
 def adaptive_avg_pool2d_backward(dy, H, W, channels_last) -> torch.Tensor:
     """dx [N, C, H, W] of dy [N, C, P, Q]."""
-    return _avg_backward(dy, _adaptive(dy, channels_last, H, W, *dy.shape[2:]), False, 0)
+    return _avg_backward(dy, _problem(dy, channels_last, (H, W), dy.shape[2:]), False, 0)

@@ -60,7 +60,7 @@ def most_covered(size: int, windows: int) -> int:
     return cdiv(windows - math.gcd(size, windows) + size, windows)
 
 
-def _sizes(p: Pool2dProblem) -> dict[str, int]:
+def _sizes(p: Pool2dProblem) -> dict[str, int | float]:
     return {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q}
 
 
