@@ -12,7 +12,7 @@ import math
 from cnnops.backends.triton.launch import Launch, cdiv
 from cnnops.geometry import Pool2dProblem
 from cnnops.tuning import choose
-from cnnops.tuning.triton.pool2d import BY_POSITION, FORWARD, PoolTile
+from cnnops.tuning.triton.pool2d import BACKWARD, FORWARD, INDICES, UNPOOLING, PoolTile
 
 # Loops of so many steps are unrolled, so that all of their loads are under way at once; of longer ones, some steps.
 _UNROLLED = 16
@@ -47,11 +47,12 @@ def _programs(p: Pool2dProblem, tile: PoolTile, positions: int) -> int:
 def most_programs(p: Pool2dProblem) -> int:
     """The largest grid that any pass takes."""
     inputs, outputs = p.N * p.H * p.W, p.N * p.P * p.Q
-    nhwc = dataclasses.replace(p, channels_last=True)
+    nhwc = dataclasses.replace(p, channels_last=True)  # as the offsets are
     return max(
         _programs(p, choose(FORWARD, p), outputs),
-        _programs(p, choose(BY_POSITION, p), max(inputs, outputs)),
-        _programs(p, choose(BY_POSITION, nhwc), outputs),
+        _programs(p, choose(BACKWARD, p), inputs),
+        _programs(p, choose(INDICES, nhwc), outputs),
+        _programs(p, choose(UNPOOLING, p), max(inputs, outputs)),
     )
 
 
@@ -88,7 +89,7 @@ def _over(taps: int, stride: int, dilation: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def backward(p: Pool2dProblem, **more: bool | float) -> Launch:
     """A pass that owns inputs and asks the windows over them."""
-    tile = choose(BY_POSITION, p)
+    tile = choose(BACKWARD, p)
     pixels = p.N * p.H * p.W
     constants = _tile(p, tile) | _windows(p)
     if p.R:
@@ -111,7 +112,7 @@ def backward(p: Pool2dProblem, **more: bool | float) -> Launch:
 @functools.lru_cache(maxsize=1024)
 def indices(p: Pool2dProblem) -> Launch:
     """A pass over the offsets, which are NHWC."""
-    tile = choose(BY_POSITION, p)
+    tile = choose(INDICES, p)
     outputs = p.N * p.P * p.Q
     constants = _tile(p, tile) | _windows(p)
     return Launch(_programs(p, tile, outputs), _sizes(p) | {"outputs": outputs}, constants, tile.num_warps)
@@ -120,7 +121,7 @@ def indices(p: Pool2dProblem) -> Launch:
 @functools.lru_cache(maxsize=1024)
 def unpooling(p: Pool2dProblem, over_outputs: bool) -> Launch:
     """A pass of max_unpool2d over all inputs, or over all outputs."""
-    tile = choose(BY_POSITION, p)
+    tile = choose(UNPOOLING, p)
     places, positions = p.H * p.W, p.P * p.Q
     count = p.N * (positions if over_outputs else places)
     return Launch(

@@ -35,7 +35,7 @@ def _planes(p: Pool2dProblem) -> bool:
 
 
 # Where a program's lanes own a position each.
-BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
+_BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(
         lambda p: _interpreted(p) and p.N * p.H * p.W >= 1024,
         PoolTile(1024, 1, 64, 4),
@@ -77,5 +77,9 @@ FORWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
         PoolTile(1, 32, 64, 4),
         "7 x 7 values are two steps; a thread has two vectors of 16-bit numbers, four of fp32, under way",
     ),
-    *BY_POSITION,
+    *_BY_POSITION,
 )
+
+BACKWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
+INDICES: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
+UNPOOLING: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
