@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from cnnops.backends.triton.aot import jobs
-from cnnops.backends.triton.calls import ADAPTIVE, SLIDING
+from cnnops.backends.triton.calls import ADAPTIVE, ALL, SLIDING
 from cnnops.geometry import Pool2dProblem
 from cnnops.tuning import choose
 from cnnops.tuning.triton.pool2d import BACKWARD, FORWARD
@@ -18,6 +18,10 @@ from cnnops.tuning.triton.pool2d import BACKWARD, FORWARD
 
 def problems() -> list[Pool2dProblem]:
     """Of the calls, as the passes over outputs and over inputs see them."""
+    return [dataclasses.replace(p, dtype=dtype) for p in _problems() for dtype in ALL]
+
+
+def _problems() -> list[Pool2dProblem]:
     found = []
     for last, C, side, kernel, stride, pad, dilation in SLIDING.values():
         x = torch.empty(32, C, side, side, dtype=torch.float16, device="meta")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from cnnops.geometry import Pool2dProblem
 from cnnops.tuning import Rule
 
@@ -51,10 +53,16 @@ _BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(lambda p: p.C < 16, PoolTile(128, 1, 4, 4), "few channels: narrow blocks waste least (an image's 3 to 4)"),
     Rule(lambda p: p.C < 64, PoolTile(64, 1, 16, 4), "two vectors of 16-bit numbers a position"),
     Rule(
-        lambda p: True, PoolTile(16, 1, 64, 4), "a thread owns one vector of 16-bit numbers, two of fp32, whose taps are"
-        " all under way at once",
+        lambda p: p.dtype == torch.float32,
+        PoolTile(8, 1, 64, 4),
+        "a thread owns one vector, whose taps are all under way at once; of two, 3 x 3 taps spill on sm_80",
     ),
-)  # fmt: skip
+    Rule(
+        lambda p: True,
+        PoolTile(16, 1, 64, 4),
+        "a thread owns one vector of 16-bit numbers, whose taps are all under way at once",
+    ),
+)
 
 FORWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(
