@@ -47,8 +47,9 @@ _BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     Rule(_interpreted, PoolTile(128, 1, 64, 4), "tests' small cases are one block or two"),
     Rule(
         _planes,
-        PoolTile(64, 1, 32, 8),
-        "offsets are NHWC: 32 channels of a position are a sector of bytes, 64 positions two warps' lanes along W",
+        PoolTile(32, 1, 32, 8),
+        "offsets are NHWC: 32 channels of a position are a sector of bytes, 32 positions a warp's lanes along W; of twice"
+        " as many, 3 x 3 taps spill on sm_100",
     ),
     Rule(lambda p: p.C < 16, PoolTile(128, 1, 4, 4), "few channels: narrow blocks waste least (an image's 3 to 4)"),
     Rule(lambda p: p.C < 64, PoolTile(64, 1, 16, 4), "two vectors of 16-bit numbers a position"),
