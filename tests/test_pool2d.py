@@ -9,7 +9,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, networks, of_suite, pairwise, window_positions
+from cases import LAYOUTS, POOL2D, VIEWS, Pool2dCase, find, networks, of_suite, pairwise, window_positions
 from helpers import Backend, on, on_dtypes, over
 from tolerance import assert_close, assert_exact, assert_same_layout
 
@@ -19,6 +19,7 @@ OPS = ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 CORNERS = of_suite(POOL2D, "corner")
 NONEMPTY = [case for case in CORNERS if case.N and case.C and case.output_size != (0, 0)]
 SMALL = pairwise(NONEMPTY, lambda case: case.features())
+WITH_TIES = (*filter(lambda case: "max" in case.op, SMALL), find(POOL2D, "adaptive_max/global"))
 KINDS = tuple(next(case for case in SMALL if case.op == op) for op in OPS)
 
 
@@ -206,7 +207,7 @@ def test_average_of_integers_is_exact(backend: Backend, dtype: torch.dtype, layo
 @pytest.mark.quick
 @on_dtypes("max_pool2d_forward", "adaptive_max_pool2d_forward")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [case for case in SMALL if is_max(case)], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", WITH_TIES, ids=lambda case: case.id)
 def test_ties_zeros_and_non_finite(backend: Backend, case: Pool2dCase, dtype: torch.dtype, layout: str) -> None:
     """The first maximum wins, -0.0 and 0.0 tie, the last NaN wins, and -inf is a value like any other."""
     values = torch.tensor([0.0, -0.0, 1.0, 1.0, torch.inf, -torch.inf, -torch.inf, -1.0, torch.nan])
@@ -255,6 +256,18 @@ def test_window_without_a_tap_inside(backend: Backend, id: str, C: int, dtype: t
     assert_exact(dx.cpu(), torch.zeros(x.shape, dtype=torch.float64), "dx")
     (ddy,) = torch.autograd.grad(dx, dy, torch.ones_like(dx))
     assert_exact(ddy.cpu(), torch.zeros(y.shape, dtype=torch.float64), "ddy")
+
+
+@on("adaptive_avg_pool2d_forward", "adaptive_max_pool2d_forward")
+@pytest.mark.parametrize("op", ["adaptive_avg_pool2d", "adaptive_max_pool2d"])
+def test_adaptive_windows_begin_beyond_32_bits(backend: Backend, op: str) -> None:
+    """Where a window begins and ends is a quotient of products beyond 2^31. Windows of 1 and 2: every sum is exact."""
+    case = Pool2dCase("tall", op, 1, 1, 46_345, 1, output_size=(46_341, 1))
+    random = helpers.generator(op)
+    x, dy = (helpers.integers((1, 1, rows, 1), torch.float32, backend.device, random) for rows in (46_345, 46_341))
+    got, expected = (helpers.evaluate(pool(library, case), [x], dy) for library in (CF, F))
+    for name, a, b in zip(("y", "dx"), got, expected, strict=True):
+        assert_exact(a.cpu(), b.cpu().double(), name)
 
 
 @on(*[op + "_forward" for op in OPS], dtype=torch.float64)
