@@ -16,7 +16,7 @@ import torch
 
 from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
-from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton import batch_norm_plan, conv2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
 from cnnops.geometry import Conv2dProblem, NormProblem
 
@@ -33,6 +33,8 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_forward": ("conv2d", Conv2dProblem),
     "conv2d_backward": ("conv2d", Conv2dProblem),
     "activation_backward": ("activation", NormProblem),
+    "batch_norm_act_forward": ("batch_norm", NormProblem),
+    "batch_norm_act_backward": ("batch_norm", NormProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
 
@@ -92,7 +94,14 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     return YES
 
 
-_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits}
+def _norm_limits(p: NormProblem) -> Support:
+    programs = batch_norm_plan.most_programs(p)
+    if programs >= _LIMIT:
+        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
+    return YES
+
+
+_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits, NormProblem: _norm_limits}
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 
 
