@@ -24,6 +24,7 @@ Offsets are 64-bit. Grids have one axis, x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -312,9 +313,8 @@ def finish_gradients(
 def problem_of(x: torch.Tensor, training: bool, activation: str, channels_last: bool) -> NormProblem:
     """x [N, C, ...], dense in the layout that channels_last says."""
     N, C = x.shape[:2]
-    return NormProblem(
-        N, C, x[:1, :1].numel(), training, activation, x.dtype, torch.float32, x.device.type, channels_last
-    )
+    L = math.prod(x.shape[2:])
+    return NormProblem(N, C, L, training, activation, x.dtype, torch.float32, x.device.type, channels_last)
 
 
 def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
