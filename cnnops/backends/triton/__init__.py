@@ -16,9 +16,9 @@ import torch
 
 from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
-from cnnops.backends.triton import batch_norm_plan, conv2d_plan
+from cnnops.backends.triton import batch_norm_plan, conv2d_plan, pool2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, NormProblem
+from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
 
 NAME = "triton"
 
@@ -33,6 +33,18 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_forward": ("conv2d", Conv2dProblem),
     "conv2d_backward": ("conv2d", Conv2dProblem),
     "activation_backward": ("activation", NormProblem),
+    "max_pool2d_forward": ("pool2d", Pool2dProblem),
+    "max_pool2d_backward": ("pool2d", Pool2dProblem),
+    "max_pool2d_indices": ("pool2d", Pool2dProblem),
+    "avg_pool2d_forward": ("pool2d", Pool2dProblem),
+    "avg_pool2d_backward": ("pool2d", Pool2dProblem),
+    "adaptive_avg_pool2d_forward": ("pool2d", Pool2dProblem),
+    "adaptive_avg_pool2d_backward": ("pool2d", Pool2dProblem),
+    "adaptive_max_pool2d_forward": ("pool2d", Pool2dProblem),
+    "adaptive_max_pool2d_backward": ("pool2d", Pool2dProblem),
+    "adaptive_max_pool2d_indices": ("pool2d", Pool2dProblem),
+    "max_unpool2d_forward": ("max_unpool2d", Pool2dProblem),
+    "max_unpool2d_backward": ("max_unpool2d", Pool2dProblem),
     "batch_norm_act_forward": ("batch_norm", NormProblem),
     "batch_norm_act_backward": ("batch_norm", NormProblem),
 }
@@ -94,6 +106,22 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     return YES
 
 
+def _pool2d_limits(p: Pool2dProblem) -> Support:
+    for name, extent in (
+        ("input pixels", p.N * p.H * p.W),
+        ("output pixels", p.N * p.P * p.Q),
+        ("taps of a window", p.R * p.S),
+        ("rows that a window may reach", p.H + max(p.R - 1, 0) * p.dilation_h),
+        ("columns that a window may reach", p.W + max(p.S - 1, 0) * p.dilation_w),
+    ):
+        if extent >= _LIMIT:
+            return no(f"kernels count {name} in 32 bits, but there are {extent}")
+    programs = pool2d_plan.most_programs(p)
+    if programs >= _LIMIT:
+        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
+    return YES
+
+
 def _norm_limits(p: NormProblem) -> Support:
     programs = batch_norm_plan.most_programs(p)
     if programs >= _LIMIT:
@@ -101,7 +129,11 @@ def _norm_limits(p: NormProblem) -> Support:
     return YES
 
 
-_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits, NormProblem: _norm_limits}
+_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
+    Conv2dProblem: _conv2d_limits,
+    Pool2dProblem: _pool2d_limits,
+    NormProblem: _norm_limits,
+}
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 
 

@@ -88,9 +88,7 @@ def slices_of(tiles: int, units: int, processors: int) -> int:
 def finish(p: NormProblem, slices: int) -> Launch:
     """The second pass, which merges the parts of `slices` programs."""
     block = _FINISH_ELEMENTS // slices
-    return Launch(
-        cdiv(p.C, block), {"count": p.N * p.L}, {"C": p.C, "SLICES": slices, "BLOCK": block}
-    )
+    return Launch(cdiv(p.C, block), {"count": p.N * p.L}, {"C": p.C, "SLICES": slices, "BLOCK": block})
 
 
 def most_programs(p: NormProblem) -> int:

@@ -34,6 +34,8 @@ def every_call() -> Iterator[Call]:
     """All of them, in the order of the backend's functions."""
     yield from _conv2d()
     yield from _activation()
+    yield from _pool2d()
+    yield from _max_unpool2d()
     yield from _batch_norm()
 
 
@@ -81,6 +83,78 @@ def _activation() -> Iterator[Call]:
             backend.function("activation_backward")(torch.empty_like(y), y, activation)
 
         yield Call(f"activation_backward {activation}", backward)
+
+
+# x's layout, channels and side; kernel, stride, pad and dilation.
+SLIDING = {
+    "3x3 s2 p1 64@112": (True, 64, 112, 3, 2, 1, 1),
+    "2x2 s2 32@32": (True, 32, 32, 2, 2, 0, 1),
+    "3x3 s1 p1 3@32": (True, 3, 32, 3, 1, 1, 1),
+    "3x3 s2 p1 64@112 nchw": (False, 64, 112, 3, 2, 1, 1),
+    "3x3 d2 64@28": (True, 64, 28, 3, 1, 1, 2),
+    "17x17 s4 p8 64@64": (True, 64, 64, 17, 4, 8, 1),
+}
+
+# x's layout, channels and side; side of the output.
+ADAPTIVE = {
+    "1 2048@7": (True, 2048, 7, 1),
+    "7 512@14": (True, 512, 14, 7),
+    "6 32@13": (True, 32, 13, 6),
+    "1 2048@7 nchw": (False, 2048, 7, 1),
+    "7 512@14 nchw": (False, 512, 14, 7),
+}
+
+
+def _plane(channels_last: bool, C: int, side: int, dtype: torch.dtype) -> torch.Tensor:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(32, C, side, side, dtype=dtype, device="cuda").to(memory_format=layout)
+
+
+def _pool2d() -> Iterator[Call]:
+    for name, (last, C, side, kernel, stride, pad, dilation) in SLIDING.items():
+        window = tuple(each for each in (kernel, stride, pad) for _ in "hw")
+
+        def maximum(dtype, last=last, C=C, side=side, window=window, dilations=(dilation, dilation)) -> None:
+            x, function = _plane(last, C, side, dtype), backend.function
+            y, offsets = function("max_pool2d_forward")(x, *window, *dilations, False, True)
+            function("max_pool2d_forward")(x, *window, *dilations, False, False)
+            function("max_pool2d_backward")(y, offsets, side, side, last, *window, *dilations)
+            function("max_pool2d_indices")(offsets, side, side, *window, *dilations)
+
+        def average(dtype, last=last, C=C, side=side, window=window) -> None:
+            for include_pad, divisor in ((True, 0), (False, 0), (True, 5)):
+                y = backend.function("avg_pool2d_forward")(
+                    _plane(last, C, side, dtype), *window, False, include_pad, divisor
+                )
+                backend.function("avg_pool2d_backward")(y, side, side, last, *window, False, include_pad, divisor)
+
+        yield Call(f"max_pool2d {name}", maximum)
+        if dilation == 1:
+            yield Call(f"avg_pool2d {name}", average)
+    for name, (last, C, side, out) in ADAPTIVE.items():
+
+        def adaptive(dtype, last=last, C=C, side=side, out=out) -> None:
+            x, function = _plane(last, C, side, dtype), backend.function
+            y, offsets = function("adaptive_max_pool2d_forward")(x, out, out, True)
+            function("adaptive_max_pool2d_forward")(x, out, out, False)
+            function("adaptive_max_pool2d_backward")(y, offsets, side, side, last)
+            function("adaptive_max_pool2d_indices")(offsets, side, side)
+            y = function("adaptive_avg_pool2d_forward")(x, out, out)
+            function("adaptive_avg_pool2d_backward")(y, side, side, last)
+
+        yield Call(f"adaptive {name}", adaptive)
+
+
+def _max_unpool2d() -> Iterator[Call]:
+    for name, last, C in (("64@56", True, 64), ("3@56", True, 3), ("64@56 nchw", False, 64)):
+
+        def unpool(dtype, last=last, C=C) -> None:
+            x = _plane(last, C, 56, dtype)
+            indices = torch.empty_like(x, dtype=torch.int64)
+            y = backend.function("max_unpool2d_forward")(x, indices, 112, 112)
+            backend.function("max_unpool2d_backward")(y, indices, last)
+
+        yield Call(f"max_unpool2d {name}", unpool)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,11 @@ def _device_of(device: torch.device) -> Device:
     return Device(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def answers(device: torch.device) -> bool:
+    """Whether the host may wait for what kernels found: not while they are recorded, or captured into a CUDA graph."""
+    return _recorder is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None) -> None:
     """Run `kernel` on the tensors' device. Its parameters are, in order, the tensors, `how`'s scalars and constants."""
     if _recorder:

@@ -28,3 +28,11 @@ def result(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 def dense_as(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """`t` dense, as NHWC where channels_last."""
     return nhwc(t) if channels_last else t.contiguous()
+
+
+def empty(
+    shape: Sequence[int], like: torch.Tensor, channels_last: bool, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A dense tensor [N, C, H, W], NHWC where channels_last, of `like`'s dtype or of another."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=dtype or like.dtype, device=like.device, memory_format=layout)
