@@ -10,8 +10,8 @@
 
 Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], L being all positions; everything else [C]. The kernels
            know [N,C,L] alone: of [N,L,C], the positions are its images, of which each has a plane of one. Vectors of 16
-           bytes go along the channels of [N,L,C], whose number is constant, and along the positions of [N,C,L] where
-           they are a multiple of 16.
+           bytes go along the channels of [N,L,C], or along the positions of [N,C,L]; shorter ones where those are no
+           multiple of a vector.
 Ownership  One program owns a tile: the same run of the planes of some images and channels. Sums are cut into slices of
            tiles: each leaves its part in fp32, and a second kernel merges the slices' parts in a fixed order, in double.
            A tile's moments are its mean, then the squared deviations from that; tiles and slices are merged by Chan's
@@ -25,7 +25,6 @@ Offsets are 64-bit. Grids have one axis, x.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -35,11 +34,11 @@ import triton.language as tl
 from cnnops.backends.triton import batch_norm_plan
 from cnnops.backends.triton.activation import activate, gradient
 from cnnops.backends.triton.launch import Launch, device_of, launch
-from cnnops.backends.triton.tensors import dense_as
+from cnnops.backends.triton.tensors import dense_as, empty
 from cnnops.geometry import NormProblem, is_channels_last
 
-# Integers of a batch: specialising on them would compile anew for every batch size. L is specialised, for the vectors
-# along it.
+# Integers of a batch: specialising on them would compile anew for every batch size. L, which is counted in VECTORs, is
+# specialised on being 1.
 _BATCH = ["N", "steps", "count"]
 
 
@@ -116,7 +115,7 @@ def input_gradient(dz, x, centre, scale, shares, c, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=_BATCH)
 def moments_kernel(
-    x, partial, N, L, steps, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr
+    x, partial, N, L, steps, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of one slice. partial: [slices, 3, C]."""
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -126,7 +125,7 @@ def moments_kernel(
     mean = tl.zeros(c.shape, tl.float32)
     m2 = tl.zeros(c.shape, tl.float32)
     for step in range(steps):
-        at, there, number = _tile(split * steps + step, c, N, L, C, BLOCK_N, BLOCK_L)
+        at, there, number = _tile(split * steps + step, c, N, L * VECTOR, C, BLOCK_N, BLOCK_L)
         values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
         more = number.to(tl.float32)
         tile_mean = _over_positions(values) / tl.where(more > 0, more, 1.0)
@@ -188,11 +187,11 @@ def running_statistics_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def forward_kernel(
     x, residual, mean, rstd, weight, bias, y, N, L,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = _channels(tl.program_id(0) % UNITS, BLOCK_C)
-    at, there, _ = _tile(tl.program_id(0) // UNITS, c, N, L, C, BLOCK_N, BLOCK_L)
+    at, there, _ = _tile(tl.program_id(0) // UNITS, c, N, L * VECTOR, C, BLOCK_N, BLOCK_L)
     centre, scale, shift = channel_map(mean, rstd, weight, bias, c, C)
     z = (tl.load(x + at, mask=there, other=0.0).to(tl.float32) - centre) * scale + shift
     if residual is not None:
@@ -203,7 +202,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def backward_sums_kernel(
     dy, x, residual, y, mean, rstd, weight, bias, partial, N, L, steps,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz and of dz * (x - mean) over one slice. partial: [slices, 2, C]."""
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -213,7 +212,7 @@ def backward_sums_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_C, BLOCK_L], tl.float32)
     products = tl.zeros([BLOCK_N, BLOCK_C, BLOCK_L], tl.float32)
     for step in range(steps):
-        at, there, _ = _tile(split * steps + step, c, N, L, C, BLOCK_N, BLOCK_L)
+        at, there, _ = _tile(split * steps + step, c, N, L * VECTOR, C, BLOCK_N, BLOCK_L)
         dz, values = _gradients(dy, x, residual, y, at, there, centre, scale, shift, ACTIVATION)
         sums += tl.where(there, dz, 0.0)
         products += tl.where(there, dz * (values - centre), 0.0)
@@ -247,11 +246,11 @@ def finish_gradients_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def backward_kernel(
     dy, x, residual, y, mean, rstd, weight, bias, shares, dx, dresidual, N, L,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = _channels(tl.program_id(0) % UNITS, BLOCK_C)
-    at, there, _ = _tile(tl.program_id(0) // UNITS, c, N, L, C, BLOCK_N, BLOCK_L)
+    at, there, _ = _tile(tl.program_id(0) // UNITS, c, N, L * VECTOR, C, BLOCK_N, BLOCK_L)
     centre, scale, shift = channel_map(mean, rstd, weight, bias, c, C)
     dz, values = _gradients(dy, x, residual, y, at, there, centre, scale, shift, ACTIVATION)
     if dresidual is not None:
@@ -317,11 +316,6 @@ def problem_of(x: torch.Tensor, training: bool, activation: str, channels_last: 
     return NormProblem(N, C, L, training, activation, x.dtype, torch.float32, x.device.type, channels_last)
 
 
-def _empty(shape: Sequence[int], like: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
-
-
 def parameter_gradients(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, need_dweight: bool, need_dbias: bool
 ) -> list[torch.Tensor | None]:
@@ -345,7 +339,7 @@ def batch_norm_act_forward(
     channels_last if x is.
     """
     channels_last = is_channels_last(x)
-    y = _empty(x.shape, x, channels_last)
+    y = empty(x.shape, x, channels_last)
     if not y.numel():
         return y, *(torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
     problem = problem_of(x, training, activation, channels_last)
@@ -380,7 +374,7 @@ def batch_norm_act_backward(
     channels_last if x is; dweight and dbias [C] have the parameters' dtype, fp32 without any.
     """
     channels_last = is_channels_last(x)
-    dx, dresidual = (_empty(x.shape, x, channels_last) if need else None for need in (need_dx, need_dresidual))
+    dx, dresidual = (empty(x.shape, x, channels_last) if need else None for need in (need_dx, need_dresidual))
     dweight, dbias = parameter_gradients(x, weight, bias, need_dweight, need_dbias)
     if not x.numel():
         return dx, dweight, dbias, dresidual

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from cnnops.backends.triton.launch import Launch, cdiv, power_of_2
@@ -15,6 +16,8 @@ from cnnops.tuning.triton.batch_norm import TILES, by_lines
 _PROGRAMS_PER_PROCESSOR = 4
 _LEAST_STEPS = 4
 _MAX_SLICES = 512
+
+_VECTOR_BYTES = 16
 
 _FINISH_ELEMENTS = 2048
 """Parts that one program merges at once: 16 a thread, in double."""
@@ -46,8 +49,9 @@ def _tiles_and_units(p: NormProblem) -> tuple[int, int]:
 def _launch(p: NormProblem, programs: int, scalars: dict[str, int | float], constants: dict[str, object]) -> Launch:
     tile = choose(TILES, p)
     N, L = _extents(p)
-    blocks = {"BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "BLOCK_L": tile.block_l}
-    return Launch(programs, {"N": N, "L": L} | scalars, constants | {"C": p.C} | blocks, tile.num_warps)
+    vector = math.gcd(L, _VECTOR_BYTES // p.dtype.itemsize)
+    shape = {"C": p.C, "VECTOR": vector, "BLOCK_N": tile.block_n, "BLOCK_C": tile.block_c, "BLOCK_L": tile.block_l}
+    return Launch(programs, {"N": N, "L": L // vector} | scalars, constants | shape, tile.num_warps)
 
 
 @functools.lru_cache(maxsize=1024)
