@@ -289,7 +289,7 @@ def statistics(
     )
     launch(finish_statistics_kernel, finish, partial, *running, mean, rstd)
     for given, held in zip((running_mean, running_var), running, strict=True):
-        if held is not given:
+        if given is not None and held is not None and held is not given:
             given.copy_(held)
     return mean, rstd
 
@@ -341,7 +341,8 @@ def batch_norm_act_forward(
     channels_last = is_channels_last(x)
     y = empty(x.shape, x, channels_last)
     if not y.numel():
-        return y, *(torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+        mean, rstd = (torch.zeros(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+        return y, mean, rstd
     problem = problem_of(x, training, activation, channels_last)
     x = dense_as(x, channels_last)
     mean, rstd = statistics(problem, x, running_mean, running_var, momentum, eps)
@@ -381,13 +382,14 @@ def batch_norm_act_backward(
     problem = problem_of(x, training, activation, channels_last)
     dy, x = dense_as(dy, channels_last), dense_as(x, channels_last)
     residual, y = (None if t is None or activation == "none" else dense_as(t, channels_last) for t in (residual, y))
-    parameters = vectors(mean, rstd, weight, bias)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    parameters = mean, rstd, *vectors(weight, bias)
     shares = None
     if need_dweight or need_dbias or (training and need_dx):
         plan = batch_norm_plan.gradient_sums(problem, device_of(x).processors)
         partial = torch.empty(plan.slices * 2 * problem.C, dtype=torch.float32, device=x.device)
         launch(backward_sums_kernel, plan.partial, dy, x, residual, y, *parameters, partial)
-        shares = finish_gradients(problem, plan, partial, parameters[1], dweight, dbias, training and need_dx)
+        shares = finish_gradients(problem, plan, partial, rstd, dweight, dbias, training and need_dx)
     if need_dx or need_dresidual:
         recomputes = activation != "none" and y is None
         read = x if shares is not None or recomputes else None

@@ -33,8 +33,9 @@ from cnnops.backends.triton.batch_norm import (
     statistics,
     vectors,
 )
+from cnnops.backends.triton.conv2d import _first_tap
 from cnnops.backends.triton.launch import device_of, launch
-from cnnops.backends.triton.pool2d import _split, _window_over
+from cnnops.backends.triton.pool2d import _split
 from cnnops.backends.triton.tensors import empty, empty_nhwc, nhwc, result
 from cnnops.geometry import NormPool2dProblem, Pool2dProblem, is_channels_last, output_size
 
@@ -81,23 +82,30 @@ def _gradients(
     dy, offsets, x, m, c, exists, centre, scale, shift, H, W, P, Q,
     ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WINDOWS_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, COMMON_H: tl.constexpr,
+    INVERSE_H: tl.constexpr, WINDOWS_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_W: tl.constexpr,
     WINDOWS_W: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """dz and x at pixels m. x may be None where dz does not depend on it; it is then 0."""
+    """dz and x at pixels m. x may be None where dz does not depend on it; it is then 0.
+
+    Along an axis, the taps that reach an input are STRIDE / COMMON apart, and their windows DILATION / COMMON: WINDOWS
+    at most, COMMON and INVERSE as `_first_tap` has them.
+    """
     n, h, w = _split(m, H, W)
+    r_first, taps_high, p_first = _first_tap(h, PAD_H, STRIDE_H, DILATION_H, R, COMMON_H, INVERSE_H)
+    s_first, taps_wide, q_first = _first_tap(w, PAD_W, STRIDE_W, DILATION_W, S, COMMON_W, INVERSE_W)
     da = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for step in tl.range(0, WINDOWS_H * WINDOWS_W, loop_unroll_factor=UNROLL):
-        i = step // WINDOWS_W
-        p, r, in_rows = _window_over(i, h, H, P, R, STRIDE_H, PAD_H, DILATION_H, WINDOWS_H, False)
-        q, s, in_columns = _window_over(
-            step - i * WINDOWS_W, w, W, Q, S, STRIDE_W, PAD_W, DILATION_W, WINDOWS_W, False
-        )  # fmt: skip
-        asked = in_rows & in_columns & exists
+        i = WINDOWS_H - 1 - step // WINDOWS_W  # the last tap first: windows in order
+        j = WINDOWS_W - 1 - step % WINDOWS_W
+        p = p_first - i * (DILATION_H // COMMON_H)
+        q = q_first - j * (DILATION_W // COMMON_W)
+        tap = (r_first + i * (STRIDE_H // COMMON_H)) * S + s_first + j * (STRIDE_W // COMMON_W)
+        asked = (i < taps_high) & (p >= 0) & (p < P) & (j < taps_wide) & (q >= 0) & (q < Q) & exists
         at = ((n * P + p) * Q + q).to(tl.int64) * C + c
         kept = tl.load(offsets + at, mask=asked, other=0).to(tl.int32)
         values = tl.load(dy + at, mask=asked, other=0.0).to(tl.float32)
-        da += tl.where(asked & (kept == r * S + s), values, 0.0)
+        da += tl.where(asked & (kept == tap), values, 0.0)
     dz = da.to(dy.dtype.element_ty).to(tl.float32)
     values = tl.zeros_like(dz)
     if x is not None:
@@ -112,7 +120,8 @@ def backward_sums_kernel(
     dy, offsets, x, mean, rstd, weight, bias, partial, H, W, P, Q, pixels, steps,
     ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WINDOWS_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, COMMON_H: tl.constexpr,
+    INVERSE_H: tl.constexpr, WINDOWS_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_W: tl.constexpr,
     WINDOWS_W: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz and of dz * (x - mean) over one slice of the pixels. partial: [slices, 2, C].
@@ -130,7 +139,8 @@ def backward_sums_kernel(
         exists = (m < pixels) & (c < C)
         dz, values = _gradients(
             dy, offsets, x, m, c, exists, centre, scale, shift, H, W, P, Q, ACTIVATION, C, BLOCK_M, BLOCK_C, R, S,
-            STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, WINDOWS_H, WINDOWS_W, UNROLL,
+            STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, COMMON_H, INVERSE_H, WINDOWS_H, COMMON_W, INVERSE_W,
+            WINDOWS_W, UNROLL,
         )  # fmt: skip
         dz = tl.where(exists, dz, 0.0)
         sums += dz
@@ -145,7 +155,8 @@ def backward_kernel(
     dy, offsets, x, mean, rstd, weight, bias, shares, dx, H, W, P, Q, pixels,
     ACTIVATION: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, WINDOWS_H: tl.constexpr,
+    PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, COMMON_H: tl.constexpr,
+    INVERSE_H: tl.constexpr, WINDOWS_H: tl.constexpr, COMMON_W: tl.constexpr, INVERSE_W: tl.constexpr,
     WINDOWS_W: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -155,7 +166,8 @@ def backward_kernel(
     centre, scale, shift = channel_map(mean, rstd, weight, bias, c, C)
     dz, values = _gradients(
         dy, offsets, x, m, c, exists, centre, scale, shift, H, W, P, Q, ACTIVATION, C, BLOCK_M, BLOCK_C, R, S,
-        STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, WINDOWS_H, WINDOWS_W, UNROLL,
+        STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, COMMON_H, INVERSE_H, WINDOWS_H, COMMON_W, INVERSE_W,
+            WINDOWS_W, UNROLL,
     )  # fmt: skip
     found = input_gradient(dz, values, centre, scale, shares, c, C)
     tl.store(dx + m.to(tl.int64) * C + c, found.to(dx.dtype.element_ty), mask=exists)
@@ -163,8 +175,10 @@ def backward_kernel(
 
 def _problem(x, training, activation, P, Q, window) -> NormPool2dProblem:
     N, C, H, W = x.shape
-    kernel_h, kernel_w, *geometry = window
-    pool = Pool2dProblem(N, C, H, W, kernel_h, kernel_w, P, Q, *geometry, x.dtype, x.device.type, True)
+    R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = window
+    pool = Pool2dProblem(
+        N, C, H, W, R, S, P, Q, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, x.dtype, x.device.type, True
+    )  # fmt: skip
     return NormPool2dProblem(problem_of(x, training, activation, True), pool)
 
 
@@ -209,16 +223,17 @@ def bn_act_max_pool2d_backward(
     dweight, dbias = parameter_gradients(x, weight, bias, need_dweight, need_dbias)
     if x.numel():
         window = kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w
-        problem = _problem(x, training, activation, *dy.shape[2:], window)
+        problem = _problem(x, training, activation, dy.shape[2], dy.shape[3], window)
         dy, offsets, x = nhwc(dy), nhwc(offsets), nhwc(x)
-        parameters = vectors(mean, rstd, weight, bias)
+        mean, rstd = mean.contiguous(), rstd.contiguous()
+        parameters = mean, rstd, *vectors(weight, bias)
         shares = None
         if need_dweight or need_dbias or (training and need_dx):
             plan = plans.gradient_sums(problem, device_of(x).processors)
             partial = torch.empty(plan.slices * 2 * problem.norm.C, dtype=torch.float32, device=x.device)
             launch(backward_sums_kernel, plan.partial, dy, offsets, x, *parameters, partial)
             needs_shares = training and need_dx
-            shares = finish_gradients(problem.norm, plan, partial, parameters[1], dweight, dbias, needs_shares)
+            shares = finish_gradients(problem.norm, plan, partial, rstd, dweight, dbias, needs_shares)
         if need_dx:
             read = x if shares is not None or activation != "none" else None
             launch(backward_kernel, plans.backward(problem), dy, offsets, read, *parameters, shares, dx)

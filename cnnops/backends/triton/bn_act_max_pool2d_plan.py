@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 
 from cnnops.backends.triton import batch_norm_plan
 from cnnops.backends.triton.launch import Launch, cdiv
-from cnnops.backends.triton.pool2d_plan import _over, _sizes, _unroll, _windows
+from cnnops.backends.triton.pool2d_plan import _sizes, _unroll, _windows
 from cnnops.geometry import NormPool2dProblem
 from cnnops.tuning import choose
 from cnnops.tuning.triton.bn_act_max_pool2d import TILES
 
 
-def _launch(p: NormPool2dProblem, programs: int, scalars: dict[str, int | float], steps: dict[str, int]) -> Launch:
-    """steps: what the kernel's inner loop counts, as constants."""
+def _launch(p: NormPool2dProblem, programs: int, scalars: dict[str, int | float], taps: dict[str, int]) -> Launch:
     tile = choose(TILES, p)
-    count = 1
-    for each in steps.values():
-        count *= each
+    steps = taps["TAPS"] if "TAPS" in taps else taps["WINDOWS_H"] * taps["WINDOWS_W"]
     constants = {"ACTIVATION": p.norm.activation, "C": p.norm.C, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c}
     windows = _windows(p.pool)
     del windows["WIDE"]  # of adaptive windows
     return Launch(
-        programs, _sizes(p.pool) | scalars, constants | windows | steps | {"UNROLL": _unroll(count)}, tile.num_warps
+        programs, _sizes(p.pool) | scalars, constants | windows | taps | {"UNROLL": _unroll(steps)}, tile.num_warps
     )
 
 
@@ -39,13 +37,17 @@ def forward(p: NormPool2dProblem) -> Launch:
     return _launch(p, tiles * units, {"outputs": outputs}, {"TAPS": p.pool.R * p.pool.S})
 
 
-def _asked(p: NormPool2dProblem) -> dict[str, int]:
-    """How many windows an input asks whether they kept it."""
+def _taps(p: NormPool2dProblem) -> dict[str, int]:
+    """Which taps reach an input: constants of a kernel that owns inputs."""
     windows = _windows(p.pool)
-    return {
-        f"WINDOWS_{axis}": _over(taps, int(windows[f"STRIDE_{axis}"]), int(windows[f"DILATION_{axis}"]))
-        for axis, taps in (("H", p.pool.R), ("W", p.pool.S))
-    }
+    constants = {}
+    for axis, taps in (("H", p.pool.R), ("W", p.pool.S)):
+        stride, dilation = int(windows[f"STRIDE_{axis}"]), int(windows[f"DILATION_{axis}"])
+        common = math.gcd(stride, dilation)
+        constants[f"COMMON_{axis}"] = common
+        constants[f"INVERSE_{axis}"] = pow(dilation // common, -1, stride // common)
+        constants[f"WINDOWS_{axis}"] = cdiv(taps, stride // common)
+    return constants
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,7 +55,7 @@ def backward(p: NormPool2dProblem) -> Launch:
     """The pass that writes dx: one program for each tile of inputs."""
     pixels = p.norm.N * p.norm.L
     tiles, units = _tiles_and_units(p, pixels)
-    return _launch(p, tiles * units, {"pixels": pixels}, _asked(p))
+    return _launch(p, tiles * units, {"pixels": pixels}, _taps(p))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -63,7 +65,7 @@ def gradient_sums(p: NormPool2dProblem, processors: int) -> batch_norm_plan.Sums
     tiles, units = _tiles_and_units(p, pixels)
     slices = batch_norm_plan.slices_of(tiles, units, processors)
     scalars: dict[str, int | float] = {"pixels": pixels, "steps": cdiv(tiles, slices)}
-    partial = _launch(p, slices * units, scalars, _asked(p))
+    partial = _launch(p, slices * units, scalars, _taps(p))
     return batch_norm_plan.Sums(slices, partial, batch_norm_plan.finish(p.norm, slices))
 
 

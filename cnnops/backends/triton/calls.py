@@ -37,6 +37,7 @@ def every_call() -> Iterator[Call]:
     yield from _pool2d()
     yield from _max_unpool2d()
     yield from _batch_norm()
+    yield from _bn_act_max_pool2d()
 
 
 def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
@@ -213,3 +214,34 @@ def _batch_norm() -> Iterator[Call]:
 
         yield Call(f"batch_norm_act_forward {name}", forward)
         yield Call(f"batch_norm_act_backward {name}", backward)
+
+
+# Channels and side; kernel, stride, pad and dilation; activation; whether it trains, and has parameters.
+STEMS = {
+    "64@112 3x3 s2": (64, 112, (3, 2, 1, 1), "relu", True, True),
+    "32@112 3x3 s2 silu": (32, 112, (3, 2, 1, 1), "silu", True, True),
+    "eval 64@112 2x2 s2": (64, 112, (2, 2, 0, 1), "none", False, False),
+    "64@56 17x17 d2": (64, 56, (17, 1, 8, 2), "relu", True, False),
+}
+
+
+def _bn_act_max_pool2d() -> Iterator[Call]:
+    for name, (C, side, axis, activation, training, affine) in STEMS.items():
+        window = tuple(each for each in axis for _ in "hw")
+
+        def both(
+            dtype: torch.dtype, C=C, side=side, window=window, activation=activation, training=training, affine=affine
+        ) -> None:
+            x = nhwc(32, C, side, side, dtype)
+            weight, bias, *running = (torch.empty(C, device="cuda") for _ in range(4))
+            parameters = (weight, bias) if affine else (None, None)
+            kept = running if affine or not training else (None, None)
+            run = backend.function("bn_act_max_pool2d_forward")
+            run(x, *parameters, *kept, training, 0.1, 1e-5, activation, *window, False, False)
+            y, mean, rstd, offsets = run(
+                x, *parameters, *kept, training, 0.1, 1e-5, activation, *window, False, True
+            )  # fmt: skip
+            rest = (training, 1e-5, activation, *window, True, affine, affine)
+            backend.function("bn_act_max_pool2d_backward")(y, offsets, x, *parameters, mean, rstd, *rest)
+
+        yield Call(f"bn_act_max_pool2d {name}", both)

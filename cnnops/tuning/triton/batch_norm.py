@@ -36,12 +36,12 @@ def _plane(p: NormProblem) -> int:
 TILES: tuple[Rule[NormProblem, NormTile], ...] = (
     Rule(
         _interpreted(lambda p: by_lines(p) and p.N * p.L <= 1024),
-        NormTile(32, 64, 1, 8),
+        NormTile(64, 128, 1, 8),
         "small enough that tests merge the parts of several steps and programs",
     ),
     Rule(
         _interpreted(by_lines),
-        NormTile(256, 128, 1, 8),
+        NormTile(512, 64, 1, 8),
         "the interpreter's time is per operation, whatever its size: few large steps",
     ),
     Rule(

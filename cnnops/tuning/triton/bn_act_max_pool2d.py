@@ -20,13 +20,13 @@ class NormPoolTile:
 
 TILES: tuple[Rule[NormPool2dProblem, NormPoolTile], ...] = (
     Rule(
-        lambda p: p.device == "cpu" and p.norm.N * p.norm.L <= 1024,
-        NormPoolTile(32, 64, 8),
+        lambda p: p.device == "cpu" and p.norm.N * p.norm.L <= 256,
+        NormPoolTile(32, 128, 8),
         "small enough that tests add the sums of several steps and programs",
     ),
     Rule(
         lambda p: p.device == "cpu",
-        NormPoolTile(256, 64, 8),
+        NormPoolTile(512, 64, 8),
         "the interpreter's time is per operation, whatever its size: few large steps",
     ),
     Rule(lambda p: p.norm.C <= 32, NormPoolTile(64, 32, 8), "32 channels fill no wider row"),
