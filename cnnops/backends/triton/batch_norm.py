@@ -8,14 +8,14 @@
     dx      = rstd[c] * weight[c] * dz; when training,
               rstd[c] * weight[c] * (dz - dbias[c] / NL - (x - mean[c]) * rstd[c] * dweight[c] / NL)
 
-Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], L being all positions; everything else [C]. The kernels
-           know [N,C,L] alone: of [N,L,C], the positions are its images, of which each has a plane of one. Vectors of 16
-           bytes go along the channels of [N,L,C], or along the positions of [N,C,L]; shorter ones where those are no
-           multiple of a vector.
+Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], L being all positions; everything else [C]. The
+           kernels know [N,C,L] alone: of [N,L,C], the positions are its images, of which each has a plane of one.
+           Vectors of 16 bytes go along the channels of [N,L,C], or along the positions of [N,C,L]; shorter ones where
+           those are no multiple of a vector.
 Ownership  One program owns a tile: the same run of the planes of some images and channels. Sums are cut into slices of
-           tiles: each leaves its part in fp32, and a second kernel merges the slices' parts in a fixed order, in double.
-           A tile's moments are its mean, then the squared deviations from that; tiles and slices are merged by Chan's
-           formula, never made of raw sums of squares.
+           tiles: each leaves its part in fp32, and a second kernel merges the slices' parts in a fixed order, in
+           double. A tile's moments are its mean, then the squared deviations from that; tiles and slices are merged by
+           Chan's formula, never made of raw sums of squares.
 Traffic    forward: x for the statistics, then x (+ residual) + y; backward: dy, x (+ y or residual) for the sums, then
            the same + dx (+ dresidual). A sweep that nothing asks for is left out, and so is an operand that the
            activation does not need.
@@ -85,9 +85,7 @@ def gradient_of_z(dy, z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _gradients(
-    dy, x, residual, y, at, there, centre, scale, shift, ACTIVATION: tl.constexpr
-):  # fmt: skip
+def _gradients(dy, x, residual, y, at, there, centre, scale, shift, ACTIVATION: tl.constexpr):
     """dz and x of a tile. x may be None where dz does not depend on it; it is then 0."""
     dz = tl.load(dy + at, mask=there, other=0.0).to(tl.float32)
     values = tl.zeros_like(dz)
@@ -115,7 +113,8 @@ def input_gradient(dz, x, centre, scale, shares, c, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=_BATCH)
 def moments_kernel(
-    x, partial, N, L, steps, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr
+    x, partial, N, L, steps,
+    C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of one slice. partial: [slices, 3, C]."""
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -187,7 +186,8 @@ def running_statistics_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def forward_kernel(
     x, residual, mean, rstd, weight, bias, y, N, L,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = _channels(tl.program_id(0) % UNITS, BLOCK_C)
@@ -202,7 +202,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def backward_sums_kernel(
     dy, x, residual, y, mean, rstd, weight, bias, partial, N, L, steps,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """The sums of dz and of dz * (x - mean) over one slice. partial: [slices, 2, C]."""
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -246,7 +247,8 @@ def finish_gradients_kernel(
 @triton.jit(do_not_specialize=_BATCH)
 def backward_kernel(
     dy, x, residual, y, mean, rstd, weight, bias, shares, dx, dresidual, N, L,
-    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
+    ACTIVATION: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     UNITS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     c = _channels(tl.program_id(0) % UNITS, BLOCK_C)

@@ -7,9 +7,9 @@
 
 Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; everything else [C]. What is
            not NHWC is copied.
-Ownership  One program owns a tile of positions and channels: forward, of y's, backward of x's. It computes a at the taps
-           of its windows, and gathers da from the windows over its positions, so that nothing is atomic and neither a
-           nor da is written to memory. Sums are cut into slices of tiles, as batch norm's are.
+Ownership  One program owns a tile of positions and channels: forward, of y's, backward of x's. It computes a at the
+           taps of its windows, and gathers da from the windows over its positions, so that nothing is atomic and
+           neither a nor da is written to memory. Sums are cut into slices of tiles, as batch norm's are.
 Traffic    forward: x for the statistics, then x + y (+ offsets); backward: x, dy and offsets for the sums, then the
            same + dx. Windows overlap: what several read of x, dy and offsets comes from cache but for the first.
 Offsets in memory are 64-bit; positions are counted in 32 bits (the backend's `supports` refuses more).

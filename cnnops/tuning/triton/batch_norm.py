@@ -57,7 +57,7 @@ TILES: tuple[Rule[NormProblem, NormTile], ...] = (
     Rule(
         lambda p: by_lines(p) and p.C <= 32,
         NormTile(128, 32, 1, 8),
-        "32 channels fill no wider row; 4096 elements are 16 a thread: vectors of 16 bytes, and registers for three tensors",
+        "32 channels fill no wider row; 4096 elements are 16 a thread, which leaves registers for three tensors",
     ),
     Rule(by_lines, NormTile(64, 64, 1, 8), "a row of 64 channels is 128 bytes or more, whole lines of the cache"),
     Rule(
