@@ -7,10 +7,14 @@ import math
 
 from cnnops.backends.triton import batch_norm_plan
 from cnnops.backends.triton.launch import Launch, cdiv
-from cnnops.backends.triton.pool2d_plan import _sizes, _unroll, _windows
+from cnnops.backends.triton.pool2d_plan import _sizes, _windows
 from cnnops.geometry import NormPool2dProblem
 from cnnops.tuning import choose
 from cnnops.tuning.triton.bn_act_max_pool2d import TILES
+
+_UNROLLED = 16
+"""Loops of so many steps are unrolled, so that all of their loads are under way at once; of longer ones, four steps
+would take a stack on sm_90."""
 
 
 def _launch(p: NormPool2dProblem, programs: int, scalars: dict[str, int | float], taps: dict[str, int]) -> Launch:
@@ -20,7 +24,10 @@ def _launch(p: NormPool2dProblem, programs: int, scalars: dict[str, int | float]
     windows = _windows(p.pool)
     del windows["WIDE"]  # of adaptive windows
     return Launch(
-        programs, _sizes(p.pool) | scalars, constants | windows | taps | {"UNROLL": _unroll(steps)}, tile.num_warps
+        programs,
+        _sizes(p.pool) | scalars,
+        constants | windows | taps | {"UNROLL": steps if steps <= _UNROLLED else 2},
+        tile.num_warps,
     )
 
 
