@@ -187,8 +187,7 @@ def test_layouts_of_dy(backend: Backend, case: NormCase, dtype: torch.dtype, lay
     check_batch_norm(case, inputs, state, torch.full((1,), 0.75, device=backend.device).expand(dy.shape))
 
 
-@on("batch_norm_act_forward")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_dtypes("batch_norm_act_forward", dtypes=(torch.bfloat16, torch.float16))
 def test_parameters_as_short_as_x(backend: Backend, dtype: torch.dtype) -> None:
     for case in KINDS:
         check_batch_norm(case, *inputs_of(case, dtype, "channels_last", backend.device, params=dtype))

@@ -237,8 +237,7 @@ def test_without_parameters_or_statistics(backend: Backend) -> None:
         assert_same_bits(y, separate(STEM, (None, None), True)(x, w, b))
 
 
-@on("bn_act_max_pool2d_forward")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@on_dtypes("bn_act_max_pool2d_forward", dtypes=(torch.bfloat16, torch.float16))
 def test_parameters_as_short_as_x(backend: Backend, dtype: torch.dtype) -> None:
     inputs, state = inputs_of(STEM, dtype, "channels_last", backend.device)
     inputs = [t.to(dtype) for t in inputs]

@@ -15,9 +15,11 @@ import torch
 
 from cnnops.backends.triton import conv2d_plan
 from cnnops.backends.triton.aot import ARCHES, GFX942, SHARED_LIMIT
-from cnnops.backends.triton.calls import CONVOLUTIONS
+from cnnops.backends.triton.calls import CONVOLUTIONS, NORMS, STEMS
 from cnnops.backends.triton.launch import MAX_SPLITS
+from cnnops.geometry import NormPool2dProblem, NormProblem, Pool2dProblem
 from cnnops.tuning import choose
+from cnnops.tuning.triton import batch_norm, bn_act_max_pool2d
 from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 
 pytest.importorskip("triton")
@@ -110,6 +112,22 @@ def test_every_row_of_the_table_is_compiled(table: Any) -> None:
             assert rule.config in chosen, rule.reason
         else:
             assert any(rule.condition(dataclasses.replace(p, device="cpu")) for p in problems), rule.reason
+
+
+def norm_of(C: int, side: int, channels_last: bool = True, device: str = "cuda", N: int = 32) -> NormProblem:
+    return NormProblem(N, C, side * side, True, "relu", torch.float16, torch.float32, device, channels_last)
+
+
+def test_every_row_of_batch_norms_tables_is_compiled() -> None:
+    """Each for what `calls` has, or for a small or a large problem under the interpreter."""
+    norms = [norm_of(norm.C, norm.side, norm.channels_last) for norm in NORMS.values()]
+    norms += [norm_of(8, side, last, "cpu", 2) for side in (8, 64) for last in (True, False)]
+    stems = [norm_of(C, side) for C, side, *_ in STEMS.values()] + [norm_of(8, side, device="cpu") for side in (2, 64)]
+    pooled = [NormPool2dProblem(p, Pool2dProblem(*[1] * 14, p.dtype, p.device, True)) for p in stems]
+    for table, problems in ((batch_norm.TILES, norms), (bn_act_max_pool2d.TILES, pooled)):
+        chosen = [choose(table, p) for p in problems]
+        for rule in table:
+            assert rule.config in chosen, rule.reason
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS)

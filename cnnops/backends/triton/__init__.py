@@ -16,9 +16,9 @@ import torch
 
 from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
-from cnnops.backends.triton import conv2d_plan, pool2d_plan
+from cnnops.backends.triton import batch_norm_plan, bn_act_max_pool2d_plan, conv2d_plan, pool2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, NormProblem, Pool2dProblem
+from cnnops.geometry import Conv2dProblem, NormPool2dProblem, NormProblem, Pool2dProblem
 
 NAME = "triton"
 
@@ -45,6 +45,10 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "adaptive_max_pool2d_indices": ("pool2d", Pool2dProblem),
     "max_unpool2d_forward": ("max_unpool2d", Pool2dProblem),
     "max_unpool2d_backward": ("max_unpool2d", Pool2dProblem),
+    "batch_norm_act_forward": ("batch_norm", NormProblem),
+    "batch_norm_act_backward": ("batch_norm", NormProblem),
+    "bn_act_max_pool2d_forward": ("bn_act_max_pool2d", NormPool2dProblem),
+    "bn_act_max_pool2d_backward": ("bn_act_max_pool2d", NormPool2dProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
 
@@ -120,9 +124,26 @@ def _pool2d_limits(p: Pool2dProblem) -> Support:
     return YES
 
 
+def _norm_limits(p: NormProblem) -> Support:
+    return _grid(batch_norm_plan.most_programs(p))
+
+
+def _norm_pool2d_limits(p: NormPool2dProblem) -> Support:
+    support = _pool2d_limits(p.pool)
+    return _grid(bn_act_max_pool2d_plan.most_programs(p)) if support.ok else support
+
+
+def _grid(programs: int) -> Support:
+    if programs >= _LIMIT:
+        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
+    return YES
+
+
 _LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
     Conv2dProblem: _conv2d_limits,
     Pool2dProblem: _pool2d_limits,
+    NormProblem: _norm_limits,
+    NormPool2dProblem: _norm_pool2d_limits,
 }
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 

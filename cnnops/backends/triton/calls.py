@@ -36,6 +36,8 @@ def every_call() -> Iterator[Call]:
     yield from _activation()
     yield from _pool2d()
     yield from _max_unpool2d()
+    yield from _batch_norm()
+    yield from _bn_act_max_pool2d()
 
 
 def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
@@ -154,3 +156,92 @@ def _max_unpool2d() -> Iterator[Call]:
             backend.function("max_unpool2d_backward")(y, indices, last)
 
         yield Call(f"max_unpool2d {name}", unpool)
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """One call of batch norm, forward and backward, of x [32, C, side, side]."""
+
+    C: int
+    side: int
+    channels_last: bool
+    activation: str = "none"
+    training: bool = True
+    affine: bool = True
+    running: bool = True
+    residual: bool = False
+    saves_y: bool = False
+    """Whether the activation's gradient is read off y, in place of z computed again."""
+
+
+NORMS = {
+    "64@56": NormCall(64, 56, True),
+    "64@56 relu residual": NormCall(64, 56, True, "relu", residual=True, saves_y=True),
+    "32@112 silu residual": NormCall(32, 112, True, "silu", residual=True),
+    "eval 64@56 relu6": NormCall(64, 56, True, "relu6", training=False),
+    "eval 64@56": NormCall(64, 56, True, training=False),
+    "bare 64@56 hardswish": NormCall(64, 56, True, "hardswish", affine=False, running=False),
+    "NCHW 512@7 relu": NormCall(512, 7, False, "relu"),
+    "NCHW 256@14 relu residual": NormCall(256, 14, False, "relu", residual=True, saves_y=True),
+    "NCHW 64@56 sigmoid": NormCall(64, 56, False, "sigmoid"),
+}
+
+
+def _batch_norm() -> Iterator[Call]:
+    for name, norm in NORMS.items():
+
+        def x_and_vectors(dtype: torch.dtype, norm: NormCall = norm) -> tuple[torch.Tensor, ...]:
+            layout = torch.channels_last if norm.channels_last else torch.contiguous_format
+            shape = (32, norm.C, norm.side, norm.side)
+            x = torch.empty(shape, dtype=dtype, device="cuda", memory_format=layout)
+            return (x, *(torch.empty(norm.C, device="cuda") for _ in range(4)))
+
+        def forward(dtype: torch.dtype, inputs=x_and_vectors, norm: NormCall = norm) -> None:
+            x, weight, bias, *running = inputs(dtype)
+            backend.function("batch_norm_act_forward")(
+                x, *((weight, bias) if norm.affine else (None, None)), x if norm.residual else None,
+                *(running if norm.running else (None, None)), norm.training, 0.1, 1e-5, norm.activation,
+            )  # fmt: skip
+
+        def backward(dtype: torch.dtype, inputs=x_and_vectors, norm: NormCall = norm) -> None:
+            x, weight, bias, mean, rstd = inputs(dtype)
+            needs = (True, norm.affine, norm.affine, norm.residual)
+            backend.function("batch_norm_act_backward")(
+                x, x, *((weight, bias) if norm.affine else (None, None)),
+                x if norm.residual and not norm.saves_y else None, x if norm.saves_y else None,
+                mean, rstd, norm.training, 1e-5, norm.activation, *needs,
+            )  # fmt: skip
+
+        yield Call(f"batch_norm_act_forward {name}", forward)
+        yield Call(f"batch_norm_act_backward {name}", backward)
+
+
+# Channels and side; kernel, stride, pad and dilation; activation; whether it trains, and has parameters.
+STEMS = {
+    "64@112 3x3 s2": (64, 112, (3, 2, 1, 1), "relu", True, True),
+    "32@112 3x3 s2 silu": (32, 112, (3, 2, 1, 1), "silu", True, True),
+    "eval 64@112 2x2 s2": (64, 112, (2, 2, 0, 1), "none", False, False),
+    "64@56 17x17 d2": (64, 56, (17, 1, 8, 2), "relu", True, False),
+}
+
+
+def _bn_act_max_pool2d() -> Iterator[Call]:
+    for name, (C, side, axis, activation, training, affine) in STEMS.items():
+        window = tuple(each for each in axis for _ in "hw")
+
+        def both(
+            dtype: torch.dtype, C=C, side=side, window=window, activation=activation, training=training, affine=affine
+        ) -> None:
+            x = nhwc(32, C, side, side, dtype)
+            weight, bias, *running = (torch.empty(C, device="cuda") for _ in range(4))
+            parameters = (weight, bias) if affine else (None, None)
+            kept = running if affine or not training else (None, None)
+            run = backend.function("bn_act_max_pool2d_forward")
+            run(x, *parameters, *kept, training, 0.1, 1e-5, activation, *window, False, False)
+            y, mean, rstd, offsets = run(
+                x, *parameters, *kept, training, 0.1, 1e-5, activation, *window, False, True
+            )  # fmt: skip
+            rest = (training, 1e-5, activation, *window, True, affine, affine)
+            backend.function("bn_act_max_pool2d_backward")(y, offsets, x, *parameters, mean, rstd, *rest)
+
+        yield Call(f"bn_act_max_pool2d {name}", both)
