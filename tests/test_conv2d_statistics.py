@@ -1,14 +1,13 @@
-"""The convolution that gives the statistics of its result too, an op of the backends made of the CUDA sources."""
+"""The convolution that gives the statistics of its result too, on every backend that claims it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import helpers
-import pytest
 import torch
 from cases import CONV2D, Conv2dCase, find, of_suite
-from helpers import Backend, over
+from helpers import Backend, on, over
 from tolerance import assert_same_bits
 
 FUNCTION = "conv2d_statistics_forward"
@@ -34,16 +33,16 @@ def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
     helpers.check_moments(y, mean, m2)
 
 
-@over(FUNCTION, [case for case in CORNERS if case.N], backends=helpers.WITH_TF32)
+@over(FUNCTION, [case for case in CORNERS if case.N])
 def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     check(backend, case, inputs)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
         with helpers.tf32():
             check(backend, case, inputs)
 
 
-@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+@on(FUNCTION)
 def test_far_from_zero(backend: Backend) -> None:
     """Squares of these numbers have more digits than float32, so that raw sums of them would tell nothing."""
     case, random = find(CONV2D, "3x3-pad-bias"), helpers.generator("far from zero")
@@ -53,7 +52,7 @@ def test_far_from_zero(backend: Backend) -> None:
     check(backend, case, (x, weight, torch.full((case.K,), 4097.0, device=backend.device)))
 
 
-@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+@on(FUNCTION)
 def test_of_nothing(backend: Backend) -> None:
     case = find(CONV2D, "3x3-pad-bias").with_batch(0)
     y, mean, m2 = run(backend, case, helpers.conv2d_inputs(case, torch.float32, "nchw", backend.device))

@@ -18,7 +18,7 @@ from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
 from cnnops.backends.triton import conv2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, NormProblem
+from cnnops.geometry import Conv2dProblem, ConvTranspose2dProblem, NormProblem
 
 NAME = "triton"
 
@@ -32,6 +32,11 @@ LEAST_CAPABILITY = (8, 0)
 FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_forward": ("conv2d", Conv2dProblem),
     "conv2d_backward": ("conv2d", Conv2dProblem),
+    "conv2d_act_forward": ("conv2d", Conv2dProblem),
+    "conv2d_bn_act_forward": ("conv2d", Conv2dProblem),
+    "conv2d_statistics_forward": ("conv2d", Conv2dProblem),
+    "conv_transpose2d_forward": ("conv_transpose2d", ConvTranspose2dProblem),
+    "conv_transpose2d_backward": ("conv_transpose2d", ConvTranspose2dProblem),
     "activation_backward": ("activation", NormProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
@@ -92,7 +97,14 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     return YES
 
 
-_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits}
+def _conv_transpose2d_limits(p: ConvTranspose2dProblem) -> Support:
+    return _conv2d_limits(conv2d_plan.Adjoint.to(p))
+
+
+_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
+    Conv2dProblem: _conv2d_limits,
+    ConvTranspose2dProblem: _conv_transpose2d_limits,
+}
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
 from cnnops.backends.triton.launch import Launch, SplitLaunch, cdiv, splits_of, total_of
-from cnnops.geometry import Conv2dProblem
+from cnnops.geometry import Conv2dProblem, ConvTranspose2dProblem
 from cnnops.torch_private import tf32_allowed
 from cnnops.tuning import choose
 from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD, ConvTile
@@ -22,6 +23,24 @@ def input_precision(dtype: torch.dtype, device: str) -> str:
     if dtype == torch.float32 and device == "cuda" and tf32_allowed():
         return "tf32"
     return "ieee"
+
+
+@dataclass(frozen=True)
+class Adjoint(Conv2dProblem):
+    """The convolution, from y to x, whose gradient a transposed convolution is.
+
+    P and Q are x's extents, which output_padding may leave y room for more than.
+    """
+
+    P: int = 0
+    Q: int = 0
+
+    @classmethod
+    def to(cls, p: ConvTranspose2dProblem) -> Adjoint:
+        return cls(
+            p.N, p.K, p.P, p.Q, p.C, p.R, p.S, p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
+            p.groups, "zeros", p.dtype, p.device, p.channels_last, p.H, p.W,
+        )  # fmt: skip
 
 
 def _constants(p: Conv2dProblem, tile: ConvTile, precision: str) -> dict[str, int | str]:
@@ -44,13 +63,14 @@ def _steps(taps: int, channels: int, block: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(p: Conv2dProblem, precision: str) -> Launch:
+def forward(p: Conv2dProblem, precision: str, activation: str = "none") -> Launch:
     tile = choose(FORWARD, p)
     pixels = p.N * p.P * p.Q
     return Launch(
         cdiv(pixels, tile.block_m) * p.groups * cdiv(p.K // p.groups, tile.block_n),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
-        _constants(p, tile, precision) | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k)},
+        _constants(p, tile, precision)
+        | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k), "ACTIVATION": activation},
         tile.num_warps,
         tile.num_stages,
     )
@@ -102,20 +122,19 @@ def backward_weight(p: Conv2dProblem, precision: str, processors: int) -> SplitL
 
 
 @functools.lru_cache(maxsize=1024)
-def backward_bias(p: Conv2dProblem, processors: int) -> SplitLaunch:
+def backward_bias(pixels: int, K: int, processors: int) -> SplitLaunch:
     block_m, block_k = 64, 64
-    pixels = p.N * p.P * p.Q
-    tiles = cdiv(p.K, block_k)
+    tiles = cdiv(K, block_k)
     steps = cdiv(pixels, block_m)
     splits = splits_of(tiles, steps, processors)
     partial = Launch(
         splits * tiles,
         {"pixels": pixels, "steps": cdiv(steps, splits)},
-        {"K": p.K, "BLOCK_M": block_m, "BLOCK_K": block_k},
+        {"K": K, "BLOCK_M": block_m, "BLOCK_K": block_k},
         4,
         1,
     )
-    return SplitLaunch(splits, partial, total_of(p.K, splits))
+    return SplitLaunch(splits, partial, total_of(K, splits))
 
 
 def most_programs(p: Conv2dProblem) -> int:
