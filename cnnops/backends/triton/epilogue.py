@@ -92,17 +92,17 @@ def fold_kernel(
     """In fp64: a mean far from zero and a small variance take digits."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = k < K
-    var = tl.load(running_var + k, mask=exists, other=1.0).to(tl.float64)
-    factor = 1.0 / tl.sqrt(var + eps)
+    factor = tl.full([BLOCK], 1, tl.float64)
     if bn_weight is not None:
-        factor *= tl.load(bn_weight + k, mask=exists, other=0.0).to(tl.float64)
+        factor = tl.load(bn_weight + k, mask=exists, other=0.0).to(tl.float64)
+    factor = (factor / tl.sqrt(tl.load(running_var + k, mask=exists, other=1.0).to(tl.float64) + eps)).to(tl.float32)
     moved = -tl.load(running_mean + k, mask=exists, other=0.0).to(tl.float64)
     if conv_bias is not None:
         moved += tl.load(conv_bias + k, mask=exists, other=0.0).to(tl.float64)
-    moved *= factor
+    moved *= factor.to(tl.float64)  # as the sums are multiplied: a mean that cancels them does so exactly
     if bn_bias is not None:
         moved += tl.load(bn_bias + k, mask=exists, other=0.0).to(tl.float64)
-    tl.store(scale + k, factor.to(tl.float32), mask=exists)
+    tl.store(scale + k, factor, mask=exists)
     tl.store(shift + k, moved.to(tl.float32), mask=exists)
 
 
