@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cnnops import dispatch
 from cnnops.backends.cuda import CONVOLUTIONS
+from cnnops.backends.triton import launch
 from cnnops.geometry import (
     PADDING_MODES,
     Conv2dProblem,
@@ -71,7 +72,7 @@ BACKENDS = tuple(
 VARIANTS = tuple(
     f"{name}-sm80"
     for name in BACKENDS
-    if name == "simt" or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+    if name in ("simt", "triton") or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
 )
 """The same on a device that claims to be of sm_80 alone, whose kernels would not be chosen elsewhere."""
 
@@ -83,6 +84,10 @@ def variant(name: str) -> Iterator[None]:
     """The device as the variant of a backend has it; nothing for a backend's plain name."""
     if name not in VARIANTS:
         yield
+        return
+    if row(name).NAME == "triton":
+        with launch.as_device(launch.Device(int(name.split("-sm")[1]), processors=3)):
+            yield
         return
     use_architecture = row(name).library.function("use_architecture")
     use_architecture(int(name.split("-sm")[1]))

@@ -42,11 +42,19 @@ def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1)
     )  # fmt: skip
 
 
+def _transposed(p: Conv2dProblem) -> tuple[int, ...]:
+    """The geometry of the transposed convolution that makes x's extents of y's."""
+    output_pad = (p.H + 2 * p.pad_h - p.R) % p.stride_h
+    return (p.stride_h, p.stride_w, p.pad_h, p.pad_w, output_pad, output_pad, p.dilation_h, p.dilation_w, p.groups)
+
+
 CONVOLUTIONS = {
     "3x3 64->64": _layer(32, 64, 56, 64, 3, 1),
     "3x3 s2 128->256": _layer(32, 128, 28, 256, 3, 2),
     "7x7 s2 3->64": _layer(32, 3, 224, 64, 7, 2),
     "1x1 64->32": _layer(32, 64, 56, 32, 1, 1),
+    "1x1 96->576": _layer(32, 96, 14, 576, 1, 1),
+    "3x3 512->512": _layer(32, 512, 7, 512, 3, 1),
     "grouped 3x3 32": _layer(32, 32, 112, 32, 3, 1, 32),
 }
 
@@ -66,10 +74,31 @@ def _conv2d() -> Iterator[Call]:
             dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
             backend.function("conv2d_backward")(dy, *inputs(dtype), *geometry, True, True, True)
 
+        def forward_act(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            y = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            backend.function("conv2d_act_forward")(*inputs(dtype), y.new_empty(p.K), y, *geometry, "silu", True)
+
+        def forward_bn(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            y = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            norm = [y.new_empty(p.K, dtype=torch.float32) for _ in range(4)]
+            backend.function("conv2d_bn_act_forward")(*inputs(dtype), None, y, *norm, *geometry, 1e-5, "relu")
+
+        def statistics(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            backend.function("conv2d_statistics_forward")(*inputs(dtype), None, *geometry)
+
+        def transposed(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p) -> None:
+            x, weight = inputs(dtype)
+            dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            backend.function("conv_transpose2d_forward")(dy, weight, x.new_empty(p.C), *_transposed(p))
+
         for tf32 in (False, True):
             dtypes = (torch.float32,) if tf32 else ALL
             yield Call(f"conv2d_forward {name}", forward, dtypes, tf32)
             yield Call(f"conv2d_backward {name}", backward, dtypes, tf32)
+            yield Call(f"conv2d_act_forward {name}", forward_act, dtypes, tf32)
+            yield Call(f"conv2d_bn_act_forward {name}", forward_bn, dtypes, tf32)
+            yield Call(f"conv2d_statistics_forward {name}", statistics, dtypes, tf32)
+            yield Call(f"conv_transpose2d_forward {name}", transposed, dtypes, tf32)
 
 
 def _activation() -> Iterator[Call]:

@@ -15,15 +15,17 @@ Offsets are 64-bit; pixels are counted in 32 bits (the backend's `supports` refu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton import conv2d_plan, conv2d_tma
+from cnnops.backends.triton.conv2d_plan import Boxes
 from cnnops.backends.triton.epilogue import empty_parts, finish, fold_batch_norm, merge, moments
-from cnnops.backends.triton.launch import cdiv, device_of, launch, launch_split
+from cnnops.backends.triton.launch import Descriptor, device_of, launch, launch_split
 from cnnops.backends.triton.tensors import empty_nhwc, nhwc, result
 from cnnops.geometry import Conv2dProblem, is_channels_last
 
@@ -282,6 +284,14 @@ def backward_bias_kernel(dy, slabs, pixels, steps, K: tl.constexpr, BLOCK_M: tl.
     tl.store(slabs + split * K + k, tl.sum(sums, 0).to(slabs.dtype.element_ty), mask=k < K)
 
 
+def _described(boxes: tuple[Boxes, ...], *tensors: torch.Tensor) -> list[Descriptor]:
+    """Descriptors of the tensors' memory as NHWC."""
+    return [
+        Descriptor(nhwc(t), b.shape, tuple(math.prod(b.shape[i + 1 :]) for i in range(len(b.shape))), b.block)
+        for t, b in zip(tensors, boxes, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Epilogue:
     """What follows a convolution's sums, as epilogue.finish has it; residual is like y."""
@@ -313,10 +323,14 @@ def convolve(problem: Conv2dProblem, x: torch.Tensor, weight: torch.Tensor, epil
     precision = conv2d_plan.input_precision(problem.dtype, problem.device)
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     residual = None if epilogue.residual is None else nhwc(epilogue.residual)
-    how = conv2d_plan.forward(problem, precision, epilogue.activation)
-    tiles = cdiv(problem.N * problem.P * problem.Q, how.constants["BLOCK_M"])
-    parts = empty_parts(tiles, problem.K, y) if epilogue.statistics else None
-    launch(forward_kernel, how, nhwc(x), nhwc(weight), epilogue.scale, bias, residual, y, z, *(parts or [None] * 3))
+    boxed = conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)
+    how = boxed.launch if boxed else conv2d_plan.forward(problem, precision, epilogue.activation)
+    parts = empty_parts(conv2d_plan.parts(how), problem.K, y) if epilogue.statistics else None
+    tail = epilogue.scale, bias, residual, y, z, *(parts or [None] * 3)
+    if boxed:
+        launch(conv2d_tma.forward_kernel, how, *_described(boxed.inputs, x, weight), *tail)
+    else:
+        launch(forward_kernel, how, nhwc(x), nhwc(weight), *tail)
     return Convolved(
         result(y, problem.channels_last),
         None if z is None else result(z, problem.channels_last),
@@ -332,8 +346,11 @@ def backward_input(
     if dx.numel():
         precision = conv2d_plan.input_precision(problem.dtype, problem.device)
         bias = None if bias is None else bias.contiguous()
-        how = conv2d_plan.backward_input(problem, precision)
-        launch(backward_input_kernel, how, nhwc(dy), nhwc(weight), bias, dx)
+        if boxed := conv2d_plan.backward_input_tma(problem, precision, device_of(dy)):
+            launch(conv2d_tma.backward_input_kernel, boxed.launch, *_described(boxed.inputs, dy, weight), bias, dx)
+        else:
+            how = conv2d_plan.backward_input(problem, precision)
+            launch(backward_input_kernel, how, nhwc(dy), nhwc(weight), bias, dx)
     return result(dx, problem.channels_last)
 
 
@@ -343,8 +360,11 @@ def backward_weight(problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, w
     dweight = empty_nhwc(weight.shape, weight, channels_last)
     if dy.numel() and x.numel():
         precision = conv2d_plan.input_precision(problem.dtype, problem.device)
-        how = conv2d_plan.backward_weight(problem, precision, device_of(x).processors)
-        launch_split(backward_weight_kernel, how, nhwc(dy), nhwc(x), dweight)
+        if boxed := conv2d_plan.backward_weight_tma(problem, precision, device_of(x)):
+            launch_split(conv2d_tma.backward_weight_kernel, boxed.launch, *_described(boxed.inputs, dy, x), dweight)
+        else:
+            how = conv2d_plan.backward_weight(problem, precision, device_of(x).processors)
+            launch_split(backward_weight_kernel, how, nhwc(dy), nhwc(x), dweight)
     else:
         dweight.zero_()
     return result(dweight, channels_last)

@@ -142,14 +142,17 @@ def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None)
 def _described(d: Descriptor) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(d.base, list(d.shape), list(d.strides), list(d.block))
+    # TMA reads from boundaries of 16 bytes, on which a view need not begin.
+    base = d.base if d.base.data_ptr() % 16 == 0 else d.base.clone()
+    return TensorDescriptor(base, list(d.shape), list(d.strides), list(d.block))
 
 
-def launch_split(kernel: Any, how: SplitLaunch, *tensors: torch.Tensor) -> None:
+def launch_split(kernel: Any, how: SplitLaunch, *tensors: torch.Tensor | Descriptor) -> None:
     """Launch `kernel`, whose last tensor is its result, and add its slabs."""
     from cnnops.backends.triton.reduce import slab_sum_kernel
 
     *inputs, result = tensors
+    assert isinstance(result, torch.Tensor)
     if how.total is None:
         launch(kernel, how.partial, *inputs, result)
         return

@@ -123,3 +123,50 @@ BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
     Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
     Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),
 )
+
+
+@dataclass(frozen=True)
+class TmaTile:
+    """One tile of the kernels that load boxes, as ConvTile, and how many programs share a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    resident: int = 1
+
+
+# As _gather, by boxes. 128 bytes of channels are a row of the widest swizzle: 64 in 16 bits, 32 in fp32.
+def _gather_boxes(
+    inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
+) -> tuple[Rule[Conv2dProblem, TmaTile], ...]:
+    return (
+        Rule(_interpreted(_always), TmaTile(64, 16, 16, 4, 1), "small enough that tests walk over several tiles"),
+        Rule(_fp32(lambda p: outer(p) <= 64), TmaTile(128, 64, 32, 8, 3, 2), "64 outputs fill no wider tile; 72 KiB"),
+        Rule(
+            _fp32(_always),
+            TmaTile(128, 128, 32, 8, 4),
+            "the statistics' 174 registers leave room for one program, whose four stages take 128 KiB",
+        ),
+        Rule(
+            lambda p: inner(p) % 64 != 0 and inner(p) <= 96,
+            TmaTile(128, 64, 32, 8, 4, 2),
+            "blocks of 64 would be half empty: 32 pads 16, 48 and 96 channels least",
+        ),
+        Rule(lambda p: outer(p) <= 64, TmaTile(128, 64, 64, 8, 4, 2), "64 outputs fill no wider tile; 96 KiB"),
+        Rule(_always, TmaTile(128, 128, 64, 8, 3, 2), "96 KiB: two programs, one's stores beside the other's loads"),
+    )
+
+
+FORWARD_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_c, _group_k)
+
+BACKWARD_INPUT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_k, _group_c)
+
+# gemm_m counts filters, gemm_n the channels of one tap, gemm_k pixels.
+BACKWARD_WEIGHT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = (
+    Rule(_interpreted(_always), TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
+    Rule(_fp32(_always), TmaTile(64, 64, 32, 4, 3), "transposed fp32 operands pass through registers"),
+    Rule(lambda p: _group_k(p) <= 64, TmaTile(64, 64, 64, 4, 4), "64 filters fill no taller tile"),
+    Rule(_always, TmaTile(128, 64, 64, 8, 4), "two warpgroups; 64 channels are a row of the widest swizzle"),
+)
