@@ -277,6 +277,7 @@ def forward_tma(p: Conv2dProblem, precision: str, device: Device, activation: st
             | {"PRECISION": precision, "ACTIVATION": activation},
             tile.num_warps,
             tile.num_stages,
+            tile.max_registers,
         ),
     )
 
@@ -304,6 +305,7 @@ def backward_input_tma(p: Conv2dProblem, precision: str, device: Device) -> TmaL
             | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PRECISION": precision},
             tile.num_warps,
             tile.num_stages,
+            tile.max_registers,
         ),
     )
 

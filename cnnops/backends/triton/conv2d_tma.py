@@ -71,7 +71,7 @@ def _store(
     if means is not None:
         count = tl.maximum(tl.minimum(N - n0, IMAGES), 0) * tl.minimum(P - p0, TILE_H) * tl.minimum(Q - q0, TILE_W)
         mean, m2 = moments(found, exists, count, 0)
-        mask = (k < K) & (n0 < N)
+        mask = k < tl.where(n0 < N, K, 0)  # a program's last steps may be beyond the last part
         tl.store(counts + part, count.to(tl.float32), mask=n0 < N)
         tl.store(means + part.to(tl.int64) * K + k, mean, mask=mask)
         tl.store(m2s + part.to(tl.int64) * K + k, m2, mask=mask)
@@ -104,7 +104,8 @@ def _store_tile(
     K: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """`_store`, of wide tiles by halves and quarters: what a thread holds beside the sums is so much less."""
-    WIDE: tl.constexpr = 64 if means is not None or y.dtype.element_ty == tl.float32 else 128
+    FULL: tl.constexpr = residual is not None or means is not None or y.dtype.element_ty == tl.float32
+    WIDE: tl.constexpr = 64 if FULL else 128
     if sums.shape[1] >= 2 * WIDE:
         left, right = _halves(sums)
         _store_halves(

@@ -45,6 +45,15 @@ class Launch:
     """Compile-time arguments."""
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+    """What a thread may have at most, so that more than one program fits a multiprocessor."""
+
+    def options(self) -> dict[str, Any]:
+        """The launch's options, as Triton calls them."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,8 +143,8 @@ def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None)
         scalars = interpreter.loop_counts(scalars)
     with torch.cuda.device_of(next(t for t in tensors if isinstance(t, torch.Tensor))):
         kernel[(how.programs,)](
-            *[_described(t) if isinstance(t, Descriptor) else t for t in tensors], **scalars, **how.constants,
-            num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
+            *[_described(t) if isinstance(t, Descriptor) else t for t in tensors],
+            **scalars, **how.constants, **how.options(),
         )  # fmt: skip
 
 

@@ -136,6 +136,11 @@ class TmaTile:
     num_stages: int
     resident: int = 1
 
+    @property
+    def max_registers(self) -> int | None:
+        """What a thread may have, so that so many programs fit the 64 Ki of a multiprocessor."""
+        return 2**16 // (32 * self.num_warps * self.resident) if self.resident > 1 else None
+
 
 # As _gather, by boxes. 128 bytes of channels are a row of the widest swizzle: 64 in 16 bits, 32 in fp32.
 def _gather_boxes(
