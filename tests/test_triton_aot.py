@@ -24,13 +24,14 @@ from cnnops.tuning.triton.conv2d import (
     BACKWARD_WEIGHT,
     BACKWARD_WEIGHT_TMA,
     FORWARD,
+    FORWARD_NCHW,
     FORWARD_TMA,
 )
 
 pytest.importorskip("triton")
 
 EVERY = [pytest.param(False, id="covering"), pytest.param(True, id="all", marks=pytest.mark.slow)]
-GEMMS = ("forward_kernel", "backward_input_kernel", "backward_weight_kernel")
+GEMMS = ("forward_kernel", "forward_nchw_kernel", "backward_input_kernel", "backward_weight_kernel")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = ("mma", "wgmma", "tcgen05")
 
@@ -53,7 +54,8 @@ def multiplies_on_tensor_cores(c: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("every", EVERY)
 def test_every_kernel_compiles_for_every_architecture_and_in_every_dtype(every: bool) -> None:
     kernels = {(c["module"], c["kernel"]) for c in compiled(every)}
-    assert {(module, kernel) for module in ("conv2d", "conv2d_tma") for kernel in GEMMS} <= kernels
+    assert {("conv2d", kernel) for kernel in GEMMS} <= kernels
+    assert {("conv2d_tma", kernel) for kernel in GEMMS if "nchw" not in kernel} <= kernels
     for arch in ARCHES:
         portable = {(module, kernel) for module, kernel in kernels if module != "conv2d_tma"}
         on_arch = {(c["module"], c["kernel"]) for c in compiled(every) if c["arch"] == arch}
@@ -132,7 +134,10 @@ def test_loads_of_many_channels_are_asynchronous(every: bool) -> None:
     loops = [
         c
         for c in compiled(every)
-        if c["kernel"] in GEMMS and c["call"].endswith(("3x3 64->64", "3x3 s2 128->256")) and c["module"] == "conv2d"
+        if c["kernel"] in GEMMS
+        and "nchw" not in c["kernel"]
+        and c["call"].endswith(("3x3 64->64", "3x3 s2 128->256"))
+        and c["module"] == "conv2d"
     ]
     assert loops
     assert [c for c in loops if not c["async_copies"]] == []
@@ -160,6 +165,11 @@ def check_rows(table: Any, problems: list[Any]) -> None:
 @pytest.mark.parametrize("direction", TABLES)
 def test_every_row_of_the_table_is_compiled(direction: str) -> None:
     check_rows(TABLES[direction], PROBLEMS)
+
+
+def test_every_row_of_nchw_is_compiled() -> None:
+    problems = [dataclasses.replace(p, channels_last=False) for p in PROBLEMS]
+    check_rows(FORWARD_NCHW, [p for p in problems if conv2d_plan.reads_nchw(p)])
 
 
 @pytest.mark.parametrize("direction", BOXED)

@@ -80,7 +80,7 @@ def test_programs_walk_over_all_tiles_in_equal_steps(layer: str, processors: int
     if plan is None:
         return
     how = plan.launch
-    tiles = conv2d_plan.parts(how) * -(-problem.K // how.constants["BLOCK_N"])
+    tiles = conv2d_plan.parts(how, False) * -(-problem.K // how.constants["BLOCK_N"])
     steps = how.scalars["tile_steps"]
     assert how.programs * (steps - 1) < tiles <= how.programs * steps
     assert how.programs <= 2 * processors

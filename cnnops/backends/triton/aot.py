@@ -196,7 +196,7 @@ def _arguments(compiled: Any) -> list[int]:
     signature, meta = compiled.src.signature, compiled.metadata.tensordesc_meta
     if hasattr(driver, "make_launcher"):  # Triton 3.6 writes a launcher in C for each kernel
         source = driver.make_launcher({}, signature, meta)
-        types = dict(re.findall(r"\b(\w+) (arg\d+)\b", source))
+        types = {name: kind for kind, name in re.findall(r"\b(\w+) (arg\d+)\b", source)}
         packed = source.partition("void *params[] = {")[2].partition("}")[0].replace("&", "").split(",")
         c_sizes = {"CUdeviceptr": 8, "CUtensorMap": 128, "int32_t": 4, "uint32_t": 4, "int64_t": 8, "int8_t": 1}
         return [c_sizes[types[name]] if name in types else 8 for name in map(str.strip, packed)]

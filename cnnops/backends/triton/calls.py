@@ -6,11 +6,12 @@ Tensors are made on "cuda"; under torch's FakeTensorMode that needs no device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cnnops.backends import triton as backend
+from cnnops.backends.triton import conv2d_plan
 from cnnops.geometry import ACTIVATIONS, Conv2dProblem
 
 ALL = (torch.bfloat16, torch.float16, torch.float32)
@@ -91,8 +92,17 @@ def _conv2d() -> Iterator[Call]:
             dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
             backend.function("conv_transpose2d_forward")(dy, weight, x.new_empty(p.C), *_transposed(p))
 
+        def nchw(dtype: torch.dtype, p: Conv2dProblem = p, geometry=geometry) -> None:
+            shapes = (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S), (p.N, p.K, p.P, p.Q)
+            x, weight, y = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
+            norm = [y.new_empty(p.K, dtype=torch.float32) for _ in range(4)]
+            backend.function("conv2d_statistics_forward")(x, weight, None, *geometry)
+            backend.function("conv2d_bn_act_forward")(x, weight, None, y, *norm, *geometry, 1e-5, "relu")
+
         for tf32 in (False, True):
             dtypes = (torch.float32,) if tf32 else ALL
+            if conv2d_plan.reads_nchw(replace(p, channels_last=False)):
+                yield Call(f"conv2d_forward NCHW {name}", nchw, dtypes, tf32)
             yield Call(f"conv2d_forward {name}", forward, dtypes, tf32)
             yield Call(f"conv2d_backward {name}", backward, dtypes, tf32)
             yield Call(f"conv2d_act_forward {name}", forward_act, dtypes, tf32)

@@ -1,11 +1,11 @@
-"""2-d convolution, NHWC, as implicit GEMM.
+"""2-d convolution as implicit GEMM: NHWC, and NCHW where copies would cost most.
 
     y[n,p,q,k]      = bias[k] + sum over (r,s,c) of x[n, p*stride_h - pad_h + r*dilation_h, ..., c] * weight[k,r,s,c]
     dx[n,h,w,c]     = sum over (r,s,k) with p*stride_h = h + pad_h - r*dilation_h of dy[n,p,q,k] * weight[k,r,s,c]
     dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, ..., c]
     dbias[k]        = sum over (n,p,q) of dy[n,p,q,k]
 
-Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K]; all dense.
+Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K]; all dense. forward_nchw: torch's own.
 Ownership  One program owns one block of outputs of one group, so nothing is atomic. Sums over pixels are split: each
            split fills its own fp32 slab, and a second kernel adds the slabs in a fixed order.
 Traffic    forward: x once for each tap and each block of filters (mostly from L2), weight once for each block of
@@ -26,7 +26,7 @@ from cnnops.backends.triton import conv2d_plan, conv2d_tma
 from cnnops.backends.triton.conv2d_plan import Boxes
 from cnnops.backends.triton.epilogue import empty_parts, finish, fold_batch_norm, merge, moments
 from cnnops.backends.triton.launch import Descriptor, device_of, launch, launch_split
-from cnnops.backends.triton.tensors import empty_nhwc, nhwc, result
+from cnnops.backends.triton.tensors import dense_as, empty_nhwc, nhwc, result
 from cnnops.geometry import Conv2dProblem, is_channels_last
 
 # Integers of a batch: specialising on them (1, multiples of 16) would compile anew for every batch size.
@@ -144,6 +144,66 @@ def forward_kernel(
         part = program // (N_TILES * GROUPS)
         count = tl.minimum(pixels - part * BLOCK_M, BLOCK_M)
         mean, m2 = moments(found, exists, count, 0)
+        at_part = part.to(tl.int64) * K + group * GROUP_K + k
+        tl.store(counts + part, count.to(tl.float32))
+        tl.store(means + at_part, mean, mask=k < GROUP_K)
+        tl.store(m2s + at_part, m2, mask=k < GROUP_K)
+
+
+@triton.jit(do_not_specialize=_BATCH)
+def forward_nchw_kernel(
+    x, weight, scale, bias, residual, y, z, counts, means, m2s, H, W, P, Q, pixels,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """As forward_kernel, of x [N,C,H,W], weight [K,C/groups,R,S] and y [N,K,P,Q] as they lie.
+
+    gemm_m = the group's filters, gemm_n = output pixels, gemm_k = (the group's channels, r, s): neighbouring threads
+    read and write neighbouring pixels.
+    """
+    GROUP_C: tl.constexpr = C // GROUPS
+    GROUP_K: tl.constexpr = K // GROUPS
+    M_TILES: tl.constexpr = (GROUP_K + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    group = program // M_TILES % GROUPS
+    k = program % M_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    part = program // (M_TILES * GROUPS)
+    m = part * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    n, p, q = _pixel(m, P, Q)
+    h0 = p * STRIDE_H - PAD_H
+    w0 = q * STRIDE_W - PAD_W
+    windows = x + ((n.to(tl.int64) * C + group * GROUP_C) * H + h0) * W + w0
+    filters = weight + (group * GROUP_K + k).to(tl.int64) * (GROUP_C * R * S)
+
+    sums = tl.full([BLOCK_M, BLOCK_N], 0, tl.float32)
+    for step in range(STEPS):
+        element = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        c = element // (R * S)
+        tap = element - c * (R * S)
+        dh = tap // S * DILATION_H
+        dw = tap % S * DILATION_W
+        exists = element < GROUP_C * R * S
+        inside = _inside(h0[None, :] + dh[:, None], w0[None, :] + dw[:, None], H, W)
+        a = tl.load(
+            filters[:, None] + element[None, :], mask=(k < GROUP_K)[:, None] & exists[None, :], other=0.0
+        )  # fmt: skip
+        b = tl.load(
+            windows[None, :] + ((c.to(tl.int64) * H + dh) * W + dw)[:, None],
+            mask=inside & exists[:, None] & (m < pixels)[None, :], other=0.0,
+        )  # fmt: skip
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+
+    channel = (group * GROUP_K + k)[:, None]
+    channel_exists = (k < GROUP_K)[:, None]
+    exists = (m < pixels)[None, :] & channel_exists
+    at = (((n.to(tl.int64) * K) * P + p) * Q + q)[None, :] + channel.to(tl.int64) * P * Q
+    found = finish(sums, scale, bias, residual, y, z, at, exists, channel, channel_exists, ACTIVATION)
+    if means is not None:
+        count = tl.minimum(pixels - part * BLOCK_N, BLOCK_N)
+        mean, m2 = moments(found, exists, count, 1)
         at_part = part.to(tl.int64) * K + group * GROUP_K + k
         tl.store(counts + part, count.to(tl.float32))
         tl.store(means + at_part, mean, mask=k < GROUP_K)
@@ -315,20 +375,23 @@ class Convolved:
 def convolve(problem: Conv2dProblem, x: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue) -> Convolved:
     """y [N, K, P, Q] of x [N, C, H, W] and weight [K, C/groups, R, S], in the problem's layout."""
     shape = (problem.N, problem.K, problem.P, problem.Q)
-    y = empty_nhwc(shape, x, problem.channels_last)
+    nchw = conv2d_plan.reads_nchw(problem)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device) if nchw else empty_nhwc(shape, x, problem.channels_last)
     z = torch.empty_like(y) if epilogue.need_z else None
     if not y.numel():
         zeros = y.new_zeros(problem.K, dtype=torch.float32)
         return Convolved(y, z, (zeros, zeros.clone()) if epilogue.statistics else None)
     precision = conv2d_plan.input_precision(problem.dtype, problem.device)
-    bias = None if epilogue.bias is None else epilogue.bias.contiguous()
-    residual = None if epilogue.residual is None else nhwc(epilogue.residual)
-    boxed = conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)
+    boxed = None if nchw else conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)
     how = boxed.launch if boxed else conv2d_plan.forward(problem, precision, epilogue.activation)
-    parts = empty_parts(conv2d_plan.parts(how), problem.K, y) if epilogue.statistics else None
+    bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+    residual = None if epilogue.residual is None else dense_as(epilogue.residual, not nchw)
+    parts = empty_parts(conv2d_plan.parts(how, nchw), problem.K, y) if epilogue.statistics else None
     tail = epilogue.scale, bias, residual, y, z, *(parts or [None] * 3)
     if boxed:
         launch(conv2d_tma.forward_kernel, how, *_described(boxed.inputs, x, weight), *tail)
+    elif nchw:
+        launch(forward_nchw_kernel, how, x.contiguous(), weight.contiguous(), *tail)
     else:
         launch(forward_kernel, how, nhwc(x), nhwc(weight), *tail)
     return Convolved(

@@ -21,6 +21,7 @@ from cnnops.tuning.triton.conv2d import (
     BACKWARD_WEIGHT,
     BACKWARD_WEIGHT_TMA,
     FORWARD,
+    FORWARD_NCHW,
     FORWARD_TMA,
     ConvTile,
 )
@@ -70,10 +71,29 @@ def _steps(taps: int, channels: int, block: int) -> int:
     return taps * cdiv(channels, block) if channels >= block else cdiv(taps * channels, block)
 
 
+def reads_nchw(p: Conv2dProblem) -> bool:
+    """Whether forward takes and gives NCHW as it lies.
+
+    Where each element is read but once or twice, the copies of x and y to NHWC and back would move more bytes than the
+    convolution. Elsewhere taps read it again and again, in vectors of channels that NCHW does not have.
+    """
+    return not p.channels_last and (p.R * p.S == 1 or p.C // p.groups < 8)
+
+
 @functools.lru_cache(maxsize=1024)
 def forward(p: Conv2dProblem, precision: str, activation: str = "none") -> Launch:
-    tile = choose(FORWARD, p)
     pixels = p.N * p.P * p.Q
+    if reads_nchw(p):
+        tile = choose(FORWARD_NCHW, p)
+        return Launch(
+            cdiv(pixels, tile.block_n) * p.groups * cdiv(p.K // p.groups, tile.block_m),
+            {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
+            _constants(p, tile, precision)
+            | {"STEPS": cdiv(p.C // p.groups * p.R * p.S, tile.block_k), "ACTIVATION": activation},
+            tile.num_warps,
+            tile.num_stages,
+        )
+    tile = choose(FORWARD, p)
     return Launch(
         cdiv(pixels, tile.block_m) * p.groups * cdiv(p.K // p.groups, tile.block_n),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
@@ -84,11 +104,11 @@ def forward(p: Conv2dProblem, precision: str, activation: str = "none") -> Launc
     )
 
 
-def parts(forward: Launch) -> int:
+def parts(forward: Launch, nchw: bool) -> int:
     """Tiles of pixels that a forward pass has, each of which has statistics of its own."""
     constants, scalars = forward.constants, forward.scalars
     if "pixels" in scalars:
-        return cdiv(int(scalars["pixels"]), constants["BLOCK_M"])
+        return cdiv(int(scalars["pixels"]), constants["BLOCK_N" if nchw else "BLOCK_M"])
     rows, columns = constants["TILE_H"], constants["TILE_W"]
     box = constants["BLOCK_M"] // (rows * columns), rows, columns
     return _count((int(scalars["N"]), int(scalars["P"]), int(scalars["Q"])), box)

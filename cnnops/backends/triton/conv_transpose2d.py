@@ -6,8 +6,10 @@
     dbias[k]         = sum over (n,p,q) of dy[n,p,q,k]
 
 Layout     x, dx [N,H,W,C]; weight, dweight [C,R,S,K/groups]; y, dy [N,P,Q,K]; all dense.
-The kernels are conv2d's: forward is its backward_input, which adds the bias; backward is its forward, of dy, and its
-backward_weight, with x and dy in each other's place. Ownership and traffic are theirs.
+Ownership  conv2d's: forward is its backward_input, which adds the bias; backward is its forward, of dy, and its
+           backward_weight, with x and dy in each other's place. Nothing is atomic.
+Traffic    forward: x once for each tap and each block of filters (mostly from L2), weight once for each block of pixels,
+           y once. backward the same with dy for x; for dweight, x once for each tap's tile.
 """
 
 from __future__ import annotations

@@ -92,6 +92,20 @@ FORWARD: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_c, _group_k)
 
 BACKWARD_INPUT: tuple[Rule[Conv2dProblem, ConvTile], ...] = _gather(_group_k, _group_c)
 
+# gemm_m counts filters, gemm_n pixels, gemm_k (channel, tap).
+FORWARD_NCHW: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
+    Rule(_interpreted(_always), ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"),
+    Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+    Rule(_fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"),
+    Rule(lambda p: _group_k(p) <= 16, ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+    Rule(
+        lambda p: p.R * p.S > 1,
+        ConvTile(64, 64, 32, 8, 2),
+        "each element has an address and a mask of its own: 8 of each a thread, where 32 spill",
+    ),
+    Rule(_always, ConvTile(64, 128, 32, 8, 2), "16 addresses a thread; wider rows of pixels"),
+)
+
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
 BACKWARD_WEIGHT: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
     Rule(
