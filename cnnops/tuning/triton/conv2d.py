@@ -156,6 +156,10 @@ class TmaTile:
         return 2**16 // (32 * self.num_warps * self.resident) if self.resident > 1 else None
 
 
+_WIDE = 128 * 256
+"""Outputs of the widest tile."""
+
+
 # As _gather, by boxes. 128 bytes of channels are a row of the widest swizzle: 64 in 16 bits, 32 in fp32.
 def _gather_boxes(
     inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
@@ -174,6 +178,11 @@ def _gather_boxes(
             "blocks of 64 would be half empty: 32 pads 16, 48 and 96 channels least",
         ),
         Rule(lambda p: outer(p) <= 64, TmaTile(128, 64, 64, 8, 4, 2), "64 outputs fill no wider tile; 96 KiB"),
+        Rule(
+            lambda p: outer(p) % 256 == 0 and p.R * p.S * inner(p) >= 512 and p.N * p.P * p.Q * outer(p) >= 128 * _WIDE,
+            TmaTile(128, 256, 64, 8, 3),
+            "43 products for each byte from L2, where 128x128 has 32: where sums are long and 128 tiles fill a device",
+        ),
         Rule(_always, TmaTile(128, 128, 64, 8, 3, 2), "96 KiB: two programs, one's stores beside the other's loads"),
     )
 
