@@ -1,16 +1,18 @@
-"""The convolution that gives the statistics of its result too, on every backend that claims it."""
+"""The convolution that gives the statistics of its result too, an op of the backends for GPUs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import helpers
+import pytest
 import torch
 from cases import CONV2D, Conv2dCase, find, of_suite
-from helpers import Backend, on, over
+from helpers import Backend, over
 from tolerance import assert_same_bits
 
 FUNCTION = "conv2d_statistics_forward"
+ON_GPUS = tuple(name for name in (*helpers.BACKENDS, *helpers.VARIANTS) if name != "cpu")
 CORNERS = tuple(case for case in of_suite(CONV2D, "corner") if case.C)
 
 
@@ -33,7 +35,7 @@ def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
     helpers.check_moments(y, mean, m2)
 
 
-@over(FUNCTION, [case for case in CORNERS if case.N])
+@over(FUNCTION, [case for case in CORNERS if case.N], backends=ON_GPUS)
 def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     check(backend, case, inputs)
@@ -42,7 +44,7 @@ def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layo
             check(backend, case, inputs)
 
 
-@on(FUNCTION)
+@pytest.mark.parametrize("backend", ON_GPUS, indirect=True)
 def test_far_from_zero(backend: Backend) -> None:
     """Squares of these numbers have more digits than float32, so that raw sums of them would tell nothing."""
     case, random = find(CONV2D, "3x3-pad-bias"), helpers.generator("far from zero")
@@ -52,7 +54,7 @@ def test_far_from_zero(backend: Backend) -> None:
     check(backend, case, (x, weight, torch.full((case.K,), 4097.0, device=backend.device)))
 
 
-@on(FUNCTION)
+@pytest.mark.parametrize("backend", ON_GPUS, indirect=True)
 def test_of_nothing(backend: Backend) -> None:
     case = find(CONV2D, "3x3-pad-bias").with_batch(0)
     y, mean, m2 = run(backend, case, helpers.conv2d_inputs(case, torch.float32, "nchw", backend.device))
