@@ -126,6 +126,22 @@ def test_operands_that_begin_between_boundaries() -> None:
         assert_same_bits(CF.conv2d(*moved, bias, padding=1), CF.conv2d(x, weight, bias, padding=1), "y")
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("id", ["1x1-full-tile", "1x1-padded", "1x1-grouped", "1x1-s2-uneven"])
+def test_a_prologue_is_what_its_own_pass_would_write(id: str, layout: str) -> None:
+    """On integers, so that nothing rounds on the way. Padding is zero, whatever the shift."""
+    from cnnops.backends.triton.conv2d import Epilogue, Prologue, convolve
+
+    case, random = find(CONV2D, id), helpers.generator(id)
+    inputs = helpers.conv2d_inputs(case, torch.float32, layout, BACKEND.device, helpers.integers)
+    scale, shift = (helpers.integers((case.C,), torch.float32, BACKEND.device, random) for _ in range(2))
+    problem = helpers.problem_of("conv2d_forward", case, torch.float32, layout, BACKEND.device)
+    found = convolve(problem, *inputs[:2], Epilogue(inputs[2]), Prologue(scale, shift, "relu"))
+    x = (inputs[0] * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).relu()
+    assert x.any()
+    assert_same_bits(found.y, helpers.torch_conv2d(case)(x, *inputs[1:]), "y")
+
+
 def test_statistics_of_many_parts() -> None:
     """More than one program merges: shares of the parts, and then the shares. Some parts are empty."""
     from cnnops.backends.triton import epilogue

@@ -100,8 +100,18 @@ def _conv2d() -> Iterator[Call]:
             backend.function("conv2d_statistics_forward")(x, weight, None, *geometry)
             backend.function("conv2d_bn_act_forward")(x, weight, None, y, *norm, *geometry, 1e-5, "relu")
 
+        def normalised(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p) -> None:
+            from cnnops.backends.triton.conv2d import Epilogue, Prologue, convolve
+
+            x, weight = inputs(dtype)
+            scale, shift = (x.new_empty(p.C, dtype=torch.float32) for _ in range(2))
+            problem = replace(p, dtype=dtype)
+            convolve(problem, x, weight, Epilogue(statistics=True), Prologue(scale, shift, "relu"))
+
         for tf32 in (False, True):
             dtypes = (torch.float32,) if tf32 else ALL
+            if p.R * p.S == 1:
+                yield Call(f"conv2d_forward normalised {name}", normalised, dtypes, tf32)
             if conv2d_plan.reads_nchw(replace(p, channels_last=False)):
                 yield Call(f"conv2d_forward NCHW {name}", nchw, dtypes, tf32)
             yield Call(f"conv2d_forward {name}", forward, dtypes, tf32)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from cnnops.backends.triton import conv2d_plan, conv2d_tma
+from cnnops.backends.triton.activation import activate
 from cnnops.backends.triton.conv2d_plan import Boxes
 from cnnops.backends.triton.epilogue import empty_parts, finish, fold_batch_norm, merge, moments
 from cnnops.backends.triton.launch import Descriptor, device_of, launch, launch_split
@@ -93,14 +94,15 @@ def _first_tap(
 
 @triton.jit(do_not_specialize=_BATCH)
 def forward_kernel(
-    x, weight, scale, bias, residual, y, z, counts, means, m2s, H, W, P, Q, pixels,
+    x, weight, x_scale, x_shift, scale, bias, residual, y, z, counts, means, m2s, H, W, P, Q, pixels,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STEPS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PROLOGUE: tl.constexpr,
 ):  # fmt: skip
     """gemm_m = output pixels, gemm_n = the group's filters, gemm_k = (r, s, the group's channels).
 
+    With x_scale and x_shift [C] it convolves PROLOGUE(x * x_scale + x_shift), rounded, whose padding is zero all the same.
     scale, bias, residual and z as epilogue.finish has them; with counts, means and m2s, the moments of each BLOCK_M
     pixels.
     """
@@ -125,10 +127,13 @@ def forward_kernel(
         dh = r * DILATION_H
         dw = s * DILATION_W
         inside = _inside(h0[:, None] + dh[None, :], w0[:, None] + dw[None, :], H, W)
-        a = tl.load(
-            windows[:, None] + ((dh.to(tl.int64) * W + dw) * C + c)[None, :],
-            mask=inside & exists[None, :] & (m < pixels)[:, None], other=0.0,
-        )  # fmt: skip
+        read = inside & exists[None, :] & (m < pixels)[:, None]
+        a = tl.load(windows[:, None] + ((dh.to(tl.int64) * W + dw) * C + c)[None, :], mask=read, other=0.0)
+        if x_scale is not None:
+            factor = tl.load(x_scale + group * GROUP_C + c, mask=exists, other=0.0)[None, :]
+            moved = tl.load(x_shift + group * GROUP_C + c, mask=exists, other=0.0)[None, :]
+            normalised = activate(a.to(tl.float32) * factor + moved, PROLOGUE)
+            a = tl.where(read, normalised, 0.0).to(x.dtype.element_ty)
         b = tl.load(
             filters[None, :] + ((r * S + s) * GROUP_C + c)[:, None],
             mask=exists[:, None] & (k < GROUP_K)[None, :], other=0.0,
@@ -365,6 +370,15 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
+class Prologue:
+    """What x goes through before it is convolved: activation(x * scale + shift), scale and shift [C] in fp32."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    activation: str
+
+
+@dataclass(frozen=True)
 class Convolved:
     y: torch.Tensor
     z: torch.Tensor | None
@@ -372,18 +386,33 @@ class Convolved:
     """mean and m2 [K] in fp32, where they were wanted."""
 
 
-def convolve(problem: Conv2dProblem, x: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue) -> Convolved:
-    """y [N, K, P, Q] of x [N, C, H, W] and weight [K, C/groups, R, S], in the problem's layout."""
+def convolve(
+    problem: Conv2dProblem,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue,
+    prologue: Prologue | None = None,
+) -> Convolved:
+    """y [N, K, P, Q] of x [N, C, H, W] and weight [K, C/groups, R, S], in the problem's layout.
+
+    A prologue, which each tap repeats, is for 1x1: there it saves the pass that would write its result.
+    """
     shape = (problem.N, problem.K, problem.P, problem.Q)
-    nchw = conv2d_plan.reads_nchw(problem)
+    nchw = not prologue and conv2d_plan.reads_nchw(problem)
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if nchw else empty_nhwc(shape, x, problem.channels_last)
     z = torch.empty_like(y) if epilogue.need_z else None
     if not y.numel():
         zeros = y.new_zeros(problem.K, dtype=torch.float32)
         return Convolved(y, z, (zeros, zeros.clone()) if epilogue.statistics else None)
     precision = conv2d_plan.input_precision(problem.dtype, problem.device)
-    boxed = None if nchw else conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)
-    how = boxed.launch if boxed else conv2d_plan.forward(problem, precision, epilogue.activation)
+    boxed = None
+    if nchw:
+        how = conv2d_plan.forward_nchw(problem, precision, epilogue.activation)
+    elif not prologue and (boxed := conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)):
+        how = boxed.launch
+    else:  # what boxes bring to shared memory goes to the tensor cores as it is, and so past a prologue
+        through = prologue.activation if prologue else "none"
+        how = conv2d_plan.forward(problem, precision, epilogue.activation, through)
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     residual = None if epilogue.residual is None else dense_as(epilogue.residual, not nchw)
     parts = empty_parts(conv2d_plan.parts(how, nchw), problem.K, y) if epilogue.statistics else None
@@ -393,7 +422,8 @@ def convolve(problem: Conv2dProblem, x: torch.Tensor, weight: torch.Tensor, epil
     elif nchw:
         launch(forward_nchw_kernel, how, x.contiguous(), weight.contiguous(), *tail)
     else:
-        launch(forward_kernel, how, nhwc(x), nhwc(weight), *tail)
+        affine = (prologue.scale, prologue.shift) if prologue else (None, None)
+        launch(forward_kernel, how, nhwc(x), nhwc(weight), *affine, *tail)
     return Convolved(
         result(y, problem.channels_last),
         None if z is None else result(z, problem.channels_last),

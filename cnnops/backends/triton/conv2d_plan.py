@@ -81,24 +81,28 @@ def reads_nchw(p: Conv2dProblem) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(p: Conv2dProblem, precision: str, activation: str = "none") -> Launch:
-    pixels = p.N * p.P * p.Q
-    if reads_nchw(p):
-        tile = choose(FORWARD_NCHW, p)
-        return Launch(
-            cdiv(pixels, tile.block_n) * p.groups * cdiv(p.K // p.groups, tile.block_m),
-            {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
-            _constants(p, tile, precision)
-            | {"STEPS": cdiv(p.C // p.groups * p.R * p.S, tile.block_k), "ACTIVATION": activation},
-            tile.num_warps,
-            tile.num_stages,
-        )
+def forward(p: Conv2dProblem, precision: str, activation: str = "none", prologue: str = "none") -> Launch:
     tile = choose(FORWARD, p)
+    pixels = p.N * p.P * p.Q
     return Launch(
         cdiv(pixels, tile.block_m) * p.groups * cdiv(p.K // p.groups, tile.block_n),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
         _constants(p, tile, precision)
-        | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k), "ACTIVATION": activation},
+        | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k), "ACTIVATION": activation, "PROLOGUE": prologue},
+        tile.num_warps,
+        tile.num_stages,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_nchw(p: Conv2dProblem, precision: str, activation: str = "none") -> Launch:
+    tile = choose(FORWARD_NCHW, p)
+    pixels = p.N * p.P * p.Q
+    return Launch(
+        cdiv(pixels, tile.block_n) * p.groups * cdiv(p.K // p.groups, tile.block_m),
+        {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "pixels": pixels},
+        _constants(p, tile, precision)
+        | {"STEPS": cdiv(p.C // p.groups * p.R * p.S, tile.block_k), "ACTIVATION": activation},
         tile.num_warps,
         tile.num_stages,
     )
@@ -364,5 +368,6 @@ def backward_weight_tma(p: Conv2dProblem, precision: str, device: Device) -> Tma
 
 def most_programs(p: Conv2dProblem) -> int:
     """The largest grid of `p`, splits aside: they only fill what few programs leave idle."""
-    launches = (forward(p, "ieee"), backward_input(p, "ieee"), backward_weight(p, "ieee", 1).partial)
+    gathered = forward_nchw(p, "ieee") if reads_nchw(p) else forward(p, "ieee")
+    launches = (gathered, backward_input(p, "ieee"), backward_weight(p, "ieee", 1).partial)
     return max(launch.programs for launch in launches)
