@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cnnops import dispatch
 from cnnops.backends.cuda import CONVOLUTIONS
+from cnnops.backends.triton import launch
 from cnnops.geometry import (
     PADDING_MODES,
     Conv2dProblem,
@@ -71,9 +72,20 @@ BACKENDS = tuple(
 VARIANTS = tuple(
     f"{name}-sm80"
     for name in BACKENDS
-    if name == "simt" or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+    if name in ("simt", "triton") or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
 )
 """The same on a device that claims to be of sm_80 alone, whose kernels would not be chosen elsewhere."""
+
+
+def differs(name: str, case: Any) -> bool:
+    """Whether a variant may run another kernel than its backend: Triton's later devices load dense convolutions by boxes
+    of whole vectors of channels, and the rest, which costs the interpreter much time, as sm_80 does."""
+    if name not in VARIANTS or row(name).NAME != "triton":
+        return True
+    features = case.features()
+    whole = features["filters" if isinstance(case, ConvTranspose2dCase) else "channels"] == "full"
+    return whole and features["groups"] == "dense" and case.stride in ((1, 1), (2, 2))
+
 
 WITH_TF32 = tuple(name for name in (*BACKENDS, *VARIANTS) if name.startswith(("simt", "cuda")))
 
@@ -83,6 +95,10 @@ def variant(name: str) -> Iterator[None]:
     """The device as the variant of a backend has it; nothing for a backend's plain name."""
     if name not in VARIANTS:
         yield
+        return
+    if row(name).NAME == "triton":
+        with launch.as_device(launch.Device(int(name.split("-sm")[1]), processors=3)):
+            yield
         return
     use_architecture = row(name).library.function("use_architecture")
     use_architecture(int(name.split("-sm")[1]))
@@ -172,12 +188,17 @@ def claims(name: str, function: str, dtype: torch.dtype = torch.float32) -> bool
 
 def _having(functions: Sequence[str], dtype: torch.dtype) -> list[str]:
     """The backends that have all these functions for a dtype; of convolutions, their variants too."""
-    names = BACKENDS + (VARIANTS if set(functions) & set(CONVOLUTIONS) else ())
+    names = list(BACKENDS)
+    if set(functions) & set(CONVOLUTIONS):
+        names += [name for name in VARIANTS if row(name).NAME != "triton"]
     return [name for name in names if all(claims(name, function, dtype) for function in functions)]
 
 
 def on(*functions: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The decorator that runs a test on each backend that has all these functions; of convolutions, on variants too."""
+    """The decorator that runs a test on each backend that has all these functions; of convolutions, on variants too.
+
+    But not on Triton's, whose kernels `cross` compares case by case.
+    """
     return pytest.mark.parametrize("backend", _having(functions, dtype), indirect=True)
 
 
@@ -229,7 +250,9 @@ def cross(
         if name in VARIANTS and function not in CONVOLUTIONS:
             continue
         items: list[Item] = [
-            item for item in itertools.product(cases, dtypes, layouts) if supports(name, function, *item)
+            item
+            for item in itertools.product(cases, dtypes, layouts)
+            if differs(name, item[0]) and supports(name, function, *item)
         ]
         if emulated(name):
             usual_flops, most_flops = EMULATED_FLOPS[row(name).NAME]

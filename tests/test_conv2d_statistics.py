@@ -1,4 +1,4 @@
-"""The convolution that gives the statistics of its result too, an op of the backends made of the CUDA sources."""
+"""The convolution that gives the statistics of its result too, an op of the backends for GPUs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers import Backend, over
 from tolerance import assert_same_bits
 
 FUNCTION = "conv2d_statistics_forward"
+ON_GPUS = tuple(name for name in (*helpers.BACKENDS, *helpers.VARIANTS) if name != "cpu")
 CORNERS = tuple(case for case in of_suite(CONV2D, "corner") if case.C)
 
 
@@ -34,16 +35,16 @@ def check(backend: Backend, case: Conv2dCase, inputs: Any) -> None:
     helpers.check_moments(y, mean, m2)
 
 
-@over(FUNCTION, [case for case in CORNERS if case.N], backends=helpers.WITH_TF32)
+@over(FUNCTION, [case for case in CORNERS if case.N], backends=ON_GPUS)
 def test_statistics(backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str) -> None:
     inputs = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     check(backend, case, inputs)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and backend.name in helpers.WITH_TF32:
         with helpers.tf32():
             check(backend, case, inputs)
 
 
-@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+@pytest.mark.parametrize("backend", ON_GPUS, indirect=True)
 def test_far_from_zero(backend: Backend) -> None:
     """Squares of these numbers have more digits than float32, so that raw sums of them would tell nothing."""
     case, random = find(CONV2D, "3x3-pad-bias"), helpers.generator("far from zero")
@@ -53,7 +54,7 @@ def test_far_from_zero(backend: Backend) -> None:
     check(backend, case, (x, weight, torch.full((case.K,), 4097.0, device=backend.device)))
 
 
-@pytest.mark.parametrize("backend", helpers.WITH_TF32, indirect=True)
+@pytest.mark.parametrize("backend", ON_GPUS, indirect=True)
 def test_of_nothing(backend: Backend) -> None:
     case = find(CONV2D, "3x3-pad-bias").with_batch(0)
     y, mean, m2 = run(backend, case, helpers.conv2d_inputs(case, torch.float32, "nchw", backend.device))

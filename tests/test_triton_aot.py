@@ -16,16 +16,24 @@ import torch
 from cnnops.backends.triton import conv2d_plan
 from cnnops.backends.triton.aot import ARCHES, GFX942, SHARED_LIMIT
 from cnnops.backends.triton.calls import CONVOLUTIONS, NORMS, STEMS
-from cnnops.backends.triton.launch import MAX_SPLITS
+from cnnops.backends.triton.launch import MAX_SPLITS, Device
 from cnnops.geometry import NormPool2dProblem, NormProblem, Pool2dProblem
 from cnnops.tuning import choose
 from cnnops.tuning.triton import batch_norm, bn_act_max_pool2d
-from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
+from cnnops.tuning.triton.conv2d import (
+    BACKWARD_INPUT,
+    BACKWARD_INPUT_TMA,
+    BACKWARD_WEIGHT,
+    BACKWARD_WEIGHT_TMA,
+    FORWARD,
+    FORWARD_NCHW,
+    FORWARD_TMA,
+)
 
 pytest.importorskip("triton")
 
 EVERY = [pytest.param(False, id="covering"), pytest.param(True, id="all", marks=pytest.mark.slow)]
-GEMMS = ("forward_kernel", "backward_input_kernel", "backward_weight_kernel")
+GEMMS = ("forward_kernel", "forward_nchw_kernel", "backward_input_kernel", "backward_weight_kernel")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PRODUCTS = ("mma", "wgmma", "tcgen05")
 
@@ -42,15 +50,19 @@ def compiled(every: bool, *arches: int) -> list[dict[str, Any]]:
 
 
 def multiplies_on_tensor_cores(c: dict[str, Any]) -> bool:
-    return c["module"] == "conv2d" and c["kernel"] in GEMMS and (c["dtype"] != "fp32" or c["precision"] == "tf32")
+    dense = c["module"] in ("conv2d", "conv2d_tma") and c["kernel"] in GEMMS
+    return dense and (c["dtype"] != "fp32" or c["precision"] == "tf32")
 
 
 @pytest.mark.parametrize("every", EVERY)
 def test_every_kernel_compiles_for_every_architecture_and_in_every_dtype(every: bool) -> None:
     kernels = {(c["module"], c["kernel"]) for c in compiled(every)}
     assert {("conv2d", kernel) for kernel in GEMMS} <= kernels
+    assert {("conv2d_tma", kernel) for kernel in GEMMS if "nchw" not in kernel} <= kernels
     for arch in ARCHES:
-        assert {(c["module"], c["kernel"]) for c in compiled(every) if c["arch"] == arch} >= kernels
+        portable = {(module, kernel) for module, kernel in kernels if module != "conv2d_tma"}
+        on_arch = {(c["module"], c["kernel"]) for c in compiled(every) if c["arch"] == arch}
+        assert on_arch == (kernels if arch >= 90 else portable)
     for dtype in ("fp32", "fp16", "bf16"):
         assert {(c["module"], c["kernel"]) for c in compiled(every) if c["dtype"] == dtype} == kernels
 
@@ -84,6 +96,35 @@ def test_tensor_cores_are_used(every: bool) -> None:
 
 
 @pytest.mark.parametrize("every", EVERY)
+def test_boxes_are_loaded_by_tma(every: bool) -> None:
+    boxed = [c for c in compiled(every) if c["module"] == "conv2d_tma"]
+    assert {c["arch"] for c in boxed} == {90, 100}
+    assert [c for c in boxed if not c["tma_loads"]] == []
+    assert [c for c in compiled(every) if c["module"] == "conv2d" and c["tma_loads"]] == []
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_programs_fit_side_by_side(every: bool) -> None:
+    """As many as their row says share a multiprocessor's 64 Ki registers and its shared memory, 1 KiB of each their own."""
+    tables = {"forward_kernel": FORWARD_TMA, "backward_input_kernel": BACKWARD_INPUT_TMA}
+    checked = 0
+    for c in compiled(every):
+        if c["module"] != "conv2d_tma" or c["kernel"] not in tables:
+            continue
+        sizes = tuple(c["blocks"][name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        tile = next(
+            rule.config
+            for rule in tables[c["kernel"]]
+            if (rule.config.block_m, rule.config.block_n, rule.config.block_k) == sizes
+            and (rule.config.num_warps, rule.config.num_stages) == (c["num_warps"], c["num_stages"])
+        )
+        assert tile.resident * (c["shared"] + 1024) <= SHARED_LIMIT[c["arch"]] + 1024, c
+        assert tile.resident * c["num_warps"] * 32 * c["registers"] <= 2**16, c
+        checked += tile.resident > 1
+    assert checked
+
+
+@pytest.mark.parametrize("every", EVERY)
 def test_exact_fp32_is_exact(every: bool) -> None:
     exact = [c for c in compiled(every) if c["dtype"] == "fp32" and c["precision"] == "ieee"]
     assert exact
@@ -96,22 +137,48 @@ def test_loads_of_many_channels_are_asynchronous(every: bool) -> None:
     loops = [
         c
         for c in compiled(every)
-        if c["kernel"] in GEMMS and c["call"].endswith(("3x3 64->64", "3x3 s2 128->256")) and c["module"] == "conv2d"
+        if c["kernel"] in GEMMS
+        and "nchw" not in c["kernel"]
+        and c["call"].endswith(("3x3 64->64", "3x3 s2 128->256"))
+        and c["module"] == "conv2d"
     ]
     assert loops
     assert [c for c in loops if not c["async_copies"]] == []
 
 
-@pytest.mark.parametrize("table", [FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT], ids=["forward", "dx", "dweight"])
-def test_every_row_of_the_table_is_compiled(table: Any) -> None:
+TABLES = {"forward": FORWARD, "dx": BACKWARD_INPUT, "dweight": BACKWARD_WEIGHT}
+BOXED = {
+    "forward": (FORWARD_TMA, conv2d_plan.forward_tma),
+    "dx": (BACKWARD_INPUT_TMA, conv2d_plan.backward_input_tma),
+    "dweight": (BACKWARD_WEIGHT_TMA, conv2d_plan.backward_weight_tma),
+}
+PROBLEMS = [dataclasses.replace(p, dtype=dtype) for p in CONVOLUTIONS.values() for dtype in DTYPES]
+
+
+def check_rows(table: Any, problems: list[Any]) -> None:
     """A row that holds for no call here is never compiled, unless it is for the interpreter."""
-    problems = [dataclasses.replace(p, dtype=dtype) for p in CONVOLUTIONS.values() for dtype in DTYPES]
     chosen = [choose(table, p) for p in problems]
     for rule in table.rules:
         if any(map(rule.condition, problems)):
             assert rule.config in chosen, rule.reason
         else:
             assert any(rule.condition(dataclasses.replace(p, device="cpu")) for p in problems), rule.reason
+
+
+@pytest.mark.parametrize("direction", TABLES)
+def test_every_row_of_the_table_is_compiled(direction: str) -> None:
+    check_rows(TABLES[direction], PROBLEMS)
+
+
+def test_every_row_of_nchw_is_compiled() -> None:
+    problems = [dataclasses.replace(p, channels_last=False) for p in PROBLEMS]
+    check_rows(FORWARD_NCHW, [p for p in problems if conv2d_plan.reads_nchw(p)])
+
+
+@pytest.mark.parametrize("direction", BOXED)
+def test_every_row_of_boxes_is_compiled(direction: str) -> None:
+    table, plan = BOXED[direction]
+    check_rows(table, [p for p in PROBLEMS if plan(p, "tf32", Device(90, 132))])
 
 
 def norm_of(C: int, side: int, channels_last: bool = True, device: str = "cuda", N: int = 32) -> NormProblem:

@@ -18,7 +18,7 @@ from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
 from cnnops.backends.triton import batch_norm_plan, bn_act_max_pool2d_plan, conv2d_plan, pool2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, NormPool2dProblem, NormProblem, Pool2dProblem
+from cnnops.geometry import Conv2dProblem, ConvTranspose2dProblem, NormPool2dProblem, NormProblem, Pool2dProblem
 
 NAME = "triton"
 
@@ -32,6 +32,11 @@ LEAST_CAPABILITY = (8, 0)
 FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_forward": ("conv2d", Conv2dProblem),
     "conv2d_backward": ("conv2d", Conv2dProblem),
+    "conv2d_act_forward": ("conv2d", Conv2dProblem),
+    "conv2d_bn_act_forward": ("conv2d", Conv2dProblem),
+    "conv2d_statistics_forward": ("conv2d", Conv2dProblem),
+    "conv_transpose2d_forward": ("conv_transpose2d", ConvTranspose2dProblem),
+    "conv_transpose2d_backward": ("conv_transpose2d", ConvTranspose2dProblem),
     "activation_backward": ("activation", NormProblem),
     "max_pool2d_forward": ("pool2d", Pool2dProblem),
     "max_pool2d_backward": ("pool2d", Pool2dProblem),
@@ -108,6 +113,10 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     return YES
 
 
+def _conv_transpose2d_limits(p: ConvTranspose2dProblem) -> Support:
+    return _conv2d_limits(conv2d_plan.Adjoint.to(p))
+
+
 def _pool2d_limits(p: Pool2dProblem) -> Support:
     for name, extent in (
         ("input pixels", p.N * p.H * p.W),
@@ -141,6 +150,7 @@ def _grid(programs: int) -> Support:
 
 _LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
     Conv2dProblem: _conv2d_limits,
+    ConvTranspose2dProblem: _conv_transpose2d_limits,
     Pool2dProblem: _pool2d_limits,
     NormProblem: _norm_limits,
     NormPool2dProblem: _norm_pool2d_limits,

@@ -259,9 +259,8 @@ def compile_job(job: Job) -> Compiled:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     how = job.launch
     compiled = kernel.warmup(
-        *map(mock, job.tensors), **how.scalars, **how.constants, grid=(how.programs,),
-        num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
+        *map(mock, job.tensors), **how.scalars, **how.constants, **how.options(), grid=(how.programs,)
+    )
     amd = job.arch == GFX942
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
     registers, stack, local = _amd_resources(assembly) if amd else _resources(compiled.asm["cubin"])

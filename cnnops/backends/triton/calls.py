@@ -6,11 +6,12 @@ Tensors are made on "cuda"; under torch's FakeTensorMode that needs no device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cnnops.backends import triton as backend
+from cnnops.backends.triton import conv2d_plan
 from cnnops.geometry import ACTIVATIONS, Conv2dProblem
 
 ALL = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,11 +47,20 @@ def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1)
     )  # fmt: skip
 
 
+def _transposed(p: Conv2dProblem) -> tuple[int, ...]:
+    """The geometry of the transposed convolution that makes x's extents of y's."""
+    output_pad = (p.H + 2 * p.pad_h - p.R) % p.stride_h
+    return (p.stride_h, p.stride_w, p.pad_h, p.pad_w, output_pad, output_pad, p.dilation_h, p.dilation_w, p.groups)
+
+
 CONVOLUTIONS = {
     "3x3 64->64": _layer(32, 64, 56, 64, 3, 1),
     "3x3 s2 128->256": _layer(32, 128, 28, 256, 3, 2),
     "7x7 s2 3->64": _layer(32, 3, 224, 64, 7, 2),
     "1x1 64->32": _layer(32, 64, 56, 32, 1, 1),
+    "1x1 96->576": _layer(32, 96, 14, 576, 1, 1),
+    "3x3 512->512": _layer(32, 512, 7, 512, 3, 1),
+    "3x3 256->256": _layer(256, 256, 14, 256, 3, 1),
     "grouped 3x3 32": _layer(32, 32, 112, 32, 3, 1, 32),
 }
 
@@ -70,10 +80,50 @@ def _conv2d() -> Iterator[Call]:
             dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
             backend.function("conv2d_backward")(dy, *inputs(dtype), *geometry, True, True, True)
 
+        def forward_act(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            y = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            backend.function("conv2d_act_forward")(*inputs(dtype), y.new_empty(p.K), y, *geometry, "silu", True)
+
+        def forward_bn(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            y = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            norm = [y.new_empty(p.K, dtype=torch.float32) for _ in range(4)]
+            backend.function("conv2d_bn_act_forward")(*inputs(dtype), None, y, *norm, *geometry, 1e-5, "relu")
+
+        def statistics(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p, geometry=geometry) -> None:
+            backend.function("conv2d_statistics_forward")(*inputs(dtype), None, *geometry)
+
+        def transposed(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p) -> None:
+            x, weight = inputs(dtype)
+            dy = nhwc(p.N, p.K, p.P, p.Q, dtype)
+            backend.function("conv_transpose2d_forward")(dy, weight, x.new_empty(p.C), *_transposed(p))
+
+        def nchw(dtype: torch.dtype, p: Conv2dProblem = p, geometry=geometry) -> None:
+            shapes = (p.N, p.C, p.H, p.W), (p.K, p.C // p.groups, p.R, p.S), (p.N, p.K, p.P, p.Q)
+            x, weight, y = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
+            norm = [y.new_empty(p.K, dtype=torch.float32) for _ in range(4)]
+            backend.function("conv2d_statistics_forward")(x, weight, None, *geometry)
+            backend.function("conv2d_bn_act_forward")(x, weight, None, y, *norm, *geometry, 1e-5, "relu")
+
+        def normalised(dtype: torch.dtype, inputs=x_and_weight, p: Conv2dProblem = p) -> None:
+            from cnnops.backends.triton.conv2d import Epilogue, Prologue, convolve
+
+            x, weight = inputs(dtype)
+            scale, shift = (x.new_empty(p.C, dtype=torch.float32) for _ in range(2))
+            problem = replace(p, dtype=dtype)
+            convolve(problem, x, weight, Epilogue(statistics=True), Prologue(scale, shift, "relu"))
+
         for tf32 in (False, True):
             dtypes = (torch.float32,) if tf32 else ALL
+            if p.R * p.S == 1:
+                yield Call(f"conv2d_forward normalised {name}", normalised, dtypes, tf32)
+            if conv2d_plan.reads_nchw(replace(p, channels_last=False)):
+                yield Call(f"conv2d_forward NCHW {name}", nchw, dtypes, tf32)
             yield Call(f"conv2d_forward {name}", forward, dtypes, tf32)
             yield Call(f"conv2d_backward {name}", backward, dtypes, tf32)
+            yield Call(f"conv2d_act_forward {name}", forward_act, dtypes, tf32)
+            yield Call(f"conv2d_bn_act_forward {name}", forward_bn, dtypes, tf32)
+            yield Call(f"conv2d_statistics_forward {name}", statistics, dtypes, tf32)
+            yield Call(f"conv_transpose2d_forward {name}", transposed, dtypes, tf32)
 
 
 def _activation() -> Iterator[Call]:

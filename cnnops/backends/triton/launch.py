@@ -45,8 +45,17 @@ class Launch:
     """Compile-time arguments."""
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
+    """What a thread may have at most, so that more than one program fits a multiprocessor."""
     compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What has been launched so, by all that Triton specialises on beside the scalars and constants."""
+
+    def options(self) -> dict[str, Any]:
+        """The launch's options, as Triton calls them."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -150,9 +159,8 @@ def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None)
     with torch.cuda.device_of(first):
         if found is None:
             compiled = kernel[(how.programs,)](
-                *arguments, **how.scalars, **how.constants,
-                num_warps=how.num_warps, num_stages=how.num_stages, enable_fp_fusion=True,
-            )  # fmt: skip
+                *arguments, **how.scalars, **how.constants, **how.options()
+            )
             given = how.scalars | how.constants
             how.compiled[key] = (
                 compiled[(how.programs, 1, 1)],
@@ -175,14 +183,17 @@ def _specialised(t: torch.Tensor | Descriptor | None) -> Any:
 def _described(d: Descriptor) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(d.base, list(d.shape), list(d.strides), list(d.block))
+    # TMA reads from boundaries of 16 bytes, on which a view need not begin.
+    base = d.base if d.base.data_ptr() % 16 == 0 else d.base.clone()
+    return TensorDescriptor(base, list(d.shape), list(d.strides), list(d.block))
 
 
-def launch_split(kernel: Any, how: SplitLaunch, *tensors: torch.Tensor) -> None:
+def launch_split(kernel: Any, how: SplitLaunch, *tensors: torch.Tensor | Descriptor) -> None:
     """Launch `kernel`, whose last tensor is its result, and add its slabs."""
     from cnnops.backends.triton.reduce import slab_sum_kernel
 
     *inputs, result = tensors
+    assert isinstance(result, torch.Tensor)
     if how.total is None:
         launch(kernel, how.partial, *inputs, result)
         return

@@ -92,6 +92,20 @@ FORWARD = Table("conv2d.forward", _gather(_group_c, _group_k))
 
 BACKWARD_INPUT = Table("conv2d.backward_input", _gather(_group_k, _group_c))
 
+# gemm_m counts filters, gemm_n pixels, gemm_k (channel, tap).
+FORWARD_NCHW: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
+    Rule(_interpreted(_always), ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"),
+    Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+    Rule(_fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"),
+    Rule(lambda p: _group_k(p) <= 16, ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+    Rule(
+        lambda p: p.R * p.S > 1,
+        ConvTile(64, 64, 32, 8, 2),
+        "each element has an address and a mask of its own: 8 of each a thread, where 32 spill",
+    ),
+    Rule(_always, ConvTile(64, 128, 32, 8, 2), "16 addresses a thread; wider rows of pixels"),
+)
+
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
 BACKWARD_WEIGHT = Table(
     "conv2d.backward_weight",
@@ -127,4 +141,65 @@ BACKWARD_WEIGHT = Table(
         Rule(lambda p: _group_k(p) <= 64, ConvTile(64, 64, 64, 4, 3), "64 filters fill no taller tile"),
         Rule(_always, ConvTile(128, 64, 64, 8, 3), "two warpgroups; a tile of 64 columns is one tap of 64 channels"),
     ),
+)
+
+
+@dataclass(frozen=True)
+class TmaTile:
+    """One tile of the kernels that load boxes, as ConvTile, and how many programs share a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    resident: int = 1
+
+    @property
+    def max_registers(self) -> int | None:
+        """What a thread may have, so that so many programs fit the 64 Ki of a multiprocessor."""
+        return 2**16 // (32 * self.num_warps * self.resident) if self.resident > 1 else None
+
+
+_WIDE = 128 * 256
+"""Outputs of the widest tile."""
+
+
+# As _gather, by boxes. 128 bytes of channels are a row of the widest swizzle: 64 in 16 bits, 32 in fp32.
+def _gather_boxes(
+    inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
+) -> tuple[Rule[Conv2dProblem, TmaTile], ...]:
+    return (
+        Rule(_interpreted(_always), TmaTile(64, 16, 16, 4, 1), "small enough that tests walk over several tiles"),
+        Rule(_fp32(lambda p: outer(p) <= 64), TmaTile(128, 64, 32, 8, 3, 2), "64 outputs fill no wider tile; 72 KiB"),
+        Rule(
+            _fp32(_always),
+            TmaTile(128, 128, 32, 8, 4),
+            "the statistics' 174 registers leave room for one program, whose four stages take 128 KiB",
+        ),
+        Rule(
+            lambda p: inner(p) % 64 != 0 and inner(p) <= 96,
+            TmaTile(128, 64, 32, 8, 4, 2),
+            "blocks of 64 would be half empty: 32 pads 16, 48 and 96 channels least",
+        ),
+        Rule(lambda p: outer(p) <= 64, TmaTile(128, 64, 64, 8, 4, 2), "64 outputs fill no wider tile; 96 KiB"),
+        Rule(
+            lambda p: outer(p) % 256 == 0 and p.R * p.S * inner(p) >= 512 and p.N * p.P * p.Q * outer(p) >= 128 * _WIDE,
+            TmaTile(128, 256, 64, 8, 3),
+            "43 products for each byte from L2, where 128x128 has 32: where sums are long and 128 tiles fill a device",
+        ),
+        Rule(_always, TmaTile(128, 128, 64, 8, 3, 2), "96 KiB: two programs, one's stores beside the other's loads"),
+    )
+
+
+FORWARD_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_c, _group_k)
+
+BACKWARD_INPUT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_k, _group_c)
+
+# gemm_m counts filters, gemm_n the channels of one tap, gemm_k pixels.
+BACKWARD_WEIGHT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = (
+    Rule(_interpreted(_always), TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
+    Rule(_fp32(_always), TmaTile(64, 64, 32, 4, 3), "transposed fp32 operands pass through registers"),
+    Rule(lambda p: _group_k(p) <= 64, TmaTile(64, 64, 64, 4, 4), "64 filters fill no taller tile"),
+    Rule(_always, TmaTile(128, 64, 64, 8, 4), "two warpgroups; 64 channels are a row of the widest swizzle"),
 )
