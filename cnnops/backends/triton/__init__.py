@@ -16,7 +16,7 @@ import torch
 
 from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
-from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton import conv2d_plan, depthwise_conv2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
 from cnnops.geometry import Conv2dProblem, NormProblem
 
@@ -32,6 +32,7 @@ LEAST_CAPABILITY = (8, 0)
 FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_forward": ("conv2d", Conv2dProblem),
     "conv2d_backward": ("conv2d", Conv2dProblem),
+    "conv2d_bn_act_pooled_forward": ("depthwise_conv2d", Conv2dProblem),
     "activation_backward": ("activation", NormProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
@@ -67,6 +68,9 @@ def supports(function: str, problem: Any) -> Support:
         return no(f"takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     if INTERPRETING and problem.dtype == torch.bfloat16:
         return no("bfloat16 is wrong in Triton's interpreter")
+    depthwise = isinstance(problem, Conv2dProblem) and depthwise_conv2d_plan.takes(problem)
+    if function == "conv2d_bn_act_pooled_forward" and not depthwise:
+        return no("pools the results of depthwise convolutions alone")
     limits = _LIMITS.get(kind)
     return limits(problem) if limits else YES
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton import conv2d_plan, depthwise_conv2d
 from cnnops.backends.triton.launch import device_of, launch, launch_split
 from cnnops.backends.triton.tensors import empty_nhwc, nhwc, result
 from cnnops.geometry import Conv2dProblem, is_channels_last
@@ -276,6 +276,8 @@ def conv2d_forward(
     problem = Conv2dProblem.of(
         x, weight, bias, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, groups, pad_mode
     )
+    if depthwise_conv2d.takes(problem):
+        return depthwise_conv2d.forward(problem, x, weight, bias=bias).y
     shape = (problem.N, problem.K, problem.P, problem.Q)
     y = empty_nhwc(shape, x, problem.channels_last)
     if y.numel():
@@ -311,6 +313,11 @@ def conv2d_backward(
     precision = conv2d_plan.input_precision(problem.dtype, problem.device)
     empty = problem.N == 0
     dx = dweight = dbias = None
+    if depthwise_conv2d.takes(problem):
+        dx, dweight = depthwise_conv2d.backward(problem, dy, x, weight, need_dx, need_dweight)
+        if not need_dbias:
+            return dx, dweight, None
+        need_dx = need_dweight = False
     dy = nhwc(dy)
     if need_dx:
         dx = empty_nhwc(x.shape, x, problem.channels_last)
