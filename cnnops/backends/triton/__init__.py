@@ -18,7 +18,7 @@ from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
 from cnnops.backends.triton import conv2d_plan, depthwise_conv2d_plan
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, NormProblem
+from cnnops.geometry import Conv2dProblem, NormProblem, SqueezeExciteProblem
 
 NAME = "triton"
 
@@ -34,6 +34,8 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_backward": ("conv2d", Conv2dProblem),
     "conv2d_bn_act_pooled_forward": ("depthwise_conv2d", Conv2dProblem),
     "activation_backward": ("activation", NormProblem),
+    "squeeze_excite_forward": ("squeeze_excite", SqueezeExciteProblem),
+    "squeeze_excite_backward": ("squeeze_excite", SqueezeExciteProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
 
@@ -96,7 +98,21 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     return YES
 
 
-_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {Conv2dProblem: _conv2d_limits}
+_MOST_HIDDEN = 2048
+
+
+def _squeeze_excite_limits(p: SqueezeExciteProblem) -> Support:
+    if p.M > _MOST_HIDDEN:
+        return no(f"one program holds all hidden channels, which may be {_MOST_HIDDEN}, but there are {p.M}")
+    if p.L >= _LIMIT:
+        return no(f"kernels count positions in 32 bits, but there are {p.L}")
+    return YES
+
+
+_LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
+    Conv2dProblem: _conv2d_limits,
+    SqueezeExciteProblem: _squeeze_excite_limits,
+}
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 
 

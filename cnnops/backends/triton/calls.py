@@ -35,6 +35,7 @@ def every_call() -> Iterator[Call]:
     yield from _conv2d()
     yield from _depthwise()
     yield from _activation()
+    yield from _squeeze_excite()
 
 
 def _layer(N: int, C: int, H: int, K: int, R: int, stride: int, groups: int = 1) -> Conv2dProblem:
@@ -139,3 +140,42 @@ def _activation() -> Iterator[Call]:
             backend.function("activation_backward")(torch.empty_like(y), y, activation)
 
         yield Call(f"activation_backward {activation}", backward)
+
+
+SQUEEZE_EXCITE = {
+    "96@56": (32, 96, 56, 4, "silu", "sigmoid", torch.channels_last),
+    "1152@7": (32, 1152, 7, 48, "relu", "hardsigmoid", torch.channels_last),
+    "2048@7 nchw": (32, 2048, 7, 128, "relu", "sigmoid", torch.contiguous_format),
+    "256@56 nchw": (32, 256, 56, 16, "hardswish", "hardsigmoid", torch.contiguous_format),
+}
+"""N, C, H, M, activation, gate, layout."""
+
+
+def _squeeze_excite() -> Iterator[Call]:
+    for name, (N, C, H, M, activation, gate, layout) in SQUEEZE_EXCITE.items():
+        sizes = (N, C, H, M)
+        how = (activation, gate)
+
+        def image(dtype: torch.dtype, sizes=sizes, layout=layout) -> torch.Tensor:
+            N, C, H, _ = sizes
+            return torch.empty(N, C, H, H, dtype=dtype, device="cuda").to(memory_format=layout)
+
+        def layers(dtype: torch.dtype, bias: bool, sizes=sizes) -> list[torch.Tensor | None]:
+            _, C, _, M = sizes
+            shapes = ((M, C), (M,), (C, M), (C,))
+            return [torch.empty(s, dtype=dtype, device="cuda") if bias or len(s) > 1 else None for s in shapes]
+
+        def forward(dtype: torch.dtype, image=image, layers=layers, how=how) -> None:
+            for bias in (True, False):
+                backend.function("squeeze_excite_forward")(image(dtype), *layers(dtype, bias), *how)
+
+        def backward(dtype: torch.dtype, image=image, layers=layers, how=how, sizes=sizes) -> None:
+            N, C, _, M = sizes
+            small = [torch.empty(N, size, device="cuda") for size in (C, M, C)]
+            for need_dx in (True, False):
+                needs = (need_dx, True, True, True, True)
+                arguments = (image(dtype), image(dtype), *layers(dtype, True), *small, *how, *needs)
+                backend.function("squeeze_excite_backward")(*arguments)
+
+        yield Call(f"squeeze_excite_forward {name}", forward)
+        yield Call(f"squeeze_excite_backward {name}", backward)
