@@ -1,7 +1,7 @@
 """Depthwise 2-d convolution: groups of one channel each, with one or several filters of any size.
 
     y[n,p,q,k]     = activation(scale[k] * sum over (r,s) of x[n, p*stride - pad + r*dilation, .., c] * weight[k,r,s]
-                                + shift[k] + residual[n,p,q,k]),   c = k / (K / C)
+                                + bias[k] + residual[n,p,q,k]),   c = k / (K / C)
     dx[n,h,w,c]    = sum over (r,s) and c's filters k of dy[n, (h + pad - r*dilation) / stride, .., k] * weight[k,r,s],
                      where stride divides
     dweight[k,r,s] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride - pad + r*dilation, .., c]
@@ -30,7 +30,8 @@ import triton.language as tl
 
 from cnnops.backends.triton import depthwise_conv2d_plan as plan
 from cnnops.backends.triton.activation import activate
-from cnnops.backends.triton.launch import Launch, cdiv, device_of, launch, launch_split
+from cnnops.backends.triton.epilogue import empty_parts, fold_batch_norm, merge
+from cnnops.backends.triton.launch import device_of, launch, launch_split
 from cnnops.backends.triton.layout import (
     along_channels,
     along_pixels,
@@ -46,21 +47,21 @@ from cnnops.geometry import Conv2dProblem, is_channels_last
 takes = plan.takes
 
 # Integers of a batch: specialising on them (1, multiples of 16) would compile anew for every batch size.
-_BATCH = ["H", "W", "P", "Q", "tiles", "rows", "columns", "positions", "pixels", "parts", "count", "steps"]
+_BATCH = ["H", "W", "P", "Q", "tiles", "rows", "columns", "positions", "pixels", "count", "steps"]
 
 
 @triton.jit(do_not_specialize=_BATCH)
 def forward_kernel(
-    x, weight, scale, shift, residual, z, y, found, H, W, P, Q, tiles,
+    x, weight, scale, bias, residual, z, y, totals, counts, means, m2s, H, W, P, Q, tiles,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, NCHW: tl.constexpr,
-    ACTIVATION: tl.constexpr, KEEPS: tl.constexpr, FLIPPED: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
+    ACTIVATION: tl.constexpr, FLIPPED: tl.constexpr, UNROLLED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A tile is BLOCK_M columns of ROWS rows each, anywhere in an image, of BLOCK_C filters.
 
-    found: [N * tiles, 3, K], the count, mean and squared deviations of a tile's results where KEEPS is "moments";
-    [N, tiles, K], their sums, where it is "sums". FLIPPED takes the filter's taps in the reverse order.
+    totals: [N, tiles, K], the sums of a tile's results; counts [N * tiles], means and m2s [N * tiles, K]: how many they
+    are, their means and squared deviations. FLIPPED takes the filter's taps in the reverse order.
     """
     K_TILES: tl.constexpr = (K + BLOCK_C - 1) // BLOCK_C
     program = tl.program_id(0)
@@ -113,8 +114,8 @@ def forward_kernel(
 
     if scale is not None:
         by = along_channels(tl.load(scale + k, mask=exists, other=0.0), NCHW)
-    if shift is not None:
-        plus = along_channels(tl.load(shift + k, mask=exists, other=0.0).to(tl.float32), NCHW)
+    if bias is not None:
+        plus = along_channels(tl.load(bias + k, mask=exists, other=0.0).to(tl.float32), NCHW)
     outputs = along_pixels(pixel_offset(n, first, q, P, Q, K, NCHW), NCHW)
     outputs += along_channels(channel_offset(k, P * Q, NCHW), NCHW)
     for t in tl.static_range(ROWS):
@@ -123,7 +124,7 @@ def forward_kernel(
         value = sums[t]
         if scale is not None:
             value *= by
-        if shift is not None:
+        if bias is not None:
             value += plus
         if residual is not None:
             value += tl.load(residual + at, mask=owned, other=0.0).to(tl.float32)
@@ -133,17 +134,17 @@ def forward_kernel(
             value = rounded.to(tl.float32)
         written = activate(value, ACTIVATION).to(y.dtype.element_ty)
         tl.store(y + at, written, mask=owned)
-        if KEEPS != "":
-            sums = replaced(sums, t, tl.where(owned, written.to(tl.float32), 0.0))
+        sums = replaced(sums, t, tl.where(owned, written.to(tl.float32), 0.0))
 
-    if KEEPS != "":
+    if totals is not None or m2s is not None:
         total = sums[0]
         for t in tl.static_range(1, ROWS):
             total += sums[t]
         total = over_pixels(total, NCHW)
-        if KEEPS == "sums":
-            tl.store(found + part.to(tl.int64) * K + k, total, mask=exists)
-        else:
+        at = part.to(tl.int64) * K + k
+        if totals is not None:
+            tl.store(totals + at, total, mask=exists)
+        if m2s is not None:
             count = tl.sum(tl.minimum(tl.maximum(P - first, 0), ROWS), 0).to(tl.float32)
             mean = total / count
             squares = zeros(BLOCK_M, BLOCK_C, NCHW)
@@ -151,48 +152,16 @@ def forward_kernel(
                 deviation = sums[t] - along_channels(mean, NCHW)
                 owned = along_pixels(first + t < P, NCHW) & along_channels(exists, NCHW)
                 squares += tl.where(owned, deviation * deviation, 0.0)
-            parts = found + part.to(tl.int64) * (3 * K) + k
-            tl.store(parts, count, mask=exists)
-            tl.store(parts + K, mean, mask=exists)
-            tl.store(parts + 2 * K, over_pixels(squares, NCHW), mask=exists)
+            tl.store(counts + part, count)
+            tl.store(means + at, mean, mask=exists)
+            tl.store(m2s + at, over_pixels(squares, NCHW), mask=exists)
 
 
 @triton.jit(do_not_specialize=_BATCH)
-def merge_moments_kernel(found, merged, parts, steps, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Merges `steps` * BLOCK_P of the parts [parts, 3, K] to each of those of `merged`, by Chan's formula."""
-    K_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    program = tl.program_id(0)
-    to = program // K_TILES
-    k = program % K_TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-    count = tl.full([BLOCK_P, BLOCK_K], 0, tl.float32)
-    mean = tl.full([BLOCK_P, BLOCK_K], 0, tl.float32)
-    m2 = tl.full([BLOCK_P, BLOCK_K], 0, tl.float32)
-    for step in range(steps):
-        part = (to * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-        at = found + part.to(tl.int64)[:, None] * (3 * K) + k[None, :]
-        mask = (part < parts)[:, None] & (k < K)[None, :]
-        more = tl.load(at, mask=mask, other=0.0)
-        deviation = tl.load(at + K, mask=mask, other=0.0) - mean
-        total = count + more
-        share = more / tl.where(total > 0, total, 1.0)
-        # A part that is not there has a mean of 0, which may lie far from the others'.
-        mean += tl.where(mask, deviation * share, 0.0)
-        m2 += tl.where(mask, tl.load(at + 2 * K, mask=mask, other=0.0) + deviation * deviation * count * share, 0.0)
-        count = total
-    total = tl.sum(count, 0)
-    centre = tl.sum(mean * count, 0) / tl.where(total > 0, total, 1.0)
-    deviation = mean - centre[None, :]
-    at = merged + to.to(tl.int64) * (3 * K) + k
-    tl.store(at, total, mask=k < K)
-    tl.store(at + K, centre, mask=k < K)
-    tl.store(at + 2 * K, tl.sum(m2 + tl.where(count > 0, deviation * deviation * count, 0.0), 0), mask=k < K)
-
-
-@triton.jit(do_not_specialize=_BATCH)
-def means_kernel(found, pooled, count, steps, area, K: tl.constexpr, BLOCK: tl.constexpr):
-    """pooled [N, K], of the sums [N, steps, K] over `area` pixels."""
+def means_kernel(totals, pooled, count, steps, area, K: tl.constexpr, BLOCK: tl.constexpr):
+    """pooled [N, K], of the totals [N, steps, K] over `area` pixels."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = found + i // K * steps * K + i % K
+    at = totals + i // K * steps * K + i % K
     sums = tl.full([BLOCK], 0, tl.float32)
     for step in range(steps):
         sums += tl.load(at + step * K, mask=i < count, other=0.0)
@@ -210,7 +179,7 @@ def _spread(m, rows, columns):
 
 @triton.jit(do_not_specialize=_BATCH)
 def backward_kernel(
-    dy, x, weight, dx, slabs, H, W, P, Q, rows, columns, positions, steps,
+    dy, x, weight, bias, dx, slabs, H, W, P, Q, rows, columns, positions, steps,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, NCHW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -264,6 +233,8 @@ def backward_kernel(
                                 # A pixel that has no output at this tap: an infinity there must not meet a zero.
                                 product = gradient * tl.where(joined, tile, 0.0)
                                 taps = replaced(taps, r * S + s, taps[r * S + s] + product)
+                if bias is not None:
+                    sums += along_channels(tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32), NCHW)
                 if dx is not None:
                     mask = along_pixels(owned, NCHW) & exists
                     tl.store(dx + at, sums.to(dx.dtype.element_ty), mask=mask)
@@ -275,7 +246,7 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=_BATCH)
 def backward_input_kernel(
-    dy, weight, dx, H, W, P, Q, pixels,
+    dy, weight, bias, dx, H, W, P, Q, pixels,
     C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, NCHW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -306,6 +277,8 @@ def backward_input_kernel(
         ).to(tl.float32)  # fmt: skip
         factor = tl.load(weight + tap * K + k, mask=c < C, other=0.0).to(tl.float32)
         sums += gradient * along_channels(factor, NCHW)
+    if bias is not None:
+        sums += along_channels(tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32), NCHW)
     at = along_pixels(pixel_offset(n, h, w, H, W, C, NCHW), NCHW)
     at += along_channels(channel_offset(c, H * W, NCHW), NCHW)
     tl.store(
@@ -361,26 +334,6 @@ def backward_weight_kernel(
         tl.store(filters + j, over_pixels(sums[j], NCHW).to(slabs.dtype.element_ty), mask=k < end)
 
 
-@triton.jit
-def fold_kernel(
-    conv_bias, running_mean, running_var, weight, bias, scale, shift, eps, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    """scale = weight / sqrt(running_var + eps), shift = (conv_bias - running_mean) * scale + bias. fp32 [K]."""
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = k < K
-    factor = 1 / tl.sqrt(tl.load(running_var + k, mask=mask, other=1.0).to(tl.float32) + eps)
-    if weight is not None:
-        factor *= tl.load(weight + k, mask=mask, other=0.0).to(tl.float32)
-    offset = -tl.load(running_mean + k, mask=mask, other=0.0).to(tl.float32)
-    if conv_bias is not None:
-        offset += tl.load(conv_bias + k, mask=mask, other=0.0).to(tl.float32)
-    offset *= factor
-    if bias is not None:
-        offset += tl.load(bias + k, mask=mask, other=0.0).to(tl.float32)
-    tl.store(scale + k, factor, mask=mask)
-    tl.store(shift + k, offset, mask=mask)
-
-
 class Forward(NamedTuple):
     """What a forward pass gives: y, and of the rest what was asked for, else None."""
 
@@ -388,10 +341,8 @@ class Forward(NamedTuple):
     """[N, K, P, Q] in x's dtype, channels_last if x or the weight is."""
     z: torch.Tensor | None
     """Like y: before the activation."""
-    mean: torch.Tensor | None
-    """fp32 [K]: of each filter's rounded results over N, P and Q."""
-    m2: torch.Tensor | None
-    """fp32 [K]: the sum of their squared deviations from it."""
+    statistics: tuple[torch.Tensor, torch.Tensor] | None
+    """Of each filter's rounded results over N, P and Q, the mean and the sum of squared deviations from it: fp32 [K]."""
     pooled: torch.Tensor | None
     """fp32 [N, K]: of each image's rounded results, the mean over P and Q."""
 
@@ -403,41 +354,36 @@ def forward(
     *,
     bias=None,
     scale=None,
-    shift=None,
     residual=None,
     activation="none",
     need_z=False,
     statistics=False,
     pooled=False,
 ) -> Forward:
-    """activation(sum * scale + shift + residual), or with bias in place of both, of x [N, C, H, W] and weight [K, 1, R, S].
+    """activation(sum * scale + bias + residual) of x [N, C, H, W] and weight [K, 1, R, S]; fp32, fp16 or bf16.
 
-    bias: [K] in x's dtype; scale, shift: fp32 [K], both or neither; residual: like y. fp32, fp16 or bf16.
+    bias, scale: [K] in any dtype, or None; residual: like y, or None.
     """
     p = problem
     y = _empty((p.N, p.K, p.P, p.Q), x, p.channels_last)
     z = torch.empty_like(y) if need_z else None
-    mean, m2 = (x.new_zeros(p.K, dtype=torch.float32) if statistics else None for _ in range(2))
-    means = x.new_empty((p.N, p.K), dtype=torch.float32) if pooled else None
-    if y.numel():
-        how = plan.forward(p, activation, "moments" if statistics else "sums" if pooled else "")
-        parts, sums = plan.parts_of(how), 3 if statistics else 1
-        found: Any = (
-            torch.empty(parts * sums * p.K, dtype=torch.float32, device=x.device) if how.constants["KEEPS"] else None
-        )
-        more = None if residual is None else dense_as(residual, p.channels_last)
-        vectors = (None if t is None else t.contiguous() for t in (scale, bias if scale is None else shift))
-        launch(forward_kernel, how, dense_as(x, p.channels_last), _turned(weight), *vectors, more, z, y, found)
-        if statistics:
-            while parts > 1:
-                parts, merging = plan.moments(parts, p.K)
-                merged = torch.empty(parts * 3 * p.K, dtype=torch.float32, device=x.device)
-                launch(merge_moments_kernel, merging, found, merged)
-                found = merged
-            _, mean, m2 = (t.clone() for t in found.view(3, p.K))
-        if means is not None:
-            launch(means_kernel, plan.means(p, parts // p.N), found, means)
-    return Forward(y, z, mean, m2, means)
+    means = torch.empty((p.N, p.K), dtype=torch.float32, device=x.device) if pooled else None
+    if not y.numel():
+        zeros = y.new_zeros(p.K, dtype=torch.float32)
+        return Forward(y, z, (zeros, zeros.clone()) if statistics else None, means)
+    how = plan.forward(p, activation)
+    count = plan.parts_of(how)
+    totals = torch.empty(count * p.K, dtype=torch.float32, device=x.device) if pooled else None
+    parts = empty_parts(count, p.K, x) if statistics else None
+    more = None if residual is None else dense_as(residual, p.channels_last)
+    vectors = (None if t is None else t.contiguous() for t in (scale, bias))
+    launch(
+        forward_kernel, how, dense_as(x, p.channels_last), _turned(weight), *vectors, more, z, y,
+        totals, *(parts or (None, None, None)),
+    )  # fmt: skip
+    if means is not None:
+        launch(means_kernel, plan.means(p, count // p.N), totals, means)
+    return Forward(y, z, merge(*parts) if parts else None, means)
 
 
 def backward(problem, dy, x, weight, need_dx, need_dweight) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -445,39 +391,54 @@ def backward(problem, dy, x, weight, need_dx, need_dweight) -> tuple[torch.Tenso
 
     dx is channels_last if x or the weight is; dweight if the weight is.
     """
+    dx = dweight = None
+    if need_dx and need_dweight and plan.shares_dy(problem):
+        dx = _empty(x.shape, x, problem.channels_last)
+        dweight = backward_weight(problem, dy, x, weight, dx)
+    else:
+        if need_dx:
+            dx = backward_input(problem, dy, weight)
+        if need_dweight:
+            dweight = backward_weight(problem, dy, x, weight)
+    return dx, dweight
+
+
+def backward_input(problem, dy, weight, bias=None) -> torch.Tensor:
+    """dx [N, C, H, W] of dy [N, K, P, Q] and weight [K, 1, R, S], plus bias [C], in the problem's layout."""
     p = problem
-    dx: Any = _empty(x.shape, x, p.channels_last) if need_dx else None
-    weight_channels_last = is_channels_last(weight)
-    dweight = empty_nhwc(weight.shape, weight, weight_channels_last) if need_dweight else None
-    if not p.N:
-        if dweight is not None:
-            dweight.zero_()
-    else:
-        dy = dense_as(dy, p.channels_last)
+    dx = _empty((p.N, p.C, p.H, p.W), dy, p.channels_last)
+    if dx.numel():
+        kernel, how = plan.backward_input(p)
+        dy, turned = dense_as(dy, p.channels_last), _turned(weight)
+        bias = None if bias is None else bias.contiguous()
+        if kernel == "forward_kernel":
+            launch(forward_kernel, how, dy, turned, None, bias, None, None, dx, None, None, None, None)
+        elif kernel == "backward_kernel":
+            launch(backward_kernel, how, dy, None, turned, bias, dx, None)
+        else:
+            launch(backward_input_kernel, how, dy, turned, bias, dx)
+    return dx
+
+
+def backward_weight(problem, dy, x, weight, dx: Any = None) -> torch.Tensor:
+    """dweight, like weight [K, 1, R, S], of dy [N, K, P, Q] and x [N, C, H, W]. channels_last if the weight is.
+
+    dx: filled in the same pass where it is given, of problems whose gradients share a read of dy.
+    """
+    p = problem
+    channels_last = is_channels_last(weight)
+    dweight = empty_nhwc(weight.shape, weight, channels_last)
+    if dy.numel() and x.numel():
+        dy, x = dense_as(dy, p.channels_last), dense_as(x, p.channels_last)
         processors = device_of(x).processors
-        together = plan.shares_dy(p)
-        if dx is not None and not (together and need_dweight):
-            _backward_input(p, dy, weight, dx)
-        if dweight is not None:
-            dense_x = dense_as(x, p.channels_last)
-            if together:
-                launch_split(
-                    backward_kernel, plan.backward(p, processors), dy, dense_x, _turned(weight), dx, dweight
-                )  # fmt: skip
-            else:
-                launch_split(backward_weight_kernel, plan.backward_weight(p, processors), dy, dense_x, dweight)
-    return dx, None if dweight is None else result(dweight, weight_channels_last)
-
-
-def _backward_input(p: Conv2dProblem, dy: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor) -> None:
-    kernel, how = plan.backward_input(p)
-    turned = _turned(weight)
-    if kernel == "forward_kernel":
-        launch(forward_kernel, how, dy, turned, None, None, None, None, dx, None)
-    elif kernel == "backward_kernel":
-        launch(backward_kernel, how, dy, None, turned, dx, None)
+        if plan.shares_dy(p):
+            nothing: Any = None
+            launch_split(backward_kernel, plan.backward(p, processors), dy, x, _turned(weight), nothing, dx, dweight)
+        else:
+            launch_split(backward_weight_kernel, plan.backward_weight(p, processors), dy, x, dweight)
     else:
-        launch(backward_input_kernel, how, dy, turned, dx)
+        dweight.zero_()
+    return result(dweight, channels_last)
 
 
 def _empty(shape, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -500,11 +461,7 @@ def conv2d_bn_act_pooled_forward(
     """
     *geometry, eps, activation = args
     problem = Conv2dProblem.of(x, weight, bias, *geometry)
-    scale, shift = (x.new_empty(problem.K, dtype=torch.float32) for _ in range(2))
-    block = 256
-    how = Launch(cdiv(problem.K, block), {"eps": eps}, {"K": problem.K, "BLOCK": block})
-    vectors = (None if t is None else t.contiguous() for t in (bias, running_mean, running_var, bn_weight, bn_bias))
-    launch(fold_kernel, how, *vectors, scale, shift)
-    done = forward(problem, x, weight, scale=scale, shift=shift, residual=residual, activation=activation, pooled=True)
+    scale, shift = fold_batch_norm(bias, running_mean, running_var, bn_weight, bn_bias, eps)
+    done = forward(problem, x, weight, bias=shift, scale=scale, residual=residual, activation=activation, pooled=True)
     assert done.pooled is not None
     return done.y, done.pooled

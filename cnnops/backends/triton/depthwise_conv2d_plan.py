@@ -29,9 +29,6 @@ _MOST_SPLITS = 1024
 _LEAST_PIXELS = 16
 """That a split sums for each of a filter's taps, so that slabs are a small part of what moves."""
 
-_PARTS = 512
-"""Parts of statistics that one program of a second pass merges."""
-
 
 def takes(p: Conv2dProblem) -> bool:
     """Whether the depthwise kernels compute `p`: each group has one channel, and one or several filters."""
@@ -60,8 +57,7 @@ def _narrow(geometry: dict[str, Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def forward(p: Conv2dProblem, activation: str, keeps: str) -> Launch:
-    """keeps: "moments" or "sums" of each tile's results, or "" for neither."""
+def forward(p: Conv2dProblem, activation: str) -> Launch:
     tile, geometry = choose(FORWARD, p), _geometry(p)
     unrolled = _narrow(geometry) and geometry["DILATION_H"] == geometry["DILATION_W"] == 1
     rows = tile.rows if unrolled else 1
@@ -69,9 +65,7 @@ def forward(p: Conv2dProblem, activation: str, keeps: str) -> Launch:
     return Launch(
         p.N * tiles * cdiv(p.K, tile.block_c),
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "tiles": tiles},
-        geometry
-        | {"ACTIVATION": activation, "KEEPS": keeps, "FLIPPED": False, "UNROLLED": unrolled, "ROWS": rows}
-        | _blocks(tile),
+        geometry | {"ACTIVATION": activation, "FLIPPED": False, "UNROLLED": unrolled, "ROWS": rows} | _blocks(tile),
         tile.num_warps,
     )
 
@@ -79,19 +73,6 @@ def forward(p: Conv2dProblem, activation: str, keeps: str) -> Launch:
 def parts_of(launch: Launch) -> int:
     """How many parts of each filter's statistics or sums a forward pass writes."""
     return launch.programs // cdiv(launch.constants["K"], launch.constants["BLOCK_C"])
-
-
-@functools.lru_cache(maxsize=1024)
-def moments(parts: int, K: int) -> tuple[int, Launch]:
-    """The merging of `parts` statistics of K filters: to how many, and how."""
-    block_parts, block_k = 16, 64
-    steps = _PARTS // block_parts
-    merged = cdiv(parts, _PARTS)
-    return merged, Launch(
-        merged * cdiv(K, block_k),
-        {"parts": parts, "steps": min(steps, cdiv(parts, block_parts))},
-        {"K": K, "BLOCK_P": block_parts, "BLOCK_K": block_k},
-    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -175,7 +156,7 @@ def _flipped(p: Conv2dProblem) -> Launch:
     turned = {
         "PAD_H": geometry["DILATION_H"] * (p.R - 1) - p.pad_h,
         "PAD_W": geometry["DILATION_W"] * (p.S - 1) - p.pad_w,
-        "ACTIVATION": "none", "KEEPS": "", "FLIPPED": True, "UNROLLED": unrolled, "ROWS": rows,
+        "ACTIVATION": "none", "FLIPPED": True, "UNROLLED": unrolled, "ROWS": rows,
     }  # fmt: skip
     return Launch(
         p.N * tiles * cdiv(p.C, tile.block_c),

@@ -26,7 +26,7 @@ def _nchw(p: SqueezeExciteProblem) -> bool:
 SWEEP: tuple[Rule[SqueezeExciteProblem, SweepTile], ...] = (
     Rule(
         lambda p: p.device == "cpu",
-        SweepTile(1024, 256, 4),
+        SweepTile(256, 64, 4),
         "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
     ),
     Rule(
