@@ -131,7 +131,7 @@ def test_the_gradient_of_x_with_a_bias(backend: Backend, case: Conv2dCase, dtype
     """Which is what a transposed convolution is."""
     from cnnops.backends.triton import depthwise_conv2d
 
-    x, weight, _ = helpers.conv2d_inputs(case, dtype, layout, backend.device)
+    _, weight, _ = helpers.conv2d_inputs(case, dtype, layout, backend.device)
     random = helpers.generator("dy")
     dy = helpers.laid_out(helpers.randn(case.output_shape, dtype, backend.device, random), layout)
     bias = helpers.randn((case.C,), dtype, backend.device, random)
