@@ -66,6 +66,10 @@ BACKWARD: tuple[Rule[Conv2dProblem, DepthwiseTile], ...] = (
     ),
     Rule(_nchw, DepthwiseTile(1, 128, 4, 4), "lanes run along pixels; four channels a thread leave registers for sums"),
     Rule(_fp32(_always), DepthwiseTile(1, 32, 16, 4), "16 bytes a thread, and so four of each tap's sums"),
-    Rule(_always, DepthwiseTile(1, 32, 32, 4), "16 bytes a thread, and so eight of each tap's sums"),
+    Rule(
+        _always,
+        DepthwiseTile(1, 64, 32, 8),
+        "16 bytes a thread, and so eight of each tap's sums; with four warps dx of stride 2 alone spills on sm_90",
+    ),
 )
 """Of the kernels that compute dx, dweight or both."""
