@@ -16,9 +16,22 @@ import torch
 
 from cnnops.backends import YES, Support, no
 from cnnops.backends.native import Problem
-from cnnops.backends.triton import batch_norm_plan, bn_act_max_pool2d_plan, conv2d_plan, pool2d_plan
+from cnnops.backends.triton import (
+    batch_norm_plan,
+    bn_act_max_pool2d_plan,
+    conv2d_plan,
+    depthwise_conv2d_plan,
+    pool2d_plan,
+)
 from cnnops.backends.triton.launch import INTERPRETING
-from cnnops.geometry import Conv2dProblem, ConvTranspose2dProblem, NormPool2dProblem, NormProblem, Pool2dProblem
+from cnnops.geometry import (
+    Conv2dProblem,
+    ConvTranspose2dProblem,
+    NormPool2dProblem,
+    NormProblem,
+    Pool2dProblem,
+    SqueezeExciteProblem,
+)
 
 NAME = "triton"
 
@@ -35,6 +48,7 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "conv2d_act_forward": ("conv2d", Conv2dProblem),
     "conv2d_bn_act_forward": ("conv2d", Conv2dProblem),
     "conv2d_statistics_forward": ("conv2d", Conv2dProblem),
+    "conv2d_bn_act_pooled_forward": ("depthwise_conv2d", Conv2dProblem),
     "conv_transpose2d_forward": ("conv_transpose2d", ConvTranspose2dProblem),
     "conv_transpose2d_backward": ("conv_transpose2d", ConvTranspose2dProblem),
     "activation_backward": ("activation", NormProblem),
@@ -54,6 +68,8 @@ FUNCTIONS: dict[str, tuple[str, type[Problem]]] = {
     "batch_norm_act_backward": ("batch_norm", NormProblem),
     "bn_act_max_pool2d_forward": ("bn_act_max_pool2d", NormPool2dProblem),
     "bn_act_max_pool2d_backward": ("bn_act_max_pool2d", NormPool2dProblem),
+    "squeeze_excite_forward": ("squeeze_excite", SqueezeExciteProblem),
+    "squeeze_excite_backward": ("squeeze_excite", SqueezeExciteProblem),
 }
 """What there are kernels for: the module that has the function, and what its calls are described as."""
 
@@ -88,6 +104,9 @@ def supports(function: str, problem: Any) -> Support:
         return no(f"takes float32, float16 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}")
     if INTERPRETING and problem.dtype == torch.bfloat16:
         return no("bfloat16 is wrong in Triton's interpreter")
+    depthwise = isinstance(problem, Conv2dProblem) and depthwise_conv2d_plan.takes(problem)
+    if function == "conv2d_bn_act_pooled_forward" and not depthwise:
+        return no("pools the results of depthwise convolutions alone")
     limits = _LIMITS.get(kind)
     return limits(problem) if limits else YES
 
@@ -107,10 +126,7 @@ def _conv2d_limits(p: Conv2dProblem) -> Support:
     ):
         if extent >= _LIMIT:
             return no(f"kernels count {name} in 32 bits, but there are {extent}")
-    programs = conv2d_plan.most_programs(p)
-    if programs >= _LIMIT:
-        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
-    return YES
+    return _grid(conv2d_plan.most_programs(p))
 
 
 def _conv_transpose2d_limits(p: ConvTranspose2dProblem) -> Support:
@@ -127,10 +143,7 @@ def _pool2d_limits(p: Pool2dProblem) -> Support:
     ):
         if extent >= _LIMIT:
             return no(f"kernels count {name} in 32 bits, but there are {extent}")
-    programs = pool2d_plan.most_programs(p)
-    if programs >= _LIMIT:
-        return no(f"a grid has at most 2^31 programs, but this takes about 2^{math.log2(programs):.0f}")
-    return YES
+    return _grid(pool2d_plan.most_programs(p))
 
 
 def _norm_limits(p: NormProblem) -> Support:
@@ -148,12 +161,24 @@ def _grid(programs: int) -> Support:
     return YES
 
 
+_MOST_HIDDEN = 2048
+
+
+def _squeeze_excite_limits(p: SqueezeExciteProblem) -> Support:
+    if p.M > _MOST_HIDDEN:
+        return no(f"one program holds all hidden channels, which may be {_MOST_HIDDEN}, but there are {p.M}")
+    if p.L >= _LIMIT:
+        return no(f"kernels count positions in 32 bits, but there are {p.L}")
+    return YES
+
+
 _LIMITS: dict[type[Problem], Callable[[Any], Support]] = {
     Conv2dProblem: _conv2d_limits,
     ConvTranspose2dProblem: _conv_transpose2d_limits,
     Pool2dProblem: _pool2d_limits,
     NormProblem: _norm_limits,
     NormPool2dProblem: _norm_pool2d_limits,
+    SqueezeExciteProblem: _squeeze_excite_limits,
 }
 """What kernels cannot count, for each kind of problem; of one that is not here they take every size."""
 

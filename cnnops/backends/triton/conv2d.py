@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cnnops.backends.triton import conv2d_plan, conv2d_tma
+from cnnops.backends.triton import conv2d_plan, conv2d_tma, depthwise_conv2d
 from cnnops.backends.triton.activation import activate
 from cnnops.backends.triton.conv2d_plan import Boxes
 from cnnops.backends.triton.epilogue import empty_parts, finish, fold_batch_norm, merge, moments
@@ -397,6 +397,8 @@ def convolve(
 
     A prologue, which each tap repeats, is for 1x1: there it saves the pass that would write its result.
     """
+    if depthwise_conv2d.takes(problem) and not prologue:
+        return _depthwise(problem, x, weight, epilogue)
     shape = (problem.N, problem.K, problem.P, problem.Q)
     nchw = not prologue and conv2d_plan.reads_nchw(problem)
     y = torch.empty(shape, dtype=x.dtype, device=x.device) if nchw else empty_nhwc(shape, x, problem.channels_last)
@@ -431,10 +433,20 @@ def convolve(
     )
 
 
+def _depthwise(problem: Conv2dProblem, x: torch.Tensor, weight: torch.Tensor, e: Epilogue) -> Convolved:
+    y, z, statistics, _ = depthwise_conv2d.forward(
+        problem, x, weight, bias=e.bias, scale=e.scale, residual=e.residual, activation=e.activation, need_z=e.need_z,
+        statistics=e.statistics,
+    )  # fmt: skip
+    return Convolved(y, z, statistics)
+
+
 def backward_input(
     problem: Conv2dProblem, dy: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """dx [N, C, H, W] of dy [N, K, P, Q] and weight [K, C/groups, R, S], plus bias [C], in the problem's layout."""
+    if depthwise_conv2d.takes(problem):
+        return depthwise_conv2d.backward_input(problem, dy, weight, bias)
     dx = empty_nhwc((problem.N, problem.C, problem.H, problem.W), dy, problem.channels_last)
     if dx.numel():
         precision = conv2d_plan.input_precision(problem.dtype, problem.device)
@@ -449,6 +461,8 @@ def backward_input(
 
 def backward_weight(problem: Conv2dProblem, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dweight, like weight [K, C/groups, R, S], of dy [N, K, P, Q] and x [N, C, H, W]. channels_last if the weight is."""
+    if depthwise_conv2d.takes(problem):
+        return depthwise_conv2d.backward_weight(problem, dy, x, weight)
     channels_last = is_channels_last(weight)
     dweight = empty_nhwc(weight.shape, weight, channels_last)
     if dy.numel() and x.numel():
@@ -523,7 +537,10 @@ def conv2d_backward(dy, x, weight, *args) -> tuple[torch.Tensor | None, torch.Te
     """
     *geometry, need_dx, need_dweight, need_dbias = args
     problem = Conv2dProblem.of(x, weight, None, *geometry)
-    dy = nhwc(dy)
-    dx = backward_input(problem, dy, weight) if need_dx else None
-    dweight = backward_weight(problem, dy, x, weight) if need_dweight else None
+    if depthwise_conv2d.takes(problem):
+        dx, dweight = depthwise_conv2d.backward(problem, dy, x, weight, need_dx, need_dweight)
+    else:
+        dy = nhwc(dy)
+        dx = backward_input(problem, dy, weight) if need_dx else None
+        dweight = backward_weight(problem, dy, x, weight) if need_dweight else None
     return dx, dweight, (backward_bias(dy) if need_dbias else None)

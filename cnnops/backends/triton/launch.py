@@ -158,9 +158,7 @@ def launch(kernel: Any, how: Launch, *tensors: torch.Tensor | Descriptor | None)
     found = how.compiled.get(key)
     with torch.cuda.device_of(first):
         if found is None:
-            compiled = kernel[(how.programs,)](
-                *arguments, **how.scalars, **how.constants, **how.options()
-            )
+            compiled = kernel[(how.programs,)](*arguments, **how.scalars, **how.constants, **how.options())
             given = how.scalars | how.constants
             how.compiled[key] = (
                 compiled[(how.programs, 1, 1)],
