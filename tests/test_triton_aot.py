@@ -114,7 +114,7 @@ def test_programs_fit_side_by_side(every: bool) -> None:
         sizes = tuple(c["blocks"][name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
         tile = next(
             rule.config
-            for rule in tables[c["kernel"]]
+            for rule in tables[c["kernel"]].rules
             if (rule.config.block_m, rule.config.block_n, rule.config.block_k) == sizes
             and (rule.config.num_warps, rule.config.num_stages) == (c["num_warps"], c["num_stages"])
         )
@@ -193,7 +193,7 @@ def test_every_row_of_batch_norms_tables_is_compiled() -> None:
     pooled = [NormPool2dProblem(p, Pool2dProblem(*[1] * 14, p.dtype, p.device, True)) for p in stems]
     for table, problems in ((batch_norm.TILES, norms), (bn_act_max_pool2d.TILES, pooled)):
         chosen = [choose(table, p) for p in problems]
-        for rule in table:
+        for rule in table.rules:
             assert rule.config in chosen, rule.reason
 
 

@@ -63,11 +63,8 @@ def path_for(device: str) -> Path:
 
 def described(value: Any) -> dict[str, Any]:
     """A problem or a configuration as JSON has it."""
-    fields = dataclasses.asdict(value)
-    return {
-        name: str(field) if isinstance(field, torch.dtype) else list(field) if isinstance(field, tuple) else field
-        for name, field in fields.items()
-    }
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(value), default=str))
+    return found
 
 
 Rows = dict[str, dict[str, Any]]
@@ -120,5 +117,6 @@ def lookup(table: str, problem: Any) -> dict[str, Any] | None:
     """The configuration measured fastest for a problem on the current CUDA device, as `described`; None: nobody did."""
     if problem.device != "cuda":
         return None
-    row = _rows_here().get(filed_under(table, problem))
+    rows = _rows_here()
+    row = rows.get(filed_under(table, problem)) if rows else None
     return None if row is None else row["config"]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 from cnnops.backends.triton.launch import Launch, cdiv, power_of_2
 from cnnops.geometry import NormProblem
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.batch_norm import TILES, by_lines
 
 # A sum's programs: so many for each multiprocessor hide the latency of memory, and after so many steps a program's
@@ -54,20 +53,20 @@ def _launch(p: NormProblem, programs: int, scalars: dict[str, int | float], cons
     return Launch(programs, {"N": N, "L": L // vector} | scalars, constants | shape, tile.num_warps)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def everywhere(p: NormProblem) -> Launch:
     """A kernel that maps x element by element: one program for each tile."""
     tiles, units = _tiles_and_units(p)
     return _launch(p, tiles * units, {}, {"ACTIVATION": p.activation})
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def moments(p: NormProblem, processors: int) -> Sums:
     """Count, mean and squared deviations of each channel."""
     return _sums(p, processors, {})
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def gradient_sums(p: NormProblem, processors: int) -> Sums:
     """The sums of dz and dz * (x - mean) of each channel."""
     return _sums(p, processors, {"ACTIVATION": p.activation})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 from cnnops.backends.triton import batch_norm_plan
 from cnnops.backends.triton.launch import Launch, cdiv
 from cnnops.backends.triton.pool2d_plan import _sizes, _windows
 from cnnops.geometry import NormPool2dProblem
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.bn_act_max_pool2d import TILES
 
 _UNROLLED = 16
@@ -36,7 +35,7 @@ def _tiles_and_units(p: NormPool2dProblem, positions: int) -> tuple[int, int]:
     return cdiv(positions, tile.block_m), cdiv(p.norm.C, tile.block_c)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def forward(p: NormPool2dProblem) -> Launch:
     """The pass that owns outputs and walks over their windows' taps."""
     outputs = p.pool.N * p.pool.P * p.pool.Q
@@ -57,7 +56,7 @@ def _taps(p: NormPool2dProblem) -> dict[str, int]:
     return constants
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward(p: NormPool2dProblem) -> Launch:
     """The pass that writes dx: one program for each tile of inputs."""
     pixels = p.norm.N * p.norm.L
@@ -65,7 +64,7 @@ def backward(p: NormPool2dProblem) -> Launch:
     return _launch(p, tiles * units, {"pixels": pixels}, _taps(p))
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def gradient_sums(p: NormPool2dProblem, processors: int) -> batch_norm_plan.Sums:
     """The sums of dz and dz * (x - mean) of each channel."""
     pixels = p.norm.N * p.norm.L

@@ -5,12 +5,11 @@ What a network fixes (channels, filters, geometry) is constant to the compiler; 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from cnnops.backends.triton.launch import Launch, SplitLaunch, cdiv, power_of_2, total_of
 from cnnops.geometry import Conv2dProblem
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.depthwise_conv2d import BACKWARD, FORWARD, DepthwiseTile
 
 MOST_UNROLLED = 49
@@ -56,7 +55,7 @@ def _narrow(geometry: dict[str, Any]) -> bool:
     return max(geometry["STRIDE_H"], geometry["STRIDE_W"]) <= 2 and geometry["R"] * geometry["S"] <= MOST_UNROLLED
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def forward(p: Conv2dProblem, activation: str) -> Launch:
     tile, geometry = choose(FORWARD, p), _geometry(p)
     unrolled = _narrow(geometry) and geometry["DILATION_H"] == geometry["DILATION_W"] == 1
@@ -75,7 +74,7 @@ def parts_of(launch: Launch) -> int:
     return launch.programs // cdiv(launch.constants["K"], launch.constants["BLOCK_C"])
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def means(p: Conv2dProblem, parts: int) -> Launch:
     """The adding of an image's `parts` sums of each filter."""
     block = 256
@@ -100,7 +99,7 @@ def _splits(p: Conv2dProblem, tiles: int, steps: int, block_m: int, processors: 
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward(p: Conv2dProblem, processors: int) -> SplitLaunch:
     """dx and dweight, of problems that `shares_dy` holds for."""
     tile = choose(BACKWARD, p)
@@ -131,7 +130,7 @@ def _positions(p: Conv2dProblem, tile: DepthwiseTile) -> tuple[Launch, int]:
     return Launch(steps * cdiv(p.C, tile.block_c), scalars, geometry | _blocks(tile), tile.num_warps), steps
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward_input(p: Conv2dProblem) -> tuple[str, Launch]:
     """dx alone: the name of the kernel, and its launch."""
     geometry = _geometry(p)
@@ -166,7 +165,7 @@ def _flipped(p: Conv2dProblem) -> Launch:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward_weight(p: Conv2dProblem, processors: int) -> SplitLaunch:
     """dweight alone, of problems that `shares_dy` does not hold for."""
     tile = choose(BACKWARD, p)

@@ -6,12 +6,11 @@ What a network fixes (channels, windows) is constant to the compiler; what a bat
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 from cnnops.backends.triton.launch import Launch, cdiv
 from cnnops.geometry import Pool2dProblem
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.pool2d import BACKWARD, FORWARD, INDICES, UNPOOLING, PoolTile
 
 # Loops of so many steps are unrolled, so that all of their loads are under way at once; of longer ones, some steps.
@@ -65,7 +64,7 @@ def _sizes(p: Pool2dProblem) -> dict[str, int | float]:
     return {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q}
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def forward(p: Pool2dProblem, **more: bool | float) -> Launch:
     """A pass that owns outputs and walks over their windows' taps; `more` are constants of its kernel."""
     tile = choose(FORWARD, p)
@@ -86,7 +85,7 @@ def _over(taps: int, stride: int, dilation: int) -> int:
     return cdiv(taps, stride) if dilation == 1 else taps
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def backward(p: Pool2dProblem, **more: bool | float) -> Launch:
     """A pass that owns inputs and asks the windows over them."""
     tile = choose(BACKWARD, p)
@@ -109,7 +108,7 @@ def backward(p: Pool2dProblem, **more: bool | float) -> Launch:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def indices(p: Pool2dProblem) -> Launch:
     """A pass over the offsets, which are NHWC."""
     tile = choose(INDICES, p)
@@ -118,7 +117,7 @@ def indices(p: Pool2dProblem) -> Launch:
     return Launch(_programs(p, tile, outputs), _sizes(p) | {"outputs": outputs}, constants, tile.num_warps)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def unpooling(p: Pool2dProblem, over_outputs: bool) -> Launch:
     """A pass of max_unpool2d over all inputs, or over all outputs."""
     tile = choose(UNPOOLING, p)

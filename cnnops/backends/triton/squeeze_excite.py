@@ -19,7 +19,6 @@ Traffic    forward: x for the means, then x + y; backward: dy + x for dscale, th
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from cnnops.backends.triton.launch import Launch, cdiv, device_of, launch, power
 from cnnops.backends.triton.layout import along_channels, along_pixels, channel_offset, over_pixels, pixel_offset, zeros
 from cnnops.backends.triton.tensors import dense_as
 from cnnops.geometry import ACTIVATIONS_FROM_INPUT, SqueezeExciteProblem
-from cnnops.tuning import choose
+from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.squeeze_excite import SWEEP
 
 # A batch's integers; L is none of them, for loads of 16 bytes along L want to know whether 16 divides it.
@@ -227,7 +226,7 @@ def _sweep(p: SqueezeExciteProblem) -> tuple[dict[str, Any], int, int, int]:
     return constants, cdiv(p.L, tile.block_l), cdiv(p.C, tile.block_c), tile.num_warps
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def _summing(p: SqueezeExciteProblem, processors: int) -> tuple[int, Launch]:
     """Slices, and how `sums_kernel` fills them."""
     constants, tiles, channel_tiles, warps = _sweep(p)
@@ -237,7 +236,7 @@ def _summing(p: SqueezeExciteProblem, processors: int) -> tuple[int, Launch]:
     return slices, Launch(p.N * slices * channel_tiles, dict(scalars), constants | {"SLICES": slices}, warps)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def _scaling(p: SqueezeExciteProblem) -> Launch:
     constants, tiles, channel_tiles, warps = _sweep(p)
     return Launch(p.N * tiles * channel_tiles, {"L": p.L, "tiles": tiles}, constants, warps)

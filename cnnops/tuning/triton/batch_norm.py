@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cnnops.geometry import NormProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -33,42 +33,45 @@ def _plane(p: NormProblem) -> int:
     return p.N * p.L if p.C == 1 else p.L
 
 
-TILES: tuple[Rule[NormProblem, NormTile], ...] = (
-    Rule(
-        _interpreted(lambda p: by_lines(p) and p.N * p.L <= 1024),
-        NormTile(64, 128, 1, 8),
-        "small enough that tests merge the parts of several steps and programs",
-    ),
-    Rule(
-        _interpreted(by_lines),
-        NormTile(512, 64, 1, 8),
-        "the interpreter's time is per operation, whatever its size: few large steps",
-    ),
-    Rule(
-        _interpreted(lambda p: _plane(p) <= 64),
-        NormTile(2, 64, 32, 8),
-        "small enough that tests merge the parts of several steps and programs",
-    ),
-    Rule(
-        _interpreted(lambda p: True),
-        NormTile(2, 32, 512, 8),
-        "the interpreter's time is per operation, whatever its size: few large steps",
-    ),
-    Rule(
-        lambda p: by_lines(p) and p.C <= 32,
-        NormTile(128, 32, 1, 8),
-        "32 channels fill no wider row; 4096 elements are 16 a thread, which leaves registers for three tensors",
-    ),
-    Rule(by_lines, NormTile(64, 64, 1, 8), "a row of 64 channels is 128 bytes or more, whole lines of the cache"),
-    Rule(
-        lambda p: _plane(p) <= 64,
-        NormTile(16, 4, 64, 8),
-        "planes of 7x7 and 8x8 fill no longer run, and those of neighbouring channels lie side by side",
-    ),
-    Rule(lambda p: _plane(p) <= 256, NormTile(16, 1, 256, 8), "planes of 14x14 and 16x16 fill no longer run"),
-    Rule(
-        lambda p: True,
-        NormTile(8, 1, 512, 8),
-        "of planes of 28x28, 56x56 and 112x112 it leaves a quarter, an eighth and a 50th idle",
+TILES = Table(
+    "batch_norm.tiles",
+    (
+        Rule(
+            _interpreted(lambda p: by_lines(p) and p.N * p.L <= 1024),
+            NormTile(64, 128, 1, 8),
+            "small enough that tests merge the parts of several steps and programs",
+        ),
+        Rule(
+            _interpreted(by_lines),
+            NormTile(512, 64, 1, 8),
+            "the interpreter's time is per operation, whatever its size: few large steps",
+        ),
+        Rule(
+            _interpreted(lambda p: _plane(p) <= 64),
+            NormTile(2, 64, 32, 8),
+            "small enough that tests merge the parts of several steps and programs",
+        ),
+        Rule(
+            _interpreted(lambda p: True),
+            NormTile(2, 32, 512, 8),
+            "the interpreter's time is per operation, whatever its size: few large steps",
+        ),
+        Rule(
+            lambda p: by_lines(p) and p.C <= 32,
+            NormTile(128, 32, 1, 8),
+            "32 channels fill no wider row; 4096 elements are 16 a thread, which leaves registers for three tensors",
+        ),
+        Rule(by_lines, NormTile(64, 64, 1, 8), "a row of 64 channels is 128 bytes or more, whole lines of the cache"),
+        Rule(
+            lambda p: _plane(p) <= 64,
+            NormTile(16, 4, 64, 8),
+            "planes of 7x7 and 8x8 fill no longer run, and those of neighbouring channels lie side by side",
+        ),
+        Rule(lambda p: _plane(p) <= 256, NormTile(16, 1, 256, 8), "planes of 14x14 and 16x16 fill no longer run"),
+        Rule(
+            lambda p: True,
+            NormTile(8, 1, 512, 8),
+            "of planes of 28x28, 56x56 and 112x112 it leaves a quarter, an eighth and a 50th idle",
+        ),
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cnnops.geometry import NormPool2dProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -18,21 +18,24 @@ class NormPoolTile:
     num_warps: int
 
 
-TILES: tuple[Rule[NormPool2dProblem, NormPoolTile], ...] = (
-    Rule(
-        lambda p: p.device == "cpu" and p.norm.N * p.norm.L <= 256,
-        NormPoolTile(32, 128, 8),
-        "small enough that tests add the sums of several steps and programs",
-    ),
-    Rule(
-        lambda p: p.device == "cpu",
-        NormPoolTile(512, 64, 8),
-        "the interpreter's time is per operation, whatever its size: few large steps",
-    ),
-    Rule(lambda p: p.norm.C <= 32, NormPoolTile(64, 32, 8), "32 channels fill no wider row"),
-    Rule(
-        lambda p: True,
-        NormPoolTile(32, 64, 8),
-        "a thread owns one vector of 16-bit numbers, two of fp32, whose taps or windows are all under way at once",
+TILES: Table[NormPool2dProblem, NormPoolTile] = Table(
+    "bn_act_max_pool2d.tiles",
+    (
+        Rule(
+            lambda p: p.device == "cpu" and p.norm.N * p.norm.L <= 256,
+            NormPoolTile(32, 128, 8),
+            "small enough that tests add the sums of several steps and programs",
+        ),
+        Rule(
+            lambda p: p.device == "cpu",
+            NormPoolTile(512, 64, 8),
+            "the interpreter's time is per operation, whatever its size: few large steps",
+        ),
+        Rule(lambda p: p.norm.C <= 32, NormPoolTile(64, 32, 8), "32 channels fill no wider row"),
+        Rule(
+            lambda p: True,
+            NormPoolTile(32, 64, 8),
+            "a thread owns one vector of 16-bit numbers, two of fp32, whose taps or windows are all under way at once",
+        ),
     ),
 )

@@ -93,17 +93,24 @@ FORWARD = Table("conv2d.forward", _gather(_group_c, _group_k))
 BACKWARD_INPUT = Table("conv2d.backward_input", _gather(_group_k, _group_c))
 
 # gemm_m counts filters, gemm_n pixels, gemm_k (channel, tap).
-FORWARD_NCHW: tuple[Rule[Conv2dProblem, ConvTile], ...] = (
-    Rule(_interpreted(_always), ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"),
-    Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
-    Rule(_fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"),
-    Rule(lambda p: _group_k(p) <= 16, ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
-    Rule(
-        lambda p: p.R * p.S > 1,
-        ConvTile(64, 64, 32, 8, 2),
-        "each element has an address and a mask of its own: 8 of each a thread, where 32 spill",
+FORWARD_NCHW = Table(
+    "conv2d.forward_nchw",
+    (
+        Rule(
+            _interpreted(_always), ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"
+        ),
+        Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+        Rule(
+            _fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"
+        ),
+        Rule(lambda p: _group_k(p) <= 16, ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+        Rule(
+            lambda p: p.R * p.S > 1,
+            ConvTile(64, 64, 32, 8, 2),
+            "each element has an address and a mask of its own: 8 of each a thread, where 32 spill",
+        ),
+        Rule(_always, ConvTile(64, 128, 32, 8, 2), "16 addresses a thread; wider rows of pixels"),
     ),
-    Rule(_always, ConvTile(64, 128, 32, 8, 2), "16 addresses a thread; wider rows of pixels"),
 )
 
 # gemm_m counts filters, gemm_n (tap, channel) columns, gemm_k pixels.
@@ -192,14 +199,17 @@ def _gather_boxes(
     )
 
 
-FORWARD_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_c, _group_k)
+FORWARD_TMA = Table("conv2d.forward_tma", _gather_boxes(_group_c, _group_k))
 
-BACKWARD_INPUT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = _gather_boxes(_group_k, _group_c)
+BACKWARD_INPUT_TMA = Table("conv2d.backward_input_tma", _gather_boxes(_group_k, _group_c))
 
 # gemm_m counts filters, gemm_n the channels of one tap, gemm_k pixels.
-BACKWARD_WEIGHT_TMA: tuple[Rule[Conv2dProblem, TmaTile], ...] = (
-    Rule(_interpreted(_always), TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
-    Rule(_fp32(_always), TmaTile(64, 64, 32, 4, 3), "transposed fp32 operands pass through registers"),
-    Rule(lambda p: _group_k(p) <= 64, TmaTile(64, 64, 64, 4, 4), "64 filters fill no taller tile"),
-    Rule(_always, TmaTile(128, 64, 64, 8, 4), "two warpgroups; 64 channels are a row of the widest swizzle"),
+BACKWARD_WEIGHT_TMA = Table(
+    "conv2d.backward_weight_tma",
+    (
+        Rule(_interpreted(_always), TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
+        Rule(_fp32(_always), TmaTile(64, 64, 32, 4, 3), "transposed fp32 operands pass through registers"),
+        Rule(lambda p: _group_k(p) <= 64, TmaTile(64, 64, 64, 4, 4), "64 filters fill no taller tile"),
+        Rule(_always, TmaTile(128, 64, 64, 8, 4), "two warpgroups; 64 channels are a row of the widest swizzle"),
+    ),
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Conv2dProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,46 @@ def _fp32(condition: Condition) -> Condition:
     return lambda p: p.dtype == torch.float32 and condition(p)
 
 
-FORWARD: tuple[Rule[Conv2dProblem, DepthwiseTile], ...] = (
-    Rule(
-        _interpreted,
-        DepthwiseTile(3, 64, 32, 4),
-        "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
+FORWARD = Table(
+    "depthwise_conv2d.forward",
+    (
+        Rule(
+            _interpreted,
+            DepthwiseTile(3, 64, 32, 4),
+            "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
+        ),
+        Rule(
+            _nchw, DepthwiseTile(4, 128, 8, 4), "lanes run along pixels, and a thread has one in each of eight channels"
+        ),
+        Rule(_fp32(_small), DepthwiseTile(7, 8, 64, 4), "a 7 x 7 map is one column of a tile for each of its seven"),
+        Rule(
+            _fp32(_always), DepthwiseTile(7, 32, 16, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"
+        ),
+        Rule(_small, DepthwiseTile(7, 8, 128, 4), "a 7 x 7 map is one column of a tile for each of its seven"),
+        Rule(_always, DepthwiseTile(7, 32, 32, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"),
     ),
-    Rule(_nchw, DepthwiseTile(4, 128, 8, 4), "lanes run along pixels, and a thread has one in each of eight channels"),
-    Rule(_fp32(_small), DepthwiseTile(7, 8, 64, 4), "a 7 x 7 map is one column of a tile for each of its seven"),
-    Rule(_fp32(_always), DepthwiseTile(7, 32, 16, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"),
-    Rule(_small, DepthwiseTile(7, 8, 128, 4), "a 7 x 7 map is one column of a tile for each of its seven"),
-    Rule(_always, DepthwiseTile(7, 32, 32, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"),
 )
 """rows are those of filters whose taps are unrolled; of others a program has one."""
 
-BACKWARD: tuple[Rule[Conv2dProblem, DepthwiseTile], ...] = (
-    Rule(
-        _interpreted,
-        DepthwiseTile(1, 128, 32, 4),
-        "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
-    ),
-    Rule(_nchw, DepthwiseTile(1, 128, 4, 4), "lanes run along pixels; four channels a thread leave registers for sums"),
-    Rule(_fp32(_always), DepthwiseTile(1, 32, 16, 4), "16 bytes a thread, and so four of each tap's sums"),
-    Rule(
-        _always,
-        DepthwiseTile(1, 64, 32, 8),
-        "16 bytes a thread, and so eight of each tap's sums; with four warps dx of stride 2 alone spills on sm_90",
+BACKWARD = Table(
+    "depthwise_conv2d.backward",
+    (
+        Rule(
+            _interpreted,
+            DepthwiseTile(1, 128, 32, 4),
+            "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
+        ),
+        Rule(
+            _nchw,
+            DepthwiseTile(1, 128, 4, 4),
+            "lanes run along pixels; four channels a thread leave registers for sums",
+        ),
+        Rule(_fp32(_always), DepthwiseTile(1, 32, 16, 4), "16 bytes a thread, and so four of each tap's sums"),
+        Rule(
+            _always,
+            DepthwiseTile(1, 64, 32, 8),
+            "16 bytes a thread, and so eight of each tap's sums; with four warps dx of stride 2 alone spills on sm_90",
+        ),
     ),
 )
 """Of the kernels that compute dx, dweight or both."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Pool2dProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -65,30 +65,33 @@ _BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
     ),
 )
 
-FORWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
-    Rule(
-        lambda p: _interpreted(p) and _reduced(p) and p.C >= 128,
-        PoolTile(2, 16, 512, 4),
-        "the interpreter's time is per operation: few large steps over the channels of a network's last layer",
+FORWARD = Table(
+    "pool2d.forward",
+    (
+        Rule(
+            lambda p: _interpreted(p) and _reduced(p) and p.C >= 128,
+            PoolTile(2, 16, 512, 4),
+            "the interpreter's time is per operation: few large steps over the channels of a network's last layer",
+        ),
+        Rule(
+            lambda p: _interpreted(p) and _reduced(p),
+            PoolTile(8, 16, 64, 4),
+            "small enough that tests take several steps over a window",
+        ),
+        Rule(
+            lambda p: _planes(p) and _reduced(p),
+            PoolTile(1, 64, 16, 4),
+            "lanes along the plane: 7 x 7 values are one step, two or more values a lane",
+        ),
+        Rule(
+            _reduced,
+            PoolTile(1, 32, 64, 4),
+            "7 x 7 values are two steps; a thread has two vectors of 16-bit numbers, four of fp32, under way",
+        ),
+        *_BY_POSITION,
     ),
-    Rule(
-        lambda p: _interpreted(p) and _reduced(p),
-        PoolTile(8, 16, 64, 4),
-        "small enough that tests take several steps over a window",
-    ),
-    Rule(
-        lambda p: _planes(p) and _reduced(p),
-        PoolTile(1, 64, 16, 4),
-        "lanes along the plane: 7 x 7 values are one step, two or more values a lane",
-    ),
-    Rule(
-        _reduced,
-        PoolTile(1, 32, 64, 4),
-        "7 x 7 values are two steps; a thread has two vectors of 16-bit numbers, four of fp32, under way",
-    ),
-    *_BY_POSITION,
 )
 
-BACKWARD: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
-INDICES: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
-UNPOOLING: tuple[Rule[Pool2dProblem, PoolTile], ...] = _BY_POSITION
+BACKWARD = Table("pool2d.backward", _BY_POSITION)
+INDICES = Table("pool2d.indices", _BY_POSITION)
+UNPOOLING = Table("pool2d.unpooling", _BY_POSITION)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import SqueezeExciteProblem
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,25 @@ def _nchw(p: SqueezeExciteProblem) -> bool:
     return not p.channels_last and p.L > 1
 
 
-SWEEP: tuple[Rule[SqueezeExciteProblem, SweepTile], ...] = (
-    Rule(
-        lambda p: p.device == "cpu",
-        SweepTile(256, 64, 4),
-        "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
+SWEEP = Table(
+    "squeeze_excite.sweep",
+    (
+        Rule(
+            lambda p: p.device == "cpu",
+            SweepTile(256, 64, 4),
+            "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
+        ),
+        Rule(
+            lambda p: _nchw(p) and p.L <= 64,
+            SweepTile(64, 64, 4),
+            "lanes run along positions, of which maps up to 8 x 8 have no more",
+        ),
+        Rule(_nchw, SweepTile(512, 8, 4), "lanes run along positions: 1 KiB of a row of bf16, 32 values a thread"),
+        Rule(
+            lambda p: p.dtype == torch.float32,
+            SweepTile(64, 32, 4),
+            "128 bytes of channels a position, and 64 bytes a thread in flight",
+        ),
+        Rule(lambda p: True, SweepTile(64, 64, 4), "128 bytes of channels a position, and 64 bytes a thread in flight"),
     ),
-    Rule(
-        lambda p: _nchw(p) and p.L <= 64,
-        SweepTile(64, 64, 4),
-        "lanes run along positions, of which maps up to 8 x 8 have no more",
-    ),
-    Rule(_nchw, SweepTile(512, 8, 4), "lanes run along positions: 1 KiB of a row of bf16, 32 values a thread"),
-    Rule(
-        lambda p: p.dtype == torch.float32,
-        SweepTile(64, 32, 4),
-        "128 bytes of channels a position, and 64 bytes a thread in flight",
-    ),
-    Rule(lambda p: True, SweepTile(64, 64, 4), "128 bytes of channels a position, and 64 bytes a thread in flight"),
 )
