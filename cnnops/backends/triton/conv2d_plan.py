@@ -6,7 +6,7 @@ What a network fixes (channels, filters, geometry) is constant to the compiler; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -276,9 +276,13 @@ def _view(extents: tuple[int, int, int], channels: int, box: tuple[int, int, int
 
 
 @cached
-def forward_tma(p: Conv2dProblem, precision: str, device: Device, activation: str = "none") -> TmaLaunch | None:
+def forward_tma(
+    p: Conv2dProblem, precision: str, device: Device, activation: str = "none", statistics: bool = False
+) -> TmaLaunch | None:
     """None: the pointer kernel's."""
     tile = choose(FORWARD_TMA, p)
+    if statistics and tile.block_n > 64:
+        tile = replace(tile, resident=1)  # in half of the registers the moments of so many columns spill
     stride = _stride(p, tile.block_k)
     if not stride or not _has_boxes(p, precision, device, p.C):
         return None
