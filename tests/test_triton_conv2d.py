@@ -21,7 +21,7 @@ import cnnops.functional as CF
 from cnnops.backends.triton import conv2d_plan, launch
 from cnnops.backends.triton.calls import CONVOLUTIONS
 from cnnops.backends.triton.launch import Device
-from cnnops.tuning import Rule
+from cnnops.tuning import Rule, Table
 from cnnops.tuning.triton.conv2d import TmaTile
 
 pytest.importorskip("triton")
@@ -89,7 +89,7 @@ def test_programs_walk_over_all_tiles_in_equal_steps(layer: str, processors: int
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of a width that devices have, which the interpreter's own row has not."""
-    rows = (Rule(lambda p: True, TmaTile(32, 128, 16, 4, 1), "as on a device"),)
+    rows = Table("conv2d.wide", (Rule(lambda p: True, TmaTile(32, 128, 16, 4, 1), "as on a device"),))
     plans = conv2d_plan.forward_tma, conv2d_plan.backward_input_tma
     for plan in plans:
         plan.cache_clear()

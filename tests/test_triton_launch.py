@@ -23,7 +23,8 @@ import json
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from cnnops.backends.triton import activation, conv2d
+from triton.tools.tensor_descriptor import TensorDescriptor
+from cnnops.backends.triton import conv2d, launch
 
 noted = []
 
@@ -33,9 +34,14 @@ class Launcher:
 
     def __call__(self, x, y, z, stream, function, cooperative_or_packed, *rest):
         arguments = rest[-len(self.signature):]
-        noted.append([[x, y, z], self.signature, [
-            [str(a.dtype), a.data_ptr()] if isinstance(a, torch.Tensor) else a for a in arguments
-        ]])
+        noted.append([[x, y, z], self.signature, [told_of(a) for a in arguments]])
+
+def told_of(a):
+    if isinstance(a, torch.Tensor):
+        return [str(a.dtype), a.data_ptr()]
+    if isinstance(a, TensorDescriptor):
+        return [f"{a.base.dtype} {a.shape} {a.strides} {a.block_shape}", a.base.data_ptr()]
+    return a
 
 class Utils:
     def load_binary(self, name, kernel, shared, device):
@@ -73,7 +79,9 @@ def run(call):
 told = {}
 for name, tensors in {"x": (x, weight, bias), "without bias": (x, weight, None), "odd": (odd, weight, bias)}.items():
     forward = lambda: conv2d.conv2d_forward(*tensors, 1, 1, 1, 1, 1, 1, 1, 0)
-    told[name] = [run(forward) for _ in range(3)]
+    told[f"boxes {name}"] = [run(forward) for _ in range(3)]
+    with launch.as_device(launch.Device(80, 3)):
+        told[name] = [run(forward) for _ in range(3)]
 told["other weights"] = [run(lambda: conv2d.conv2d_forward(x, weight[:4], None, 1, 1, 1, 1, 1, 1, 1, 0)) for _ in range(2)]
 dy = torch.rand(2, 8, 6, 6).to(memory_format=torch.channels_last)
 told["backward"] = [run(lambda: conv2d.conv2d_backward(dy, x, weight, 1, 1, 1, 1, 1, 1, 1, 0, True, True, True)) for _ in range(3)]
@@ -98,7 +106,9 @@ def given(launches: list[Any]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", ["x", "without bias", "odd", "other weights", "backward"])
+@pytest.mark.parametrize(
+    "name", ["x", "boxes x", "without bias", "boxes without bias", "odd", "boxes odd", "other weights", "backward"]
+)
 def test_a_remembered_launch_hands_over_what_the_first_did(name: str) -> None:
     first, *again = told()[name]
     assert first
@@ -112,7 +122,7 @@ def test_the_tensors_of_this_call_are_handed_over() -> None:
         for (launch,) in told()[name]:
             found = [a[1] for a in launch[2] if isinstance(a, list)]
             assert found[:-1] == pointers
-    results = {launch[2][3][1] for (launch,) in told()["x"]}
+    results = {[a[1] for a in launch[2] if isinstance(a, list)][-1] for (launch,) in told()["x"]}
     assert len(results) == 3
 
 
@@ -122,7 +132,7 @@ def test_every_argument_has_its_type_in_its_place() -> None:
         for _, signature, arguments in launches:
             assert len(signature) == len(arguments)
             for kind, argument in zip(signature, arguments, strict=True):
-                if kind.startswith("*"):
+                if kind.startswith(("*", "tensordesc")):
                     assert isinstance(argument, list)
                 elif kind != "constexpr":
                     assert isinstance(argument, int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 
 from cnnops import cli, tuning
 from cnnops import functional as CF
-from cnnops.backends.triton import conv2d_plan
+from cnnops.backends.triton import conv2d_plan, launch
 from cnnops.bench import tune
 from cnnops.geometry import Conv2dProblem
 from cnnops.tuning import Table, measured
 from cnnops.tuning.triton.conv2d import FORWARD
 
 DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_sm80() -> Iterator[None]:
+    """Where every convolution goes through the tables of the pointer kernels."""
+    with launch.as_device(launch.Device(80, 3)):
+        yield
 
 
 def convolve() -> None:
@@ -92,7 +100,7 @@ def test_a_choice_is_as_before_after_tuning() -> None:
 
 
 @pytest.fixture
-def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A device that is not there, and an empty folder for its measurements."""
     monkeypatch.setenv("CNNOPS_TUNING", str(tmp_path / "tuning"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -280,11 +280,13 @@ def forward_tma(
     p: Conv2dProblem, precision: str, device: Device, activation: str = "none", statistics: bool = False
 ) -> TmaLaunch | None:
     """None: the pointer kernel's."""
+    if not _has_boxes(p, precision, device, p.C):
+        return None
     tile = choose(FORWARD_TMA, p)
     if statistics and tile.block_n > 64:
         tile = replace(tile, resident=1)  # in half of the registers the moments of so many columns spill
     stride = _stride(p, tile.block_k)
-    if not stride or not _has_boxes(p, precision, device, p.C):
+    if not stride:
         return None
     outputs = _images(p, p.N, p.P, p.Q)
     box = _tile(outputs, tile.block_m)
@@ -312,9 +314,9 @@ def forward_tma(
 @cached
 def backward_input_tma(p: Conv2dProblem, precision: str, device: Device) -> TmaLaunch | None:
     """None: the pointer kernel's."""
-    tile = choose(BACKWARD_INPUT_TMA, p)
     if _stride(p, 1) != 1 or not _has_boxes(p, precision, device, p.C, p.K):
         return None
+    tile = choose(BACKWARD_INPUT_TMA, p)
     outputs = _images(p, p.N, p.H, p.W)
     box = _tile(outputs, tile.block_m)
     tiles = _count(outputs, box) * cdiv(p.C, tile.block_n)
@@ -340,10 +342,10 @@ def backward_input_tma(p: Conv2dProblem, precision: str, device: Device) -> TmaL
 @cached
 def backward_weight_tma(p: Conv2dProblem, precision: str, device: Device) -> TmaSplitLaunch | None:
     """None: the pointer kernel's."""
-    tile = choose(BACKWARD_WEIGHT_TMA, p)
     stride = _stride(p, 1)
     if not stride or not _has_boxes(p, precision, device, p.C, p.K):
         return None
+    tile = choose(BACKWARD_WEIGHT_TMA, p)
     outputs = _images(p, p.N, p.P, p.Q)
     box = _tile(outputs, tile.block_k, exact=True)
     steps = _count(outputs, box)
