@@ -278,7 +278,7 @@ def test_transforms_take_the_two_ops(backend: Backend) -> None:
         assert_same_bits(a.contiguous(), b.contiguous())
 
 
-@on(FUNCTION, "batch_norm_act_backward")
+@on(FUNCTION, "batch_norm_act_backward", dtype=torch.bfloat16)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["inference", "gradient"])
 def test_autocast_casts_all_but_the_batch_norm(backend: Backend, layout: str, gradient: bool) -> None:

@@ -27,23 +27,33 @@ OPS: dict[str, dict[str, tuple[str, ...]]] = {
             *("conv2d_portable.cu", "conv2d_sm90.cu", "conv2d_weight_sm90.cu", "conv2d_halo_sm90.cu"),
             *("conv2d_stem.cu", "conv2d_packed.cu"),
         ),
-        "triton": ("conv2d.py",),
+        "triton": ("conv2d.py", "conv2d_tma.py", "conv_transpose2d.py"),
     },
     "Depthwise convolution": {
         "cpu": ("depthwise_conv2d.cpp",),
         "cuda": (
             *("depthwise_conv2d_forward.cu", "depthwise_conv2d_backward.cu", "depthwise_conv2d_any.cu"),
-            "depthwise_toeplitz.cu",
+            *("depthwise_toeplitz.cu", "depthwise_nchw_forward.cu", "depthwise_nchw_backward.cu"),
         ),
+        "triton": ("depthwise_conv2d.py",),
     },
-    "Pooling": {"cpu": ("pool2d.cpp",), "cuda": ("max_pool2d.cu", "avg_pool2d.cu")},
-    "Unpooling": {"cpu": ("max_unpool2d.cpp",), "cuda": ("max_unpool2d.cu",)},
+    "Pooling": {"cpu": ("pool2d.cpp",), "cuda": ("max_pool2d.cu", "avg_pool2d.cu"), "triton": ("pool2d.py",)},
+    "Unpooling": {"cpu": ("max_unpool2d.cpp",), "cuda": ("max_unpool2d.cu",), "triton": ("max_unpool2d.py",)},
     "Batch norm": {
         "cpu": ("batch_norm.cpp",),
         "cuda": ("batch_norm.cu", "batch_norm_sums.cu", "batch_norm_resident.cu"),
+        "triton": ("batch_norm.py",),
     },
-    "Batch norm, activation and max pool": {"cpu": ("bn_act_max_pool2d.cpp",), "cuda": ("bn_act_max_pool2d.cu",)},
-    "Squeeze and excitation": {"cpu": ("squeeze_excite.cpp",), "cuda": ("squeeze_excite.cu",)},
+    "Batch norm, activation and max pool": {
+        "cpu": ("bn_act_max_pool2d.cpp",),
+        "cuda": ("bn_act_max_pool2d.cu",),
+        "triton": ("bn_act_max_pool2d.py",),
+    },
+    "Squeeze and excitation": {
+        "cpu": ("squeeze_excite.cpp",),
+        "cuda": ("squeeze_excite.cu",),
+        "triton": ("squeeze_excite.py",),
+    },
     "Activations": {"cpu": ("activation.cpp",), "cuda": ("activation.cu",), "triton": ("activation.py",)},
 }
 """Each op's kernel files by backend, the general one first: that one is shown whole, of the others a line."""
@@ -52,9 +62,9 @@ PARTS = {
     "cpu": {"copy.cpp", "parallel.cpp"},
     "cuda": {
         *("conv2d.cu", "conv2d_forward.cu", "conv2d_backward_input.cu", "conv2d_backward_weight.cu"),
-        *("depthwise_conv2d.cu", "copy.cu", "reduce.cu"),
+        *("depthwise_conv2d.cu", "depthwise_nchw.cu", "copy.cu", "reduce.cu"),
     },
-    "triton": {"reduce.py", "epilogue.py"},
+    "triton": {"epilogue.py", "layout.py", "reduce.py"},
 }
 """Kernel files that the ops' files are made of."""
 

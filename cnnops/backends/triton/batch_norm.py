@@ -131,9 +131,9 @@ def moments_kernel(
         deviation = tl.where(there, values - tile_mean, 0.0)
         total = count + more
         share = more / tl.where(total > 0, total, 1.0)
-        apart = tile_mean - mean
+        apart = tile_mean - tl.where(tl.abs(mean) < float("inf"), mean, 0.0)  # inf - inf would forget the mean
         mean += apart * share
-        m2 += _over_positions(deviation * deviation) + apart * apart * count * share
+        m2 += _over_positions(deviation * deviation) + apart * (apart * (count * share))
         count = total
     part = partial + split.to(tl.int64) * (3 * C) + c
     tl.store(part, count + tl.zeros(c.shape, tl.float32), mask=c < C)
