@@ -361,6 +361,7 @@ def backward_weight_tma(p: Conv2dProblem, precision: str, device: Device) -> Tma
         | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "PRECISION": precision},
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
     )
     return TmaSplitLaunch(
         (

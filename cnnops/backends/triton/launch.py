@@ -52,10 +52,8 @@ class Launch:
 
     def options(self) -> dict[str, Any]:
         """The launch's options, as Triton calls them."""
-        return {
-            "num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers,
-            "enable_fp_fusion": True,
-        }  # fmt: skip
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
