@@ -49,4 +49,4 @@ def test_every_kernel_file_is_on_the_page(backend: str, pattern: str) -> None:
 def test_every_op_says_who_owns_what_and_what_moves(op: str) -> None:
     for backend, files in side_by_side.OPS[op].items():
         header = side_by_side.header_of(ROOT / side_by_side.FOLDERS[backend] / files[0])
-        assert header.equation and set(header.sections) >= {"Layout", "Ownership", "Traffic"}, files[0]
+        assert header.equation and set(header.sections) >= set(side_by_side.SECTIONS), files[0]

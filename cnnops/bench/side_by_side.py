@@ -116,7 +116,11 @@ def header_of(path: Path) -> Header:
 def _cell(text: str, verbatim: bool) -> str:
     if not text:
         return ""
-    return f"<pre>{html.escape(text)}</pre>" if verbatim else html.escape(" ".join(text.split()))
+    if not verbatim:
+        return html.escape(" ".join(text.split()))
+    # An empty line would end the block of HTML.
+    lines = "\n".join(html.escape(line) or "&nbsp;" for line in text.splitlines())
+    return f"<pre>{lines}</pre>"
 
 
 def _table(files: dict[str, Path]) -> Iterator[str]:

@@ -4,6 +4,10 @@
 //   dz[i] = dy[i] * activation'(z[i]), read off y[i] where y tells it (see activation.h)
 //
 // Layout     any: z, y and their gradients share one dense layout of `count` numbers.
+// Tile       numbers i ->
+//            +- an item: kChunk = 32768 numbers ------------------------+-----
+//            | [vector] [vector] ..    one at a time: registers         | next
+//            +----------------------------------------------------------+-----
 // Ownership  One index of parallel_for owns kChunk consecutive outputs.
 // Traffic    forward: z + y; backward: dy, saved + dz, once each.
 #include "activation.h"

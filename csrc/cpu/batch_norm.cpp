@@ -7,6 +7,13 @@
 //   dx      = rstd * weight * dz; when training, rstd * weight * (dz - dbias / NL - (x - mean) * rstd * dweight / NL)
 //
 // Layout     x, y, residual and their gradients [N,L,C] or [N,C,L]; everything else [C].
+// Tile       sums, [N,L,C]; of [N,C,L] an item has one channel, and a line is its plane of an image.
+//                          channels c ->
+//                        +- kTile = 512 channels -----------------------+
+//            positions | | block: up to kBlock = 16384 elements,        |  an item: a slice; its blocks one by one,
+//            (n,l)     v | kRun = 256 lines; sums: cache                |  merged in order, in double
+//                        +- split: the next slice, of up to kSlices ----+
+//            The elementwise sweeps: kChunk = 32768 elements, of all channels, a vector at a time in registers.
 // Ownership  Sums: one index of parallel_for owns one slice of the positions, for a tile of channels; its blocks, and
 //            then the slices, are merged in order. All of these are cut by shape alone: any number of threads gives
 //            the same bits. The elementwise sweeps own about kChunk elements.

@@ -2,10 +2,17 @@
 //
 //   y[n,p,q,c]  = max over (r,s) of a[n, p*stride_h - pad_h + r*dilation_h, q*.. + s*dilation_w, c]
 //   a           = activation((x - mean) * rstd * weight + bias), rounded to x's type as batch_norm_act rounds it
-//   da[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c]
+//   da[n,h,w,c] = sum over the windows (p,q) whose kept tap is (h,w) of dy[n,p,q,c], rounded for dx alone
 //   dx, dweight and dbias are batch norm's, of da.
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; everything else [C].
+// Tile       forward: all C channels deep; columns w ->
+//                        +- a: a ring of rows, as many as a window spans -----+
+//            rows h    | | [window (p,q): R x S]      maximum and tap:        |  an item: a band of rows p of an image,
+//                      v |            [window (p,q+1)] ..  registers          |  kBands = 64 in all, or one an image
+//                        +- next: rows of a that p + 1 reads, from x ---------+
+//            The ring has a power of 2 of rows. halo: rows of a that two bands reach are computed for each.
+//            backward: kGathered = 4096 elements at a time, of x at kept taps for the sums, and of da for dx.
 // Ownership  forward: one index of parallel_for owns a band of output rows (n,p), and computes the rows of a that its
 //            windows reach, each once, in a ring that holds as many as one window spans. Backward: batch norm's sweeps;
 //            the sums run over the windows, at the x that each has kept, and dx over the positions; both gather what

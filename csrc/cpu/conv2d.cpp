@@ -6,7 +6,7 @@
 //   dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //   dbias[k]         = sum over (n,p,q) of dy[n,p,q,k]
 //
-// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S,C/groups], y, dy [N,P,Q,K].
+// Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K].
 // Engine     forward and backward_input are one convolution over taps (conv2d.h): a tile of pixels times a block of
 //            filters in registers, input broadcast, filters packed so that a block's lanes lie together:
 //            [group][block][r][s][c][lanes]. backward_input is one such convolution for each of the stride_h * stride_w
@@ -14,6 +14,13 @@
 //            Each pixel brings its own pointer for each tap, which outside goes to a row of zeros or to the pixel that
 //            the padding mode repeats there, so that there is no border case, no im2col and no padded copy. Only
 //            backward_input with a padding mode makes the gradient of a padded input and folds it.
+// Tile       forward with AVX-512 [AVX2], whole blocks of filters; 16 such tiles make an item: kChunkPixels = 96.
+//                          sum over (r,s,c) ->        filters k ->               filters k ->
+//                        +------------------------+ +------------------------+ +------------------------+
+//            pixels    | | x: 6 pixels of a tap,  |*| weight, packed: 4 [2]  |=| y: 6 x 4 [2] vectors   |
+//            (n,p,q)   v | in place, broadcast    | | vectors of 16 [8]: L2  | | of sums: registers     |
+//                        +------------------------+ +------------------------+ +------------------------+
+//            backward_weight: filters k down, (r,s,c) across, 12 [6] x 2 vectors; the sum over pixels is split.
 // Ownership  forward, backward_input: an item owns kChunkPixels pixels of one filter block. backward_weight: an item
 //            owns some columns (r,s,c) of some filters over one slice of the pixels; slices depend on the shape alone,
 //            and their slabs are added in order, so that any number of threads gives the same bits.

@@ -6,14 +6,21 @@
 //                    and bias[c] where it is the output of a transposed convolution
 //   dweight[k,r,s] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride_h - pad_h + r*dilation_h, q*.., c]
 //
-// Layout     x, dx [N,H,W,C], weight, dweight [K,R,S], y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory;
+// Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S]; y, dy [N,P,Q,K]. Lanes are filters k, neighbours in memory;
 //            where M > 1 a vector of x is spread, each channel over its M filters, and dx sums up M neighbours.
 // Engine     forward and backward_input are the convolution over taps of conv2d.h: kTile columns of one vector of
 //            filters in registers, down the rows. A row of the filter lies in registers too, and each vector of x that
 //            is loaded meets all its taps. backward_weight keeps the sums of some rows of the filter in registers,
 //            along the rows of outputs of all its images.
-// Ownership  forward, backward_input: an item owns some rows of one image. backward_weight: an item owns a block of
-//            channels over one slice of the rows of y; slabs are added in order.
+// Tile       forward with AVX-512 [AVX2]: a vector of 16 [8] filters k deep; columns w ->
+//                        +- x: (kTile - 1) * stride_w + S columns, in place --+
+//            rows h    | |  +- y: kTile = 14 [7] columns q, a row p --------+ |  an item: rows p of an image, as many
+//                      v |  | sums and S <= 7 taps of row r: registers      | |  as kStripBytes of x are; the tile goes
+//                        |  +-----------------------------------------------+ |  down them, then along q, then along k
+//                        +- halo: R - stride_h, S - stride_w; from cache -----+
+//            backward_weight: kItemBlocks = 4 vectors of channels; the sum over rows (n,p) is split into slices.
+// Ownership  forward, backward_input: an item owns some rows of one image. backward_weight: an item owns
+//            kItemBlocks vectors of channels over one slice of the rows of y; slabs are added in order.
 // Traffic    forward: x + y, backward_input: dy + dx, backward_weight: x + dy, each once: what overlaps meets in cache.
 
 #include <vector>

@@ -5,11 +5,17 @@
 //   dx[n,c,h,w] = dy[n,c,indices[n,c,h,w]]
 //
 // Layout     x, dx, y, dy dense, all [N,C,..] or all [N,..,C]; indices by their strides, so that they are never copied.
+// Tile       forward: an item has kBlock = 64 channels c of an image, [N,..,C], or one, [N,C,..].
+//                          columns w ->                               columns q ->
+//                        +--------------------------------+         +------------------------------------+
+//            rows h    | | x, indices: all of H x W, in   |  index  | y: all of P x Q, cleared first;    | | rows p
+//                      v | row-major order, in place      | ------->| the last value for a place stays   | v
+//                        +--------------------------------+         +------------------------------------+
+//            backward: dx in the same order, gathered from dy. No halo, no split: planes are whole.
 // Ownership  One index of parallel_for owns the planes of kBlock channels of an image, or of one where planes lie
-// apart:
-//            what it writes, it writes in one order, so every schedule gives the same bits.
-// Traffic    forward: x and indices once, y twice where an image does not fit the cache; backward: indices once, what
-//            they point to of dy, dx.
+//            apart: what it writes, it writes in one order, so every schedule gives the same bits.
+// Traffic    The check: indices once. forward: indices and x once + y, twice where its planes do not fit the cache;
+//            backward: indices once, what they point to of dy + dx.
 #include <algorithm>
 #include <atomic>
 

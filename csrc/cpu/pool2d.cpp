@@ -8,9 +8,16 @@
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; S is the window's own width
 //            where windows differ.
+// Tile       forward: 4 vectors of channels c deep, or one; columns w ->
+//                        +- x: the R rows of W pixels that row p reads -------+
+//            rows h    | | [window (p,q): R x S]      maximum and tap, or     |  an item: row (n,p) of y, its windows
+//                      v |            [window (p,q+1)] ..  sum: registers     |  one by one, all C channels; x in place
+//                        +- halo: columns of both, rows of p + 1: cache ------+
+//            backward: row (n,h) of dx, whose pixels ask the windows over them; of few channels, a band of rows.
 // Ownership  One index of parallel_for owns one row of outputs, (n,p) forward and (n,h) backward, or a band of such
 //            rows. Nothing is written outside of it, so every schedule gives the same bits.
-// Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx.
+// Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy (+ offsets) once + dx;
+//            indices: offsets once + indices.
 #include "pool2d.h"
 
 #include <algorithm>

@@ -10,11 +10,17 @@
 //
 // Layout     x, y and their gradients [N,L,C] or [N,C,L]; weight1 and the transposed weight2 [M,C]; the rest [N,C] and
 //            [N,M]. All work on the weights runs along C.
+// Tile       an image of [N,L,C], sums and y; of [N,C,L] a slice has some channels' whole planes.
+//                          channels c ->
+//                        +- all C, kTile = 512 at once -----------------+
+//            positions | | slice: kSliceSize = 8192 elements or         |  the layers: an image, or kTogether = 4
+//            l         v | more, or all of L; sums: cache               |  that share a reading of the matrices
+//                        +- split: the next slice of the image ---------+
 // Ownership  An image is cut into slices: positions of [L,C], channels of [C,L]. Where images are many, one index of
 //            parallel_for owns an image, and the second sweep finds it in cache; where they are few, one owns a slice.
 //            Both sum the same slices in the same order, so any number of threads gives the same bits.
 // Traffic    forward: x for the means, then x + y; backward: dy + x for dscale, then dy + dx. The second reading comes
-//            from cache where an image fits.
+//            from cache where an image fits. The matrices once for each image, or for kTogether of them.
 #include <algorithm>
 #include <memory>
 

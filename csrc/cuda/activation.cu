@@ -4,6 +4,10 @@
 //   dz[i] = dy[i] * activation'(z[i]), read off y[i] where y tells it: saved is z for silu and hardswish, else y
 //
 // Layout     any: z, y and their gradients share one dense layout of `count` numbers.
+// Tile       numbers i ->
+//            +- a block: 256 pieces, 4 KiB -----------------------------+-----
+//            | [16 bytes] [16 bytes] ..    one a thread: registers      | next
+//            +----------------------------------------------------------+-----
 // Ownership  One thread owns 16 bytes of the result.
 // Traffic    forward: z + y; backward: dy, saved + dz, once each.
 

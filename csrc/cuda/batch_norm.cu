@@ -9,7 +9,14 @@
 //   scale[c] = weight[c] / sqrt(running_var[c] + eps)
 //   shift[c] = (conv_bias[c] - running_mean[c]) * scale[c] + bias[c]
 //
-// Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], in the pieces of batch_norm.cuh; the rest [C].
+// Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], in the pieces of batch_norm.cuh; everything
+//            else [C].
+// Tile       sums and sweeps, [N,L,C]; of [N,C,L] a block has one channel, or several where planes are short.
+//                          channels c ->
+//                        +- columns: up to 32, of 16 bytes or 1 number -+
+//            positions | | rows = 256 / columns positions at once;      |  a block: a slice of slice_length pieces,
+//            (n,l)     v | sums: registers, then shared memory          |  a column a thread; merged in order
+//                        +- split: the next slice, another block's -----+
 // Ownership  One block owns a slice of the positions of some channels. Its threads keep to their channels, so that
 //            parameters are loaded once. The sums of a slice go to the workspace, where batch_norm_sums.cu adds them.
 //            Of planes that are no whole sectors, one warp owns a stretch, whatever its channels, of what is written.

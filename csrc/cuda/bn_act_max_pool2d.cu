@@ -6,6 +6,12 @@
 //   dx, dweight and dbias are batch norm's, of da.
 //
 // Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; everything else [C].
+// Tile       forward: a thread has up to 16 bytes of channels c deep; columns w ->
+//                        +- x: what the windows read, in place ---------------+
+//            rows h    | | [window m: R x S]        a, maximum and tap:       |  a block: `columns` threads, up to 32,
+//                      v |        [window m + 1] ..          registers        |  along c, 256 / columns along (n,p,q)
+//                        +- halo: columns of both, rows of others: L1 --------+
+//            backward: (n,h,w) instead, da from the windows over it: registers; sums are split into slices.
 // Ownership  Blocks own slices of the positions of some channels, as batch norm's do: forward, of y's, backward of x's.
 //            A thread keeps to its channels. It computes a at the taps of its windows, and gathers da from the windows
 //            over its positions, so that there are no atomics and neither a nor da is written to memory.

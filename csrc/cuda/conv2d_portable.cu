@@ -5,8 +5,16 @@
 //                      where stride divides
 //   dweight[k,r,s,c] = sum over (n,p,q) of dy[n,p,q,k] * x[n, p*stride - pad + r*dilation, .., c]
 //
-// Layout     x, dx [N,H,W,C]; y, dy [N,P,Q,K]; weight, dweight [K,R,S,C/groups]. Below, C and K of a group are
+// Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K]. Below, C and K of a group are
 //            `channels` and `filters`.
+// Tile       forward: kM x kN = 64 x 64, 128 x 64 or 128 x 128; kBlockK = 32 in 16 bits, 16 in fp32.
+//                          sum over (r,s,c) ->        filters k ->               filters k ->
+//                        +------------------------+ +------------------------+ +------------------------+
+//            pixels    | | x: kM x kBlockK, a ring|*| weight: kBlockK x kN,  |=| y: kM x kN sums, 4     |
+//            (n,p,q)   v | of 3-4 in shared memory| | in the same ring       | | warps' registers       |
+//                        +------------------------+ +------------------------+ +------------------------+
+//            The sum is split where tiles are few. backward_weight: filters k down, (r,s,c) across, up to 64 x 256
+//            too; the sum over pixels is split. Exact fp32: no more than 128 x 64.
 // Ownership  One block owns a tile of one group's result: pixels x filters, pixels x channels, and filters x (r,s,c).
 //            Long sums over few tiles are cut into slabs of float, which a second kernel adds in order: every schedule
 //            gives the same bits.

@@ -2,7 +2,14 @@
 //
 //   y[n,p,q,c] = sum over (r,s) of x[n, p*stride - pad + r, q*stride - pad + s, c] * weight[c,r,s]
 //
-// Layout     x [N,H,W,C], y [N,P,Q,C], weight [C,R,S].
+// Layout     x [N,H,W,C]; weight [C,R,S]; y [N,P,Q,C].
+// Tile       a block: 64 bytes of channels c deep, 32 in 16 bits, 16 in fp32; columns w ->
+//                        +- x: (columns - 1) * stride + S columns, in a ring --+
+//            rows h    | |  +- y: columns = 8, 16 or 32, step rows p --------+ |  x: shared memory; the next step's are
+//                      v |  | 2 channels of 2 x 4 a thread: registers        | |  on their way; columns * step = 64,
+//                        |  +------------------------------------------------+ |  in fp32 128; steps go down the strip
+//                        +- halo: R - stride rows, S - stride columns ---------+
+//            weight: registers; of 7 x 7, shared memory. Split: strips along q and, where those are few, along p.
 // Ownership  A block marches down strips of y, whose windows of x go round a ring in shared memory. A thread owns two
 //            channels of 2 x 4 outputs of a step.
 // Traffic    x once for each strip, its columns on either side with it, in 16-byte copies that go while the step before

@@ -9,8 +9,19 @@
 //
 // Layout     x, dx [N,H,W,C] or [N,C,H,W], y and dy likewise; offsets [N,P,Q,C] for either: uint8 where R * S <= 256,
 //            else, and where windows are adaptive, int32 (r * S + s in a window's own S columns).
-// Ownership  pool2d.cuh. The indices' kernel: one thread owns one of them.
-// Traffic    forward: x once + y (+ offsets); backward: dy and offsets once + dx; indices: offsets once + indices.
+// Tile       forward, [N,H,W,C]: a thread has 16 bytes of channels c deep; columns w ->
+//                        +- x: two windows of 3 x 3, stride 2, in place ------+
+//            rows h    | | [window (p,q)]            maximum and tap:         |  a block: 256 threads along c, q, p, n;
+//                      v | [window (p+1,q)]          registers                |  windows of other shapes: one a thread
+//                        +- halo: the row of both, read once -----------------+
+//            [N,C,H,W]: a block has 64 windows of a row in 32 channels; row r of x, kStagedInputs = 136 columns of it,
+//            lies in shared memory. backward: 64 inputs of a row, with kStagedWindows = 72 windows at once.
+// Ownership  forward: of NHWC, one thread owns 16 bytes of channels of one output or of two; of NCHW, a block owns 64
+//            outputs of a row in 32 channels. Where outputs are few and windows large, threads share a window's taps,
+//            and what they kept is merged in pairs. backward: one input or 64 of a row, which ask the windows over
+//            them. indices: one thread owns one of them. Every schedule gives the same bits; see pool2d.cuh.
+// Traffic    forward: x once (overlapping windows meet in cache) + y (+ offsets); backward: dy and offsets once + dx;
+//            indices: offsets once + indices.
 
 #include "pool2d.cuh"
 

@@ -5,13 +5,19 @@
 //   dx[n,c,h,w] = dy[n,c,indices[n,c,h,w]]
 //
 // Layout     x, dx, y, dy dense, all [N,C,..] or all [N,..,C]; indices by their strides, so that they are never copied.
-// Ownership  Forward: a block owns a rectangle of y in some channels. It looks at the inputs that may point there,
-// keeps
-//            in shared memory for each of its elements the last of them with its value, an integer maximum that is the
-//            same in every order, and writes each element once. Which inputs may point there it knows from `Bounds`:
-//            how far from its own place, scaled to y's plane, any input points at all. Where they came of a pool, that
-//            is a window's size, and blocks share few inputs. Backward: one thread owns one element of dx.
-// Traffic    The check: indices once. Forward: indices and x once + y; backward: indices once, what they point to of dy
+// Tile       forward: a block has kChannels = 16 channels c of an image, [N,..,C], or one, [N,C,..].
+//                          columns w ->                               columns q ->
+//                        +--------------------------------+         +------------------------------------+
+//            rows h    | | x, indices: a rectangle, all   |  index  | y: a rectangle, kElements = 4096,  | | rows p
+//                      v | that `Bounds` lets point there | ------->| 8 bytes each in shared memory      | v
+//                        +--------------------------------+         +------------------------------------+
+//            halo: how far `Bounds` lets inputs point; other blocks read them, too. backward: a thread for each dx.
+// Ownership  forward: a block owns a rectangle of y in some channels. It looks at the inputs that may point there,
+//            keeps in shared memory for each of its elements the last of them with its value, an integer maximum that
+//            is the same in every order, and writes each element once. Which inputs may point there it knows from
+//            `Bounds`: how far from its own place, scaled to y's plane, any input points at all. Where they came of a
+//            pool, that is a window's size, and blocks share few inputs. backward: one thread owns one element of dx.
+// Traffic    The check: indices once. forward: indices and x once + y; backward: indices once, what they point to of dy
 //            + dx.
 
 #include <algorithm>

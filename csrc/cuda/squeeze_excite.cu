@@ -1,20 +1,27 @@
 // Squeeze and excitation: each channel of an image is scaled by what a small network makes of all channels' means.
 //
 //   pooled[n,c] = mean over L of x;  hidden[n,m] = bias1[m] + sum over c of weight1[m,c] * pooled[n,c]
-//   scale[n,c]  = gate(bias2[c] + sum over m of weight2[m,c] * activation(hidden[n,m]));  y = x * scale
+//   scale[n,c]  = gate(bias2[c] + sum over m of weight2[c,m] * activation(hidden[n,m]));  y = x * scale
 //
 //   dscale[n,c] = sum over L of dy * x
-//   dgated      = dscale * gate';  dweight2 = activation(hidden)^T dgated,  dbias2 = sum over n of dgated
-//   dhidden     = dgated weight2^T * activation';  dweight1 = dhidden^T pooled,  dbias1 = sum over n of dhidden
+//   dgated      = dscale * gate';  dweight2 = dgated^T activation(hidden),  dbias2 = sum over n of dgated
+//   dhidden     = dgated weight2 * activation';  dweight1 = dhidden^T pooled,  dbias1 = sum over n of dhidden
 //   dx          = dy * scale + dhidden weight1 / L
 //
 // Layout     x, y and their gradients [N,L,C] or [N,C,L]; weight1 and the transposed weight2 [M,C]; the rest [N,C] and
 //            [N,M], in float.
+// Tile       an image of [N,L,C], sums and y; of [N,C,L] up to 32 lanes have a slice of a plane for sums.
+//                          channels c ->
+//                        +- width columns: up to 256 channels ----------+
+//            positions | | slice: 256 / width positions at once;        |  the layers, a block: 8 images, 16 hidden
+//            l         v | sums: registers, then shared memory          |  values; then 8 images, 128 channels
+//                        +- split: the next slice, another block's -----+
 // Ownership  Sums over L: of [N,L,C] a block owns some channels of a slice of an image's positions, all of them where
 //            16 bytes hold several positions'; of [N,C,L] a few lanes own a slice of a plane. Where there are several
 //            slices, one thread adds up theirs in order. The layers: a warp owns 4 x 4 hidden values, a block 8 rows of
 //            128 channels, whose terms its warps share and then add in order. Every schedule gives the same bits.
-// Traffic    forward: x for the means, then x + y; backward: dy + x for dscale, then dy + dx; the layers' matrices.
+// Traffic    forward: x for the means, then x + y; backward: dy + x for dscale, then dy + dx. The matrices
+//            once for each 8 images, mostly from L2.
 
 #include <algorithm>
 

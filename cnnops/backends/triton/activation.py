@@ -2,9 +2,13 @@
 
     dz = dy * activation'(z), read off `saved`: z for silu and hardswish, y = activation(z) for the others.
 
-Layout     dy, saved and dz dense, in the same order.
-Ownership  One program owns BLOCK elements.
-Traffic    dy and saved once, dz once.
+Layout     any: dy, saved and dz share one dense layout of `count` numbers.
+Tile       numbers i ->
+           +- a program: BLOCK = 1024 numbers ------------------------+-----
+           | [thread's] [thread's] ..    8 a thread: registers        | next
+           +----------------------------------------------------------+-----
+Ownership  One program owns BLOCK consecutive numbers of dz.
+Traffic    backward: dy, saved + dz, once each; forward: none, it is part of the kernels whose result it maps.
 """
 
 from __future__ import annotations

@@ -12,6 +12,13 @@ Layout     x, y, residual and their gradients [N,L,C] or [N,C,L], L being all po
            kernels know [N,C,L] alone: of [N,L,C], the positions are its images, of which each has a plane of one.
            Vectors of 16 bytes go along the channels of [N,L,C], or along the positions of [N,C,L]; shorter ones where
            those are no multiple of a vector.
+Tile       sums and sweeps, [N,L,C]: BLOCK_N x BLOCK_C = 64 x 64, of up to 32 channels 128 x 32.
+                         channels c ->
+                       +- BLOCK_C channels ---------------------------+
+           positions | | tile: BLOCK_N positions at once;             |  a program: a slice of `steps` tiles for
+           (n,l)     v | sums: registers                              |  sums, a tile for sweeps
+                       +- split: the next slice, another program's ---+
+           [N,C,L]: BLOCK_N x BLOCK_C x BLOCK_L = 8 x 1 x 512; planes of up to 256: 16 x 1 x 256, up to 64: 16 x 4 x 64.
 Ownership  One program owns a tile: the same run of the planes of some images and channels. Sums are cut into slices of
            tiles: each leaves its part in fp32, and a second kernel merges the slices' parts in a fixed order, in
            double. A tile's moments are its mean, then the squared deviations from that; tiles and slices are merged by

@@ -7,6 +7,12 @@
 
 Layout     x, dx [N,H,W,C]; y, dy and the offsets r * S + s of the kept taps [N,P,Q,C]; everything else [C]. What is
            not NHWC is copied.
+Tile       forward: BLOCK_M x BLOCK_C = 32 x 64, of up to 32 channels 64 x 32; columns w ->
+                       +- x: what BLOCK_M windows read, in place -----------+
+           rows h    | | [window m: R x S]        a, maximum and tap:       |  BLOCK_C channels c deep; m counts (n,p,q)
+                     v |        [window m + 1] ..          registers        |  and so goes on in the next row, and image
+                       +- halo: columns of both, rows of others: L1 --------+
+           backward: (n,h,w) instead, da from the windows over it: registers; sums are split into slices.
 Ownership  One program owns a tile of positions and channels: forward, of y's, backward of x's. It computes a at the
            taps of its windows, and gathers da from the windows over its positions, so that nothing is atomic and
            neither a nor da is written to memory. Sums are cut into slices of tiles, as batch norm's are.

@@ -6,6 +6,14 @@
     dbias[k]        = sum over (n,p,q) of dy[n,p,q,k]
 
 Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K]; all dense. forward_nchw: torch's own.
+Tile       forward: BLOCK_M x BLOCK_N x BLOCK_K up to 128 x 128 x 64 in 16 bits; 64 x 64 x 16, 64 x 16 x 32 in fp32.
+                         sum over (r,s,c) ->        filters k ->               filters k ->
+                       +------------------------+ +------------------------+ +------------------------+
+           pixels    | | x: BLOCK_M x BLOCK_K,  |*| weight: BLOCK_K x      |=| y: BLOCK_M x BLOCK_N   |
+           (n,p,q)   v | 2-3 in shared memory   | | BLOCK_N, likewise      | | sums: registers, TMEM  |
+                       +------------------------+ +------------------------+ +------------------------+
+           TMEM: tensor memory, of tcgen05 on sm_100. backward_weight: filters k down, (r,s,c) across; the sum over
+           pixels is split. forward_nchw: filters k down, pixels (n,p,q) across, BLOCK_M x BLOCK_N up to 64 x 128.
 Ownership  One program owns one block of outputs of one group, so nothing is atomic. Sums over pixels are split: each
            split fills its own fp32 slab, and a second kernel adds the slabs in a fixed order.
 Traffic    forward: x once for each tap and each block of filters (mostly from L2), weight once for each block of

@@ -8,6 +8,13 @@
 
 Layout     x, dx [N,H,W,C] or [N,C,H,W]; y, dy, residual, z alike; weight, dweight [K,R,S], turned to [R,S,K] for loads of
            16 bytes. Lanes run along channels of NHWC, 16 bytes a thread, and along pixels of NCHW.
+Tile       forward: ROWS x BLOCK_M x BLOCK_C = 7 x 32 x 32 in 16 bits, 7 x 32 x 16 in fp32; columns w ->
+                       +- x: BLOCK_M columns for each of S taps, in place ----+
+           rows h    | |  +- y: BLOCK_M columns q, ROWS rows p -------------+ |  BLOCK_C filters k deep; beyond Q the
+                     v |  | sums and R taps of column s: registers          | |  columns go on ROWS rows further down;
+                       |  +-------------------------------------------------+ |  taps that are not unrolled: ROWS = 1
+                       +- halo: R - STRIDE_H rows, S - STRIDE_W columns: L1 --+
+           NCHW: 4 x 128 x 8. Maps of up to 7 x 8: 7 x 8 x 128, fp32 7 x 8 x 64. dweight: the sum over pixels is split.
 Ownership  forward: a program owns up to seven rows of some columns of an image, of some filters. dx: a program owns some
            positions of `stride` x `stride` pixels. dweight: a program sums a share of all pixels, for all taps of a
            filter of up to 3 x 3 together with dx, else for a row of up to eight taps; its sums fill an fp32 slab, and a

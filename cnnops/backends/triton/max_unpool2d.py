@@ -5,8 +5,15 @@
     dx[n,c,h,w] = dy[n,c,indices[n,c,h,w]]
 
 Layout     x, dx, y, dy, indices dense, all [N,C,..] or all [N,..,C].
-Ownership  Forward: one pass over the inputs notes for each position of y the last of those that point there, an integer
-           maximum that is the same in every order; another one owns a block of y. Backward: a program owns a block of
+Tile       forward: BLOCK_M x BLOCK_C = 16 x 64 in 16 bits, 8 x 64 in fp32 (C >= 64), NCHW 32 x 32, in both passes.
+                         columns w ->                               columns q ->
+                       +--------------------------------+         +------------------------------------+
+           rows h    | | 1. indices: BLOCK_M positions, |  index  | notes: all of P x Q, 4 bytes each; | | rows p
+                     v | at (h,w) of H x W              | ------->| 2. y, and x by these: BLOCK_M      | v
+                       +--------------------------------+         +------------------------------------+
+           The notes are in memory, in L2 where they fit. backward: BLOCK_M positions of dx. No halo, no split.
+Ownership  forward: one pass over the inputs notes for each position of y the last of those that point there, an integer
+           maximum that is the same in every order; another one owns a block of y. backward: a program owns a block of
            dx. The first wrong index is a minimum over all.
 Traffic    forward: indices once, the notes (4 bytes for each element of y) three times, x once + y; backward: indices
            once, what they point to of dy + dx.

@@ -12,6 +12,12 @@ a tap inside the input gives -inf and the offset 0.
 
 Layout     x, dx [N,H,W,C] or [N,C,H,W], y and dy likewise; offsets [N,P,Q,C] for either: uint8 where R * S <= 256,
            else, and where windows are adaptive, int32 (r * S + s in a window's own S columns).
+Tile       forward: BLOCK_M x BLOCK_C = 16 x 64 in 16 bits, 8 x 64 in fp32 (C >= 64), NCHW 32 x 32; columns w ->
+                       +- x: what BLOCK_M windows read, in place -----------+
+           rows h    | | [window m: R x S]          maximum and tap, or     |  BLOCK_C channels c deep; m counts (n,p,q)
+                     v |        [window m + 1] ..        sum: registers     |  and so goes on in the next row, and image
+                       +- halo: columns of both, rows of others: L1 --------+
+           Adaptive windows of 8 taps or more: BLOCK_M = 1, split: BLOCK_T = 32 lanes (NCHW 64), merged as a tree.
 Ownership  One program owns a block of outputs in a block of channels, or of inputs, which ask the windows over them:
            each result is written once, and every sum has a fixed order. Lanes run along the channels of NHWC, along the
            positions of NCHW, where offsets change order within the program. The taps of large adaptive windows, a whole

@@ -10,6 +10,12 @@
 
 Layout     x, y and their gradients [N,L,C] or [N,C,L], lanes along the last axis; weight1 [M,C], weight2 [C,M]; the rest
            [N,C] and [N,M], in fp32.
+Tile       an image, sums and y: BLOCK_L x BLOCK_C = 64 x 64 in 16 bits, 64 x 32 in fp32; [N,C,L] 512 x 8 or 64 x 64.
+                         channels c ->
+                       +- BLOCK_C channels ---------------------------+
+           positions | | slice: BLOCK_L positions at once;            |  the layers, a program: an image, all M,
+           l         v | sums: registers                              |  4096 elements of a matrix at once
+                       +- split: the next slice, another program's ---+
 Ownership  Sums over L: a program owns some channels of a slice of an image's positions. The layers: a program owns an
            image; it adds its slices in order, and runs both layers. Sums over images: a program owns a tile of dweight,
            or some of a dbias. Nothing is atomic, so the result is deterministic.
