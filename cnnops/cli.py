@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
@@ -395,11 +396,16 @@ def _guarded(command: Command, options: argparse.Namespace) -> int:
             raise UsageError(
                 f"CNNOPS_BACKEND must be one of {', '.join(dispatch.NAMES)}, but is {dispatch.scope.backend!r}"
             )
-        return command(options)
+        status = command(options)
+        sys.stdout.flush()  # while it can still fail with an exit status
+        return status
     except Stopped as stopped:
         return _failed(f"{stopped}; go on with: cnnops train --resume {stopped.folder}", 128 + stopped.signum)
     except (UsageError, DataError, CheckpointError, TrainingError, UnsupportedError) as error:
         return _failed(str(error), USAGE_ERROR)
+    except BrokenPipeError:  # who reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own flush would complain
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror or error}", USAGE_ERROR)

@@ -480,3 +480,9 @@ def check_moments(y: Tensor, mean: Tensor, m2: Tensor) -> None:
     magnitude = (deviation * (exact.abs() + centre.abs())).sum(axes)
     theirs = (exact.float() - centre.float()).square().sum(axes)
     assert_close(m2.cpu(), theirs, deviation.square().sum(axes), magnitude, count, "m2")
+
+
+def check_pooled(y: Tensor, pooled: Tensor) -> None:
+    """pooled [N, K] is the mean of each plane of y [N, K, P, Q], in float32."""
+    exact, axes = y.cpu().double(), (2, 3)
+    assert_close(pooled, exact.float().mean(axes), exact.mean(axes), exact.abs().mean(axes), y[0, 0].numel(), "pooled")

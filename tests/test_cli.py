@@ -50,6 +50,17 @@ def test_python_dash_m_shows_the_commands() -> None:
     assert "train" in done.stdout
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `cnnops info | head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "cnnops", "info"]
+    done = subprocess.run(command, cwd=root, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_train_help_has_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())

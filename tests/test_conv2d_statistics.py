@@ -12,7 +12,7 @@ from helpers import Backend, over
 from tolerance import assert_same_bits
 
 FUNCTION = "conv2d_statistics_forward"
-ON_GPUS = tuple(name for name in (*helpers.BACKENDS, *helpers.VARIANTS) if name != "cpu")
+ON_GPUS = tuple(name for name in (*helpers.BACKENDS, *helpers.VARIANTS) if helpers.claims(name, FUNCTION))
 CORNERS = tuple(case for case in of_suite(CONV2D, "corner") if case.C)
 
 
@@ -52,6 +52,21 @@ def test_far_from_zero(backend: Backend) -> None:
     weight = torch.zeros(case.weight_shape, device=backend.device)
     weight[:, 0, 1, 1] = 1
     check(backend, case, (x, weight, torch.full((case.K,), 4097.0, device=backend.device)))
+
+
+@over(FUNCTION, [case for case in CORNERS if case.N and case.K > 1], backends=ON_GPUS)
+def test_an_infinite_channel_has_an_infinite_mean(
+    backend: Backend, case: Conv2dCase, dtype: torch.dtype, layout: str
+) -> None:
+    """Wherever the infinities lie; as torch's mean, and with squares that are no number."""
+    x, weight, _ = helpers.conv2d_inputs(case, dtype, layout, backend.device)
+    for channel in (0, case.K - 1):
+        bias = torch.zeros(case.K, dtype=dtype, device=backend.device)
+        bias[channel] = -torch.inf
+        _, mean, m2 = run(backend, case, (x, weight, bias))
+        there = torch.arange(case.K) == channel
+        assert mean.isneginf().cpu().equal(there)
+        assert m2.isnan().cpu().equal(there)
 
 
 @pytest.mark.parametrize("backend", ON_GPUS, indirect=True)

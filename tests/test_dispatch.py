@@ -95,13 +95,12 @@ def test_the_device_kernels_take_every_convolution(name: str, dtypes: tuple[torc
     functions = FUNCTIONS["conv2d"] + FUNCTIONS["statistics"]
     asked = [(case, functions) for case in of_suite(CONV2D, "corner") if case.C]
     asked += [(case, FUNCTIONS["conv_transpose2d"]) for case in of_suite(CONV_TRANSPOSE2D, "corner")]
-    if name == "simt":
-        asked += [(case, FUNCTIONS["norm"]) for case in of_suite(NORM, "corner")]
-        asked += [(case, FUNCTIONS[case.op]) for case in of_suite(POOL2D, "corner")]
-        asked += [(case, FUNCTIONS["max_unpool2d"]) for case in of_suite(UNPOOL2D, "corner")]
-        asked += [(case, FUNCTIONS["squeeze_excite"]) for case in of_suite(SQUEEZE_EXCITE, "corner")]
-        pools = [case for case in of_suite(POOL2D, "corner") if case.op == "max_pool2d"]
-        asked += [(case, FUNCTIONS["bn_act_max_pool2d"]) for case in pools]
+    asked += [(case, FUNCTIONS["norm"]) for case in of_suite(NORM, "corner")]
+    asked += [(case, FUNCTIONS[case.op]) for case in of_suite(POOL2D, "corner")]
+    asked += [(case, FUNCTIONS["max_unpool2d"]) for case in of_suite(UNPOOL2D, "corner")]
+    asked += [(case, FUNCTIONS["squeeze_excite"]) for case in of_suite(SQUEEZE_EXCITE, "corner")]
+    pools = [case for case in of_suite(POOL2D, "corner") if case.op == "max_pool2d"]
+    asked += [(case, FUNCTIONS["bn_act_max_pool2d"]) for case in pools]
     for (case, functions), dtype, layout in itertools.product(asked, dtypes, LAYOUTS):
         for function in functions:
             assert helpers.supports(name, function, case, dtype, layout), f"{function} of {case} in {dtype}"

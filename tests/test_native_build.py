@@ -175,10 +175,10 @@ BUDGETS = {
     # 2 dtypes: 2 tiles, of which both passes are one kernel; both gradients by 3 sizes of filters; slabs.
     "conv2d_toeplitz": 4 + 6 + 2,
     # 3 sizes, 2 strides, 3 dtypes: forward with and without statistics, backward. Of any size: 3 tiles forward, 2 widths
-    # of backward, in 3 dtypes. Slabs in 3, pooled results.
-    "depthwise_(?!nchw)": 54 + 15 + 4,
-    # 3 sizes, 2 strides and one of any size, 3 dtypes: forward and backward. Slabs and bias in 3, pooled results.
-    "depthwise_nchw": 42 + 7,
+    # of backward, in 3 dtypes. Slabs in 3, pooled results of all layouts.
+    "depthwise_(?!nchw)|finish_pooled": 54 + 15 + 4,
+    # 3 sizes, 2 strides and one of any size, 3 dtypes: forward and backward. Slabs and bias in 3.
+    "depthwise_nchw": 42 + 6,
     # 3 dtypes. NHWC: max with 2 kinds of offsets and average, each by vectors and by elements, 2 forms unrolled for small
     # windows; backward as many. NCHW and split, indices, unpooling.
     "pool2d|max_pool2d|max_unpool2d": 106,

@@ -72,13 +72,13 @@ def test_boxes_waste_little(N: int, side: int, pixels: int, waste: float) -> Non
     assert boxes * pixels / (N * side * side) == pytest.approx(waste, rel=1e-3)
 
 
-@pytest.mark.parametrize("layer", CONVOLUTIONS)
+@pytest.mark.parametrize(
+    "layer", [name for name, p in CONVOLUTIONS.items() if conv2d_plan.forward_tma(p, "ieee", H200)]
+)
 @pytest.mark.parametrize("processors", [1, 3, 132])
 def test_programs_walk_over_all_tiles_in_equal_steps(layer: str, processors: int) -> None:
     problem = CONVOLUTIONS[layer]
     plan = conv2d_plan.forward_tma(problem, "ieee", Device(90, processors))
-    if plan is None:
-        return
     how = plan.launch
     tiles = conv2d_plan.parts(how, False) * -(-problem.K // how.constants["BLOCK_N"])
     steps = how.scalars["tile_steps"]
@@ -153,7 +153,9 @@ def test_statistics_of_many_parts() -> None:
     means = (values * exists).sum(1) / counts.clamp_min(1)[:, None]
     m2s = ((values - means[:, None]).square() * exists).sum(1)
     parts = [t.to(BACKEND.device, torch.float32).contiguous() for t in (counts, means, m2s)]
-    mean, m2 = epilogue.merge(*parts)
     kept = values.flatten(0, 1)[exists.flatten()]
-    torch.testing.assert_close(mean.cpu().double(), kept.mean(0), rtol=2e-7, atol=0)
-    torch.testing.assert_close(m2.cpu().double(), (kept - kept.mean(0)).square().sum(0), rtol=1e-5, atol=0)
+    helpers.check_moments(kept.t().reshape(1, 5, -1, 1), *epilogue.merge(*parts))
+
+    parts[1][parts[0].nonzero()[0], 2] = torch.inf  # which the other parts are merged into
+    mean, _ = epilogue.merge(*parts)
+    assert mean[2].isposinf()

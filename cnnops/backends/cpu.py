@@ -29,8 +29,14 @@ function = library.function
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+LACKS = ("conv2d_statistics_forward", "conv2d_bn_act_pooled_forward")
+"""What only kernels for GPUs fuse with a convolution."""
+
+
 def supports(function: str, problem: Problem) -> Support:
-    """Every function, in every floating dtype; convolutions need an input channel."""
+    """Every function but those of `LACKS`, in every floating dtype; convolutions need an input channel."""
+    if function in LACKS:
+        return no(f"has no {function} kernel")
     if problem.dtype not in DTYPES:
         return no(f"{problem.dtype} is not one of float32, float64, bfloat16, float16")
     if isinstance(problem, Conv2dProblem) and problem.C == 0:

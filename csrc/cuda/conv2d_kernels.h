@@ -33,6 +33,9 @@ extern const Conv2dFamily kPortableConv2d, kPackedConv2d, kDepthwiseConv2d, kDep
 // Moments of tiles, merged in order: partial[tile][count, mean, m2][K] gives epilogue.mean and epilogue.m2.
 void finish_moments(int64_t tiles, int64_t K, const float* partial, const Epilogue& epilogue, Stream stream);
 
+// epilogue.pooled[n][k] = the sum of partial[n][part][k] over an image's parts, in order, divided by its pixels.
+void finish_pooled(const Conv2dProblem&, int64_t parts, const float* partial, const Epilogue& epilogue, Stream stream);
+
 // The numbers in a slab of dweight's sums.
 inline int64_t slab_size(const Conv2dProblem& p) { return int64_t{p.K} * p.R * p.S * (p.C / p.groups); }
 

@@ -17,20 +17,6 @@ int64_t partial_size(const DepthwiseCut& cut, int64_t K, const Epilogue& epilogu
   return epilogue.mean ? moment_tiles(cut) * 3 * K : 0;
 }
 
-constexpr int kPooledThreads = 128;
-
-// pooled[n][k] = the sum of partial[n][part][k] over the parts, in order, divided by the `count` of an image's results.
-__global__ void __launch_bounds__(kPooledThreads)
-    depthwise_finish_pooled_kernel(int64_t size, int64_t parts, int64_t K, float count, const float* partial,
-                                   float* pooled) {
-  const int64_t i = int64_t{blockIdx.x} * kPooledThreads + threadIdx.x;
-  if (i >= size) return;
-  const Split at = split(i, K);
-  float sum = 0;
-  for (int64_t part = 0; part < parts; ++part) sum += partial[(at.quotient * parts + part) * K + at.remainder];
-  pooled[i] = sum / count;
-}
-
 // One of dweight's sums over a block's strips of x, of the pixels that dy has a gradient for.
 template <class T>
 __device__ float sum_again(const Conv2dProblem& p, const DepthwiseCut& cut, int64_t part, const T* dy, const T* x,
@@ -113,12 +99,7 @@ const Conv2dFamily kDepthwiseConv2d = {
           (cut.sized ? depthwise_sized_forward : depthwise_any_forward)(p, cut, epilogue, x, weight, y, partial,
                                                                         stream);
           if (epilogue.mean) finish_moments(moment_tiles(cut), p.K, partial, epilogue, stream);
-          if (epilogue.pooled) {
-            const int64_t size = int64_t{p.N} * p.K, parts = cut.strips / p.N * kDepthwiseWarps;
-            CNNOPS_LAUNCH(depthwise_finish_pooled_kernel, blocks(ceil_div(size, kPooledThreads)), kPooledThreads, 0,
-                          stream, size, parts, int64_t{p.K}, static_cast<float>(int64_t{p.P} * p.Q), partial,
-                          static_cast<float*>(epilogue.pooled));
-          }
+          if (epilogue.pooled) finish_pooled(p, cut.strips / p.N * kDepthwiseWarps, partial, epilogue, stream);
         },
     .backward_input_workspace = [](const Conv2dProblem&, const Conv2dPlan&) -> int64_t { return 0; },
     .backward_input =

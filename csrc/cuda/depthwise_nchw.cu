@@ -137,19 +137,6 @@ namespace {
 
 constexpr int kFinishThreads = 256;
 
-// pooled[n][k] = the sum of partial[n][chunk][k] over the chunks, in order, divided by the `count` of a plane's
-// results.
-__global__ void __launch_bounds__(kFinishThreads)
-    depthwise_nchw_finish_pooled_kernel(int64_t size, int64_t chunks, int64_t K, float count, const float* partial,
-                                        float* pooled) {
-  const int64_t i = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x;
-  if (i >= size) return;
-  const Split at = split(i, K);
-  float sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += partial[(at.quotient * chunks + chunk) * K + at.remainder];
-  pooled[i] = sum / count;
-}
-
 // One of dweight's sums over a block's strips, of the gradients whose pixel is there.
 template <class T>
 __device__ float sum_again(const Conv2dProblem& p, const NchwCut& cut, int64_t part, const T* dy, const T* x, int64_t k,
@@ -267,12 +254,7 @@ const Conv2dFamily kDepthwiseNchwConv2d = {
           auto* const partial = epilogue.mean || epilogue.pooled ? static_cast<float*>(workspace) : nullptr;
           depthwise_nchw_forward(p, cut, epilogue, x, weight, y, partial, stream);
           if (epilogue.mean) finish_moments(cut.parts, p.K, partial, epilogue, stream);
-          if (epilogue.pooled) {
-            const int64_t size = int64_t{p.N} * p.K;
-            CNNOPS_LAUNCH(depthwise_nchw_finish_pooled_kernel, blocks(ceil_div(size, kFinishThreads)), kFinishThreads,
-                          0, stream, size, cut.chunks, int64_t{p.K}, static_cast<float>(int64_t{p.P} * p.Q), partial,
-                          static_cast<float*>(epilogue.pooled));
-          }
+          if (epilogue.pooled) finish_pooled(p, cut.chunks, partial, epilogue, stream);
         },
     .backward_input_workspace = [](const Conv2dProblem&, const Conv2dPlan&) -> int64_t { return 0; },
     .backward_input =

@@ -14,7 +14,7 @@ struct Moments {
 
   // Welford's update, exact where a raw sum of squares would cancel. inverse is 1 / (count + 1), equal for all columns.
   __device__ void add(float value, float inverse) {
-    const float deviation = value - mean;
+    const float deviation = value - pivot();
     count += 1;
     mean += deviation * inverse;
     m2 += deviation * (value - mean);

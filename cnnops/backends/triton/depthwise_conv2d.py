@@ -48,7 +48,7 @@ from cnnops.backends.triton.layout import (
     replaced,
     zeros,
 )
-from cnnops.backends.triton.tensors import dense_as, empty_nhwc, result
+from cnnops.backends.triton.tensors import dense_as, empty, empty_nhwc, result
 from cnnops.geometry import Conv2dProblem, is_channels_last
 
 takes = plan.takes
@@ -372,7 +372,7 @@ def forward(
     bias, scale: [K] in any dtype, or None; residual: like y, or None.
     """
     p = problem
-    y = _empty((p.N, p.K, p.P, p.Q), x, p.channels_last)
+    y = empty((p.N, p.K, p.P, p.Q), x, p.channels_last)
     z = torch.empty_like(y) if need_z else None
     means = torch.empty((p.N, p.K), dtype=torch.float32, device=x.device) if pooled else None
     if not y.numel():
@@ -400,7 +400,7 @@ def backward(problem, dy, x, weight, need_dx, need_dweight) -> tuple[torch.Tenso
     """
     dx = dweight = None
     if need_dx and need_dweight and plan.shares_dy(problem):
-        dx = _empty(x.shape, x, problem.channels_last)
+        dx = empty(x.shape, x, problem.channels_last)
         dweight = backward_weight(problem, dy, x, weight, dx)
     else:
         if need_dx:
@@ -413,7 +413,7 @@ def backward(problem, dy, x, weight, need_dx, need_dweight) -> tuple[torch.Tenso
 def backward_input(problem, dy, weight, bias=None) -> torch.Tensor:
     """dx [N, C, H, W] of dy [N, K, P, Q] and weight [K, 1, R, S], plus bias [C], in the problem's layout."""
     p = problem
-    dx = _empty((p.N, p.C, p.H, p.W), dy, p.channels_last)
+    dx = empty((p.N, p.C, p.H, p.W), dy, p.channels_last)
     if dx.numel():
         kernel, how = plan.backward_input(p)
         dy, turned = dense_as(dy, p.channels_last), _turned(weight)
@@ -446,11 +446,6 @@ def backward_weight(problem, dy, x, weight, dx: Any = None) -> torch.Tensor:
     else:
         dweight.zero_()
     return result(dweight, channels_last)
-
-
-def _empty(shape, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _turned(weight: torch.Tensor) -> torch.Tensor:

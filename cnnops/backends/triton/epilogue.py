@@ -76,7 +76,7 @@ def merge_kernel(
         more_m2 = tl.sum(each_m2 + each[:, None] * apart * apart, 0)
 
         total = tl.maximum(count + more, 1.0, propagate_nan=tl.PropagateNan.NONE)
-        deviation = more_mean - mean
+        deviation = more_mean - tl.where(tl.abs(mean) < float("inf"), mean, 0.0)  # inf - inf would forget the mean
         mean += deviation * (more / total)
         m2 += more_m2 + deviation * deviation * (count * (more / total))
         count += more

@@ -24,7 +24,7 @@ _SUM_ELEMENTS = 4096
 """fp32 values that one program of a second pass holds at once: 32 a thread."""
 
 INTERPRETED_AS = 90
-"""The architecture whose kernels the interpreter runs, unless `as_architecture` names another."""
+"""The architecture whose kernels the interpreter runs, unless `as_device` says another."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import triton.language as tl
 from cnnops.backends.triton.activation import activate, gradient
 from cnnops.backends.triton.launch import Launch, cdiv, device_of, launch, power_of_2
 from cnnops.backends.triton.layout import along_channels, along_pixels, channel_offset, over_pixels, pixel_offset, zeros
-from cnnops.backends.triton.tensors import dense_as
+from cnnops.backends.triton.tensors import dense_as, empty
 from cnnops.geometry import ACTIVATIONS_FROM_INPUT, SqueezeExciteProblem
 from cnnops.tuning import cached, choose
 from cnnops.tuning.triton.squeeze_excite import SWEEP
@@ -270,11 +270,6 @@ def _matrix(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1).contiguous()
 
 
-def _empty(p: SqueezeExciteProblem, x: torch.Tensor) -> torch.Tensor:
-    layout = torch.channels_last if p.channels_last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
 def squeeze_excite_forward(
     x, weight1, bias1, weight2, bias2, activation, gate
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -283,7 +278,7 @@ def squeeze_excite_forward(
     weight1: [M, C]; weight2: [C, M]; or the same with two axes of one more; biases [M], [C] or None; fp32, fp16 or bf16.
     """
     p = SqueezeExciteProblem.of(x, weight1, bias1, weight2, bias2, activation, gate)
-    y = _empty(p, x)
+    y = empty(x.shape, x, p.channels_last)
     pooled, hidden, scale = (
         torch.empty((p.N, size), dtype=torch.float32, device=x.device) for size in (p.C, p.M, p.C)
     )  # fmt: skip
@@ -320,7 +315,7 @@ def squeeze_excite_backward(
     pooled, hidden, scale: what the forward pass gave.
     """
     p = SqueezeExciteProblem.of(x, weight1, bias1, weight2, bias2, activation, gate)
-    dx = _empty(p, x) if need_dx else None
+    dx = empty(x.shape, x, p.channels_last) if need_dx else None
     dweight1, dbias1, dweight2, dbias2 = (
         torch.empty(shape, dtype=x.dtype, device=x.device) if need else None
         for need, shape in (
