@@ -76,9 +76,10 @@ class Job:
     launch: Launch
 
     def config(self) -> tuple[Any, ...]:
-        """What a tuning row sets: blocks, warps, stages."""
-        blocks = {name: value for name, value in self.launch.constants.items() if name.startswith("BLOCK")}
-        return (*sorted(blocks.items()), self.launch.num_warps, self.launch.num_stages)
+        """What a tuning row sets: blocks, warps, stages, registers."""
+        how = self.launch
+        blocks = {name: value for name, value in how.constants.items() if name.startswith("BLOCK")}
+        return (*sorted(blocks.items()), how.num_warps, how.num_stages, how.max_registers)
 
 
 @dataclasses.dataclass(frozen=True)

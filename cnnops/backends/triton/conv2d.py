@@ -6,7 +6,7 @@
     dbias[k]        = sum over (n,p,q) of dy[n,p,q,k]
 
 Layout     x, dx [N,H,W,C]; weight, dweight [K,R,S,C/groups]; y, dy [N,P,Q,K]; all dense. forward_nchw: torch's own.
-Tile       forward: BLOCK_M x BLOCK_N x BLOCK_K up to 128 x 128 x 64 in 16 bits; 64 x 64 x 16, 64 x 16 x 32 in fp32.
+Tile       forward: BLOCK_M x BLOCK_N x BLOCK_K up to 128 x 128 x 64 in 16 bits; 64 x 64 x 16, 64 x 16 x 16 in fp32.
                          sum over (r,s,c) ->        filters k ->               filters k ->
                        +------------------------+ +------------------------+ +------------------------+
            pixels    | | x: BLOCK_M x BLOCK_K,  |*| weight: BLOCK_K x      |=| y: BLOCK_M x BLOCK_N   |

@@ -90,6 +90,7 @@ def forward(p: Conv2dProblem, precision: str, activation: str = "none", prologue
         | {"STEPS": _steps(p.R * p.S, p.C // p.groups, tile.block_k), "ACTIVATION": activation, "PROLOGUE": prologue},
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
     )
 
 
@@ -104,6 +105,7 @@ def forward_nchw(p: Conv2dProblem, precision: str, activation: str = "none") -> 
         | {"STEPS": cdiv(p.C // p.groups * p.R * p.S, tile.block_k), "ACTIVATION": activation},
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
     )
 
 
@@ -141,6 +143,7 @@ def backward_input(p: Conv2dProblem, precision: str) -> Launch:
         constants,
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
     )
 
 
@@ -158,6 +161,7 @@ def backward_weight(p: Conv2dProblem, precision: str, processors: int) -> SplitL
         _constants(p, tile, precision) | {"COLUMN_TILES": _steps(p.R * p.S, group_c, tile.block_n)},
         tile.num_warps,
         tile.num_stages,
+        tile.max_registers,
     )
     return SplitLaunch(splits, partial, total_of(p.K * p.R * p.S * group_c, splits))
 

@@ -66,6 +66,7 @@ def forward(p: Conv2dProblem, activation: str) -> Launch:
         {"H": p.H, "W": p.W, "P": p.P, "Q": p.Q, "tiles": tiles},
         geometry | {"ACTIVATION": activation, "FLIPPED": False, "UNROLLED": unrolled, "ROWS": rows} | _blocks(tile),
         tile.num_warps,
+        max_registers=tile.max_registers,
     )
 
 

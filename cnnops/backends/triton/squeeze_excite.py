@@ -255,7 +255,8 @@ def _layers(p: SqueezeExciteProblem, slices: int, **more: Any) -> Launch:
         "C": p.C, "M": p.M, "SLICES": slices, "ACTIVATION": p.activation, "GATE": p.gate,
         "BLOCK_M": hidden, "BLOCK_C": channels,
     }  # fmt: skip
-    return Launch(p.N, {"area": float(p.L)}, {**constants, **more}, 8)
+    # Bounded, even so generously, the assembler does not spill for the sake of more programs on a multiprocessor.
+    return Launch(p.N, {"area": float(p.L)}, {**constants, **more}, 8, max_registers=128)
 
 
 def _partial(p: SqueezeExciteProblem, dy: torch.Tensor | None, x: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -20,6 +20,7 @@ class ConvTile:
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 Condition = Callable[[Conv2dProblem], bool]
@@ -63,8 +64,8 @@ def _gather(
         ),
         Rule(
             _fp32(lambda p: outer(p) <= 16),
-            ConvTile(64, 16, 32, 4, 2),
-            "16 is tl.dot's least width: grouped and depthwise waste least",
+            ConvTile(64, 16, 16, 4, 2),
+            "16 is tl.dot's least width: grouped and depthwise waste least; longer steps spill on sm_90",
         ),
         Rule(
             _fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"
@@ -82,8 +83,9 @@ def _gather(
         Rule(lambda p: outer(p) <= 64, ConvTile(128, 64, 64, 8, 3), "64 outputs fill no wider tile"),
         Rule(
             _always,
-            ConvTile(128, 128, 64, 8, 3),
-            "two warpgroups of 64x128; three stages take 96 KiB, which every architecture since sm_80 has",
+            ConvTile(128, 128, 64, 8, 3, 248),
+            "two warpgroups of 64x128; three stages take 96 KiB, which every architecture since sm_80 has; bounded, the "
+            "assembler for sm_100 does not spill",
         ),
     )
 
@@ -133,7 +135,10 @@ BACKWARD_WEIGHT = Table(
             "16 is tl.dot's least height: grouped and depthwise waste least",
         ),
         Rule(
-            _fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"
+            _fp32(_always),
+            ConvTile(64, 64, 16, 4, 2, 168),
+            "exact fp32 multiplies in registers: 32 accumulators a thread; bounded, sm_90's taps of few channels do not "
+            "spill",
         ),
         Rule(
             lambda p: _group_k(p) <= 16,
@@ -164,11 +169,11 @@ class TmaTile:
 
     @property
     def max_registers(self) -> int:
-        """What a thread may have, so that so many programs fit the 64 Ki of a multiprocessor.
+        """What a thread may have, so that so many programs fit the 64 Ki of a multiprocessor, which come by eights.
 
         Said of one program too: left to itself, the assembler for sm_100 takes fewer and spills.
         """
-        return min(2**16 // (32 * self.num_warps * self.resident), 255)
+        return min(2**16 // (32 * self.num_warps * self.resident), 255) // 8 * 8
 
 
 _WIDE = 128 * 256

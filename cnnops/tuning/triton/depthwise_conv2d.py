@@ -19,6 +19,7 @@ class DepthwiseTile:
     block_m: int
     block_c: int
     num_warps: int
+    max_registers: int | None = None
 
 
 Condition = Callable[[Conv2dProblem], bool]
@@ -60,6 +61,11 @@ FORWARD = Table(
             _fp32(_always), DepthwiseTile(7, 32, 16, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"
         ),
         Rule(_small, DepthwiseTile(7, 8, 128, 4), "a 7 x 7 map is one column of a tile for each of its seven"),
+        Rule(
+            lambda p: p.K > p.C,
+            DepthwiseTile(7, 32, 32, 4, 168),
+            "as below; registers for three programs on a multiprocessor, bounded to which none spills on sm_100",
+        ),
         Rule(_always, DepthwiseTile(7, 32, 32, 4), "16 bytes a thread; 7 divides the maps of 7, 14, .. 112 rows"),
     ),
 )
