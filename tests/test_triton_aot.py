@@ -32,6 +32,8 @@ from cnnops.tuning.triton.conv2d import (
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.xdist_group("aot")  # by `--dist loadgroup` one worker compiles for all of these tests
+
 EVERY = [pytest.param(False, id="covering"), pytest.param(True, id="all", marks=pytest.mark.slow)]
 GEMMS = ("forward_kernel", "forward_nchw_kernel", "backward_input_kernel", "backward_weight_kernel")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
