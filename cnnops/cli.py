@@ -231,12 +231,17 @@ def tune(options: argparse.Namespace) -> int:
             model(x).float().sum().backward()
 
     name = torch.cuda.get_device_name(device)
-    rows = measured.load(name)
+    measurements = 0
     for outcome in tuner.tune(tuner.captured(step), device):
-        rows[measured.filed_under(outcome.table, outcome.problem)] = tuner.row_of(outcome)
-        path = measured.save(name, rows)  # after each, so that an interrupted run keeps what it found
+        row = {measured.filed_under(outcome.table, outcome.problem): tuner.row_of(outcome)}
+        path = measured.save(name, row)  # after each, so that an interrupted run keeps what it found
+        measurements += 1
         print(tuner.line_of(outcome))
-    print(f"{len(rows)} problems in {path}" if rows else "the network calls no kernel that has a choice")
+    print(
+        f"{measurements} problems measured, in {path}"
+        if measurements
+        else "the network calls no kernel that has a choice"
+    )
     return 0
 
 

@@ -37,15 +37,15 @@ def remove_parts(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; BlockingIOError, naming it, if another one holds it.
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process; if another one holds it, wait, or BlockingIOError, which names it.
 
     The kernel lets go when the process ends, however it ends. A file system without locks is taken as free.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BlockingIOError(error.errno, "another process trains into this folder", str(folder)) from None
         except OSError:

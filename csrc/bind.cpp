@@ -937,6 +937,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
     const OptionalTensor dense_residual = dense_as(residual, channels_last, launch);
     const OptionalTensor dense_y = dense_as(y, channels_last, launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    const OptionalTensor m = vector(mean, acc, launch), r = vector(rstd, acc, launch);
     const Workspace workspace = workspace_of(kernels().batch_norm_act_backward_workspace, x, problem);
     kernels().batch_norm_act_backward(problem,
                                       {.dy = dense_dy.data_ptr(),
@@ -945,8 +946,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> batch
                                        .y = pointer(dense_y),
                                        .weight = pointer(w),
                                        .bias = pointer(b),
-                                       .mean = mean.data_ptr(),
-                                       .rstd = rstd.data_ptr(),
+                                       .mean = pointer(m),
+                                       .rstd = pointer(r),
                                        .dx = pointer(dx),
                                        .dresidual = pointer(dresidual),
                                        .dweight = pointer(dweight),
@@ -1025,6 +1026,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_bac
                                               dilation_h, dilation_w);
     const Tensor dense_dy = nhwc(dy, dy.scalar_type(), launch), dense_x = nhwc(x, x.scalar_type(), launch);
     const OptionalTensor w = vector(weight, acc, launch), b = vector(bias, acc, launch);
+    const OptionalTensor m = vector(mean, acc, launch), r = vector(rstd, acc, launch);
     const Workspace workspace = workspace_of(kernels().bn_act_max_pool2d_backward_workspace, x, norm, pool);
     kernels().bn_act_max_pool2d_backward(norm, pool,
                                          {.dy = dense_dy.data_ptr(),
@@ -1033,8 +1035,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_max_pool2d_bac
                                           .y = nullptr,
                                           .weight = pointer(w),
                                           .bias = pointer(b),
-                                          .mean = mean.data_ptr(),
-                                          .rstd = rstd.data_ptr(),
+                                          .mean = pointer(m),
+                                          .rstd = pointer(r),
                                           .dx = dx ? dx->data() : nullptr,
                                           .dresidual = nullptr,
                                           .dweight = pointer(dweight),

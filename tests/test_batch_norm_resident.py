@@ -104,6 +104,25 @@ def test_any_grid_is_right(emulator: ModuleType, multiprocessors: int) -> None:
         assert torch.equal(dbias, dy.sum((0, 2, 3)))
 
 
+def test_statistics_of_any_alignment_and_stride() -> None:
+    """They were saved for the backward pass, and may come back in other memory."""
+    random = helpers.generator("statistics")
+    x, dy = (helpers.randn((4, 16, 6, 5), torch.float32, "cpu", random) for _ in range(2))
+    mean, rstd = helpers.randn((16,), torch.float32, "cpu", random), torch.rand(16) + 0.5
+    backward = simt.library.function("batch_norm_act_backward")
+
+    def gradients(mean: torch.Tensor, rstd: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return backward(
+            *(helpers.laid_out(each, "channels_last") for each in (dy, x)),
+            *(torch.ones(16), None, None, None, mean, rstd, True, 0.0, "none", True, True, True, False),
+        )
+
+    moved = torch.cat([torch.full((1,), torch.nan), mean])[1:]
+    spread = torch.stack([rstd, torch.full((16,), torch.nan)], 1)[:, 0]
+    for got, expected in zip(gradients(moved, spread), gradients(mean, rstd), strict=True):
+        assert (got is None and expected is None) or torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("name", ["grid_barrier", "__syncthreads"])
 def test_without_its_barriers_it_goes_wrong(emulator: ModuleType, name: str) -> None:
     what = (2, 24, 40, 33), torch.float32, "channels_last", True, True, 1 << 30

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from cnnops.backends.triton.launch import Launch
+
 pytest.importorskip("triton")
 
 # Runs where nothing is interpreted: kernels are compiled for sm_90, their arguments are noted and nothing is launched.
@@ -124,6 +126,11 @@ def test_the_tensors_of_this_call_are_handed_over() -> None:
             assert found[:-1] == pointers
     results = {[a[1] for a in launch[2] if isinstance(a, list)][-1] for (launch,) in told()["x"]}
     assert len(results) == 3
+
+
+def test_registers_are_bounded_where_the_compiler_can() -> None:
+    how = Launch(1, {}, {}, max_registers=128)
+    assert how.options(amd=False) == {**how.options(amd=True), "maxnreg": 128}
 
 
 def test_every_argument_has_its_type_in_its_place() -> None:

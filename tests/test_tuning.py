@@ -17,7 +17,7 @@ from cnnops.backends.triton import conv2d_plan, launch
 from cnnops.bench import tune
 from cnnops.geometry import Conv2dProblem
 from cnnops.tuning import Table, measured
-from cnnops.tuning.triton.conv2d import FORWARD
+from cnnops.tuning.triton.conv2d import BACKWARD_INPUT, FORWARD
 
 DEVICE = torch.device("cpu")
 
@@ -64,20 +64,22 @@ def test_calls_are_captured_with_their_gradients() -> None:
 
 
 def test_the_fastest_candidate_wins() -> None:
-    fastest = FORWARD.configs[-1]
-    clock = FakeClock("conv2d.forward", {config: 0.5 for config in FORWARD.configs} | {fastest: 0.25})
+    fastest = FORWARD.candidates[-1]
+    clock = FakeClock("conv2d.forward", {config: 0.5 for config in FORWARD.candidates} | {fastest: 0.25})
     outcomes = list(tune.tune(tune.captured(convolve), DEVICE, clock=clock, rounds=1))
     assert {o.table for o in outcomes} == {"conv2d.forward", "conv2d.backward_input", "conv2d.backward_weight"}
     (forward,) = (o for o in outcomes if o.table == "conv2d.forward")
     assert forward.best == fastest
-    assert set(forward.microseconds) | set(forward.refused) == {str(config) for config in FORWARD.configs}
-    assert forward.microseconds[str(fastest)] == 0.25e6 and forward.gain == 2
-    assert set(FORWARD.configs) == set(clock.sampled) - {None}
+    every = {*FORWARD.candidates, forward.default}
+    assert forward.default not in FORWARD.candidates, "the interpreter's own, which no device tries"
+    assert set(forward.microseconds) | set(forward.refused) == {str(config) for config in every}
+    assert forward.microseconds[str(fastest)] == 0.25e6 and forward.gain == 4
+    assert every == set(clock.sampled) - {None}
     assert "0.25" not in tune.line_of(forward) and "250000.0 us" in tune.line_of(forward)
 
 
 def test_a_candidate_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = FORWARD.configs[-1]
+    wrong = FORWARD.candidates[-1]
     (call,) = (c for c in tune.captured(convolve) if c.function == "conv2d_forward")
     run = call.run
 
@@ -94,7 +96,7 @@ def test_a_candidate_that_computes_something_else_is_refused(monkeypatch: pytest
 def test_a_choice_is_as_before_after_tuning() -> None:
     problem = helpers.problem_of("conv2d_forward", helpers.PLAINEST["conv2d"], torch.float32, "nchw", "cpu")
     before = conv2d_plan.forward(problem, "ieee")
-    with tuning.forced(FORWARD, problem, FORWARD.configs[-1]):
+    with tuning.forced(FORWARD, problem, FORWARD.candidates[-1]):
         assert conv2d_plan.forward(problem, "ieee") != before
     assert conv2d_plan.forward(problem, "ieee") == before
 
@@ -117,7 +119,7 @@ def problem_on(device: str) -> Conv2dProblem:
 def saved(problem: Conv2dProblem, table: Table[Any, Any] = FORWARD) -> Any:
     """The last of the table's configurations that its rules would not choose, saved as measured."""
     default = tuning.choose(table, problem)
-    best = [config for config in table.configs if config != default][-1]
+    best = [config for config in table.candidates if config != default][-1]
     outcome = tune.Outcome(table.name, problem, default, best, {str(default): 2.0, str(best): 1.0}, {})
     measured.save("Device 9000", {measured.filed_under(table.name, problem): tune.row_of(outcome)})
     return best
@@ -144,12 +146,43 @@ def test_a_measurement_of_something_else_is_not_read(name: str, on_a_gpu: Path, 
     assert f"{name} another and not" in caplog.text and "run cnnops tune again" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"key": {}}', '{"key": {}, "rows": [1]}'])
+def test_what_another_process_measured_is_kept(on_a_gpu: Path) -> None:
+    saved(problem_on("cuda"))
+    saved(problem_on("cuda"), BACKWARD_INPUT)
+    assert {row["table"] for row in measured.load("Device 9000").values()} == {FORWARD.name, BACKWARD_INPUT.name}
+
+
+def test_what_was_measured_is_measured_again_against_the_rules(on_a_gpu: Path) -> None:
+    problem = problem_on("cuda")
+    assert FORWARD.first(problem) != saved(problem) == tuning.choose(FORWARD, problem)
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), RuntimeError("no home directory")], ids=str
+)
+def test_a_home_that_cannot_be_read_has_no_measurements(
+    error: Exception, on_a_gpu: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def folder() -> Path:
+        raise error
+
+    monkeypatch.setattr(measured, "folder", folder)
+    assert tuning.choose(FORWARD, problem_on("cuda")) in FORWARD.candidates
+    assert str(error) in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", '{"key": {}}', '{"key": "x", "rows": []}', '{"key": {}, "rows": [1]}'),
+        '{"key": {}, "rows": [{"table": "conv2d.forward", "problem": {}}]}',
+    ],
+)
 def test_a_file_that_is_none_of_ours_is_not_read(content: str, on_a_gpu: Path, caplog: Any) -> None:
     on_a_gpu.mkdir()
     measured.path_for("Device 9000").write_text(content)
     problem = problem_on("cuda")
-    assert tuning.choose(FORWARD, problem) in FORWARD.configs
+    assert tuning.choose(FORWARD, problem) in FORWARD.candidates
     assert "is not read" in caplog.text
 
 
@@ -161,7 +194,7 @@ def test_a_configuration_that_the_table_lost_is_not_chosen(on_a_gpu: Path) -> No
     content["rows"][0]["config"]["block_m"] = 12345
     path.write_text(json.dumps(content))
     measured._rows_here.cache_clear()
-    assert tuning.choose(FORWARD, problem) in FORWARD.configs
+    assert tuning.choose(FORWARD, problem) in FORWARD.candidates
 
 
 def test_nothing_is_measured_during_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:

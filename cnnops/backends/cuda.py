@@ -148,9 +148,11 @@ def usable() -> Support:
         return knows
     arches = info["arches"]
     major, minor = torch.cuda.get_device_capability()
-    if any(runs_on(image, major, minor) for image in arches):
+    compiles = info["driver"] >= info["cuda"]  # PTX of a later CUDA than its own a driver does not know
+    if any(runs_on(image, major, minor) for image in arches if compiles or not image.startswith("compute_")):
         return YES
-    return no(f"the library holds {', '.join(arches)}, but the device is sm_{major}{minor}")
+    but = "" if compiles else " (of which its driver, for an earlier CUDA, compiles none)"
+    return no(f"the library holds {', '.join(arches)}{but}, but the device is sm_{major}{minor}")
 
 
 _LEAST_DRIVER = {12: "r525", 13: "r580"}

@@ -34,11 +34,14 @@ class Captured:
 
 
 def _like(meta: Tensor, device: torch.device) -> Tensor:
-    """A tensor of these strides, of values in [0.5, 1.5), which a variance may have too; integers are 0."""
+    """A tensor of these strides, of values in [1/128, 1/32), integers 0.
+
+    Variances may have them, and sums of a million products do not leave float16.
+    """
     reach = 1 + sum((size - 1) * stride for size, stride in zip(meta.shape, meta.stride(), strict=True))
     memory = torch.zeros(reach if meta.numel() else 0, dtype=meta.dtype, device=device)
     if memory.is_floating_point():
-        memory.uniform_(0.5, 1.5)
+        memory.uniform_(1 / 128, 1 / 32)
     return memory.as_strided(meta.shape, meta.stride())
 
 
@@ -112,11 +115,12 @@ def _tuned(
     clock: Clock | None,
     rounds: int | None,
 ) -> Outcome:
-    default = tuning.choose(table, problem)
-    expected = tensors(call())
+    default = table.first(problem)
+    with tuning.forced(table, problem, default):
+        expected = tensors(call())
     candidates: dict[str, Any] = {str(default): default}
     refused: dict[str, str] = {}
-    for config in table.configs:
+    for config in table.candidates:
         try:
             with tuning.forced(table, problem, config):
                 _near(tensors(call()), expected)
@@ -162,4 +166,5 @@ def row_of(outcome: Outcome) -> dict[str, Any]:
 def line_of(outcome: Outcome) -> str:
     """The outcome in one line for a terminal."""
     best = outcome.microseconds[str(outcome.best)]
-    return f"{outcome.table:28} {best:10.1f} us  {outcome.gain:5.2f}x of the rules' choice  {outcome.best}"
+    refused = f"  ({len(outcome.refused)} refused)" if outcome.refused else ""
+    return f"{outcome.table:28} {best:10.1f} us  {outcome.gain:5.2f}x of the rules' choice  {outcome.best}{refused}"

@@ -24,6 +24,13 @@ class Rule(Generic[Problem, Config]):
     config: Config
     reason: str
     """Why this configuration suits these problems."""
+    interpreted: bool = False
+    """Whether it is for Triton's interpreter, on the CPU, alone."""
+
+
+def interpreted(condition: Callable[[Any], bool], config: Config, reason: str) -> Rule[Any, Config]:
+    """The rule for problems on the CPU that `condition` holds for."""
+    return Rule(lambda p: p.device == "cpu" and condition(p), config, reason, interpreted=True)
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,13 @@ class Table(Generic[Problem, Config]):
     rules: tuple[Rule[Problem, Config], ...]
 
     @property
-    def configs(self) -> tuple[Config, ...]:
-        """Every configuration of the table, once."""
-        return tuple(dict.fromkeys(rule.config for rule in self.rules))
+    def candidates(self) -> tuple[Config, ...]:
+        """Every configuration for a device, once."""
+        return tuple(dict.fromkeys(rule.config for rule in self.rules if not rule.interpreted))
+
+    def first(self, problem: Problem) -> Config:
+        """The configuration of the first rule that holds for `problem`."""
+        return next(rule.config for rule in self.rules if rule.condition(problem))
 
 
 Asked = Callable[[Table[Any, Any], Any], None]
@@ -54,10 +65,10 @@ def choose(table: Table[Problem, Config], problem: Problem) -> Config:
     if forced is not None:
         return forced
     found = measured.lookup(table.name, problem)
-    for config in table.configs if found is not None else ():
+    for config in table.candidates if found is not None else ():
         if measured.described(config) == found:
             return config
-    return next(rule.config for rule in table.rules if rule.condition(problem))
+    return table.first(problem)
 
 
 def cached(plan: Callable[..., Planned]) -> Callable[..., Planned]:

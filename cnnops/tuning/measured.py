@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cnnops.files import write_atomically
+from cnnops.files import locked, write_atomically
 from cnnops.version import __version__
 
 log = logging.getLogger("cnnops")
@@ -78,14 +78,22 @@ def filed_under(table: str, problem: Any) -> str:
 
 def load(device: str) -> Rows:
     """The rows measured on this device with what runs here; none, and a word in the log, if the file is of others."""
-    path = path_for(device)
-    if not path.exists():
+    try:
+        path = path_for(device)
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        log.warning("measurements of cnnops tune are not read: %s", error)
         return {}
     try:
-        content = json.loads(path.read_text())
-        told, rows = content["key"], content["rows"]
-        found: Rows = {f"{row['table']} {json.dumps(row['problem'], sort_keys=True)}": row for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(text)
+        told = dict(content["key"])
+        found: Rows = {
+            f"{row['table']} {json.dumps(row['problem'], sort_keys=True)}": row | {"config": dict(row["config"])}
+            for row in content["rows"]
+        }
+    except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is not read: it is no file of cnnops tune (%s)", path, error)
         return {}
     here = key(device)
@@ -99,11 +107,13 @@ def load(device: str) -> Rows:
 
 
 def save(device: str, rows: Rows) -> Path:
-    """Write the device's file, whole or not at all."""
+    """Write the device's file, whole or not at all, with these rows and those it has of other problems."""
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"key": key(device), "rows": [rows[name] for name in sorted(rows)]}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    with locked(path.parent, wait=True):  # two processes may tune on two devices of one kind
+        rows = load(device) | rows
+        content = {"key": key(device), "rows": [rows[name] for name in sorted(rows)]}
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     _rows_here.cache_clear()
     return path
 

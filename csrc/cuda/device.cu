@@ -87,6 +87,17 @@ int64_t resident_blocks(const KernelEntry& kernel, int threads) {
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, threads, 0), kernel.name);
   return answers[asked] = int64_t{each} * device().multiprocessors;
 }
+
+void allow_shared(const KernelEntry& kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{current_id(), kernel.function}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        kernel.name);
+  most = bytes;
+}
 #endif
 
 void use_architecture(int architecture) { most() = architecture; }

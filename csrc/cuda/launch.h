@@ -102,14 +102,15 @@ inline void check(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess) throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
 
-// A block may use more than 48 KB of shared memory only if its kernel was told so.
+// A block may use more than 48 KB of shared memory only if its kernel was told so. What it was told never shrinks:
+// other threads' launches, and graphs, rely on it.
+void allow_shared(const KernelEntry& kernel, size_t bytes);
+
 template <class... Parameters, class... Arguments>
 void launch(const KernelEntry& entry, void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster,
             bool cooperative, size_t shared_bytes, cudaStream_t stream, Arguments&&... arguments) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
-  if (shared_bytes > kAlwaysAllowed)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          entry.name);
+  if (shared_bytes > kAlwaysAllowed) allow_shared(entry, shared_bytes);
   cudaLaunchAttribute attributes[2]{};
   unsigned count = 0;
   if (cluster > 1) {

@@ -259,10 +259,10 @@ def compile_job(job: Job) -> Compiled:
     triton.runtime.driver.set_active(driver)
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     how = job.launch
-    compiled = kernel.warmup(
-        *map(mock, job.tensors), **how.scalars, **how.constants, **how.options(), grid=(how.programs,)
-    )
     amd = job.arch == GFX942
+    compiled = kernel.warmup(
+        *map(mock, job.tensors), **how.scalars, **how.constants, **how.options(amd), grid=(how.programs,)
+    )
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
     registers, stack, local = _amd_resources(assembly) if amd else _resources(compiled.asm["cubin"])
     return Compiled(

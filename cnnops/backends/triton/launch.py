@@ -14,6 +14,8 @@ import torch
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether kernels run on CPU tensors. Triton reads the variable when it is imported."""
 
+AMD = torch.version.hip is not None
+
 MAX_SPLITS = 256
 
 # Programs that are to be in flight on each multiprocessor; each runs at least so many steps over its share of the sum.
@@ -50,10 +52,10 @@ class Launch:
     compiled: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What has been launched so, by all that Triton specialises on beside the scalars and constants."""
 
-    def options(self) -> dict[str, Any]:
-        """The launch's options, as Triton calls them."""
+    def options(self, amd: bool = AMD) -> dict[str, Any]:
+        """The launch's options, as Triton calls them. AMD's compiler knows no bound of registers."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+        return options if self.max_registers is None or amd else options | {"maxnreg": self.max_registers}
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def device_of(t: torch.Tensor) -> Device:
 def _device_of(device: torch.device) -> Device:
     if device.type == "cpu":  # the interpreter; 3 make it split sums unevenly over the programs of small tests
         return Device(INTERPRETED_AS, 3)
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = (
+        (8, 0) if AMD else torch.cuda.get_device_capability(device)
+    )  # the plainest kernels, as aot.py has them
     return Device(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
 
 

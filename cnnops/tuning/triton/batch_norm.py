@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cnnops.geometry import NormProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,6 @@ def by_lines(p: NormProblem) -> bool:
     return p.L == 1 or (p.channels_last and p.C > 1)
 
 
-def _interpreted(condition: Callable[[NormProblem], bool]) -> Callable[[NormProblem], bool]:
-    return lambda p: p.device == "cpu" and condition(p)
-
-
 def _plane(p: NormProblem) -> int:
     """Contiguous positions of one channel."""
     return p.N * p.L if p.C == 1 else p.L
@@ -36,23 +31,23 @@ def _plane(p: NormProblem) -> int:
 TILES = Table(
     "batch_norm.tiles",
     (
-        Rule(
-            _interpreted(lambda p: by_lines(p) and p.N * p.L <= 1024),
+        interpreted(
+            lambda p: by_lines(p) and p.N * p.L <= 1024,
             NormTile(64, 128, 1, 8),
             "small enough that tests merge the parts of several steps and programs",
         ),
-        Rule(
-            _interpreted(by_lines),
+        interpreted(
+            by_lines,
             NormTile(512, 64, 1, 8),
             "the interpreter's time is per operation, whatever its size: few large steps",
         ),
-        Rule(
-            _interpreted(lambda p: _plane(p) <= 64),
+        interpreted(
+            lambda p: _plane(p) <= 64,
             NormTile(2, 64, 32, 8),
             "small enough that tests merge the parts of several steps and programs",
         ),
-        Rule(
-            _interpreted(lambda p: True),
+        interpreted(
+            lambda p: True,
             NormTile(2, 32, 512, 8),
             "the interpreter's time is per operation, whatever its size: few large steps",
         ),

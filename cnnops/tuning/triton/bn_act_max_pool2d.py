@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cnnops.geometry import NormPool2dProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class NormPoolTile:
 TILES: Table[NormPool2dProblem, NormPoolTile] = Table(
     "bn_act_max_pool2d.tiles",
     (
-        Rule(
-            lambda p: p.device == "cpu" and p.norm.N * p.norm.L <= 256,
+        interpreted(
+            lambda p: p.norm.N * p.norm.L <= 256,
             NormPoolTile(32, 128, 8),
             "small enough that tests add the sums of several steps and programs",
         ),
-        Rule(
-            lambda p: p.device == "cpu",
+        interpreted(
+            lambda p: True,
             NormPoolTile(512, 64, 8),
             "the interpreter's time is per operation, whatever its size: few large steps",
         ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Conv2dProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,6 @@ def _group_k(p: Conv2dProblem) -> int:
     return p.K // p.groups
 
 
-def _interpreted(condition: Condition) -> Condition:
-    return lambda p: p.device == "cpu" and condition(p)
-
-
 def _fp32(condition: Condition) -> Condition:
     return lambda p: p.dtype == torch.float32 and condition(p)
 
@@ -52,13 +48,13 @@ def _gather(
     inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
 ) -> tuple[Rule[Conv2dProblem, ConvTile], ...]:
     return (
-        Rule(
-            _interpreted(lambda p: inner(p) < 32),
+        interpreted(
+            lambda p: inner(p) < 32,
             ConvTile(256, 32, 128, 4, 1),
             "the interpreter's time is per operation, whatever its size: few large steps",
         ),
-        Rule(
-            _interpreted(_always),
+        interpreted(
+            _always,
             ConvTile(128, 64, 32, 4, 1),
             "small enough that tests of 32 channels walk tap by tap",
         ),
@@ -98,9 +94,7 @@ BACKWARD_INPUT = Table("conv2d.backward_input", _gather(_group_k, _group_c))
 FORWARD_NCHW = Table(
     "conv2d.forward_nchw",
     (
-        Rule(
-            _interpreted(_always), ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"
-        ),
+        interpreted(_always, ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"),
         Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
         Rule(
             _fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"
@@ -119,13 +113,13 @@ FORWARD_NCHW = Table(
 BACKWARD_WEIGHT = Table(
     "conv2d.backward_weight",
     (
-        Rule(
-            _interpreted(lambda p: _group_c(p) < 32),
+        interpreted(
+            lambda p: _group_c(p) < 32,
             ConvTile(32, 128, 64, 4, 1),
             "the interpreter's time is per operation, whatever its size: one tile for all taps of few channels",
         ),
-        Rule(
-            _interpreted(_always),
+        interpreted(
+            _always,
             ConvTile(64, 32, 64, 4, 1),
             "small enough that tests of 32 channels have a tile for each tap",
         ),
@@ -185,7 +179,7 @@ def _gather_boxes(
     inner: Callable[[Conv2dProblem], int], outer: Callable[[Conv2dProblem], int]
 ) -> tuple[Rule[Conv2dProblem, TmaTile], ...]:
     return (
-        Rule(_interpreted(_always), TmaTile(64, 16, 16, 4, 1), "small enough that tests walk over several tiles"),
+        interpreted(_always, TmaTile(64, 16, 16, 4, 1), "small enough that tests walk over several tiles"),
         Rule(_fp32(lambda p: outer(p) <= 64), TmaTile(128, 64, 32, 8, 3, 2), "64 outputs fill no wider tile; 72 KiB"),
         Rule(
             _fp32(_always),
@@ -215,7 +209,7 @@ BACKWARD_INPUT_TMA = Table("conv2d.backward_input_tma", _gather_boxes(_group_k, 
 BACKWARD_WEIGHT_TMA = Table(
     "conv2d.backward_weight_tma",
     (
-        Rule(_interpreted(_always), TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
+        interpreted(_always, TmaTile(16, 16, 16, 4, 1), "small enough that tests have several tiles and splits"),
         Rule(_fp32(_always), TmaTile(64, 64, 32, 4, 3), "transposed fp32 operands pass through registers"),
         Rule(lambda p: _group_k(p) <= 64, TmaTile(64, 64, 64, 4, 4), "64 filters fill no taller tile"),
         Rule(_always, TmaTile(128, 64, 64, 8, 4), "two warpgroups; 64 channels are a row of the widest swizzle"),

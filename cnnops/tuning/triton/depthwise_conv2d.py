@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Conv2dProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,6 @@ def _always(p: Conv2dProblem) -> bool:
     return True
 
 
-def _interpreted(p: Conv2dProblem) -> bool:
-    return p.device == "cpu"
-
-
 def _nchw(p: Conv2dProblem) -> bool:
     return not p.channels_last
 
@@ -48,8 +44,8 @@ def _fp32(condition: Condition) -> Condition:
 FORWARD = Table(
     "depthwise_conv2d.forward",
     (
-        Rule(
-            _interpreted,
+        interpreted(
+            _always,
             DepthwiseTile(3, 64, 32, 4),
             "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
         ),
@@ -74,8 +70,8 @@ FORWARD = Table(
 BACKWARD = Table(
     "depthwise_conv2d.backward",
     (
-        Rule(
-            _interpreted,
+        interpreted(
+            _always,
             DepthwiseTile(1, 128, 32, 4),
             "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
         ),

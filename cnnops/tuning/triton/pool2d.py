@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import Pool2dProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,6 @@ REDUCED = 8
 """Taps from which on an adaptive window is summed by several lanes."""
 
 
-def _interpreted(p: Pool2dProblem) -> bool:
-    return p.device == "cpu"
-
-
 def _reduced(p: Pool2dProblem) -> bool:
     return p.R == 0 and p.H * p.W >= REDUCED * p.P * p.Q
 
@@ -38,13 +34,13 @@ def _planes(p: Pool2dProblem) -> bool:
 
 # Where a program's lanes own a position each.
 _BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
-    Rule(
-        lambda p: _interpreted(p) and p.N * p.H * p.W >= 1024,
+    interpreted(
+        lambda p: p.N * p.H * p.W >= 1024,
         PoolTile(1024, 1, 64, 4),
         "the interpreter's time is per operation, up to some ten thousand numbers whatever its size",
     ),
-    Rule(lambda p: _interpreted(p) and p.C >= 128, PoolTile(32, 1, 512, 4), "the same of small planes"),
-    Rule(_interpreted, PoolTile(128, 1, 64, 4), "tests' small cases are one block or two"),
+    interpreted(lambda p: p.C >= 128, PoolTile(32, 1, 512, 4), "the same of small planes"),
+    interpreted(lambda p: True, PoolTile(128, 1, 64, 4), "tests' small cases are one block or two"),
     Rule(
         _planes,
         PoolTile(32, 1, 32, 8),
@@ -68,13 +64,13 @@ _BY_POSITION: tuple[Rule[Pool2dProblem, PoolTile], ...] = (
 FORWARD = Table(
     "pool2d.forward",
     (
-        Rule(
-            lambda p: _interpreted(p) and _reduced(p) and p.C >= 128,
+        interpreted(
+            lambda p: _reduced(p) and p.C >= 128,
             PoolTile(2, 16, 512, 4),
             "the interpreter's time is per operation: few large steps over the channels of a network's last layer",
         ),
-        Rule(
-            lambda p: _interpreted(p) and _reduced(p),
+        interpreted(
+            _reduced,
             PoolTile(8, 16, 64, 4),
             "small enough that tests take several steps over a window",
         ),

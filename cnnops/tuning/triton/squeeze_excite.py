@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnops.geometry import SqueezeExciteProblem
-from cnnops.tuning import Rule, Table
+from cnnops.tuning import Rule, Table, interpreted
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ def _nchw(p: SqueezeExciteProblem) -> bool:
 SWEEP = Table(
     "squeeze_excite.sweep",
     (
-        Rule(
-            lambda p: p.device == "cpu",
+        interpreted(
+            lambda p: True,
             SweepTile(256, 64, 4),
             "the interpreter's time is per operation, whatever its size; small enough that tests have several tiles",
         ),
