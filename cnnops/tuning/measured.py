@@ -80,7 +80,7 @@ def load(device: str) -> Rows:
     """The rows measured on this device with what runs here; none, and a word in the log, if the file is of others."""
     try:
         path = path_for(device)
-        text = path.read_text()
+        text = path.read_bytes()
     except FileNotFoundError:
         return {}
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
