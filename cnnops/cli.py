@@ -172,7 +172,7 @@ def info(options: argparse.Namespace) -> int:
         for key, value in backend.get("built", {}).items():
             if key == "kernels":
                 value = f"{len(value)} (--json lists them)"
-            if value and key not in ("backend", "flags", "resources", "sources"):
+            if value and key not in ("backend", "flags", "sources"):
                 print(f"{'':8s}{key}: {', '.join(value) if isinstance(value, list) else value}")
     _print_table(found["backends"]["cuda"])
     return 0

@@ -64,31 +64,13 @@ std::string versions() {
 #endif
 }
 
-// What the driver knows of each kernel. Without a device it knows nothing, and nothing is said.
-std::string resources() {
-  std::string out;
-#if !defined(CNNOPS_SIMT)
-  for (const cuda::KernelEntry& each : cuda::launched_kernels()) {
-    cudaFuncAttributes found;
-    if (cudaFuncGetAttributes(&found, each.function) != cudaSuccess) {
-      cudaGetLastError();  // or the next launch would report it as its own
-      continue;
-    }
-    out += (out.empty() ? "" : ", ") + quoted(each.name) + ": {\"registers\": " + std::to_string(found.numRegs) +
-           ", \"shared_bytes\": " + std::to_string(found.sharedSizeBytes) +
-           ", \"local_bytes\": " + std::to_string(found.localSizeBytes) + "}";
-  }
-#endif
-  return out;
-}
-
 std::string describe() {
   std::string names;
   for (const cuda::KernelEntry& each : cuda::launched_kernels())
     names += (names.empty() ? "" : ", ") + quoted(each.name);
   return "{\"backend\": " + quoted(kBackend) + ", \"compiler\": " + quoted(kCompiler) +
          ", \"flags\": " + quoted(CNNOPS_FLAGS) + ", \"sources\": " + quoted(CNNOPS_SOURCES) + ", \"arches\": [" +
-         arches() + "], \"kernels\": [" + names + "], \"resources\": {" + resources() + "}" + versions() + "}";
+         arches() + "], \"kernels\": [" + names + "]" + versions() + "}";
 }
 
 }  // namespace
