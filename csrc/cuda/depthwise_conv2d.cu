@@ -1,10 +1,9 @@
 // The depthwise family of convolution kernels: groups of one channel each, with one or several filters.
 
-#include <cmath>
-
 #include "depthwise_conv2d.cuh"
 #include "dtype.h"
 #include "launch.h"
+#include "padded_slabs.cuh"
 
 namespace cnnops::cuda {
 namespace {
@@ -45,10 +44,7 @@ __device__ float sum_again(const Conv2dProblem& p, const DepthwiseCut& cut, int6
 
 constexpr int kAddThreads = 256;
 
-// dweight[k][tap] = the sum over slabs, in order, of slabs[slab][tile of taps][k][tap].
-//
-// Beside dy and x there are zeros, which an infinity of the other must not meet. So what is not finite in a slab is
-// summed again.
+// dweight[k][tap] = the sum over slabs of slabs[slab][tile of taps][k][tap].
 template <class T>
 __global__ void __launch_bounds__(kAddThreads)
     depthwise_add_slabs_kernel(Conv2dProblem p, DepthwiseCut cut, const float* slabs, const T* dy, const T* x,
@@ -60,11 +56,9 @@ __global__ void __launch_bounds__(kAddThreads)
   const int first = static_cast<int>(tile.quotient) * most;
   const Split at = split(tile.remainder, taps - first < most ? taps - first : most);
   const int tap = first + static_cast<int>(at.remainder);
-  float sum = 0;
-  for (int64_t slab = 0; slab < cut.parts; ++slab) {
-    const float part = slabs[slab * size + i];
-    sum += std::isfinite(part) ? part : sum_again(p, cut, slab, dy, x, at.quotient, tap / p.S, tap % p.S);
-  }
+  const float sum = add_padded_slabs(slabs, cut.parts, size, i, [&](int64_t slab) {
+    return sum_again(p, cut, slab, dy, x, at.quotient, tap / p.S, tap % p.S);
+  });
   from_float(sum, dweight[at.quotient * taps + tap]);
 }
 

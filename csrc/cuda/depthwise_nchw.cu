@@ -7,11 +7,11 @@
 // Traffic    The slabs or parts once; of dbias, dy once.
 
 #include <algorithm>
-#include <cmath>
 
 #include "depthwise_nchw.cuh"
 #include "dtype.h"
 #include "launchers.h"
+#include "padded_slabs.cuh"
 
 namespace cnnops::cuda {
 namespace {
@@ -159,12 +159,9 @@ __device__ float sum_again(const Conv2dProblem& p, const NchwCut& cut, int64_t p
   return sum;
 }
 
-// dweight[k][tap] = the sum over slabs, in order, of slabs[slab][k][tap].
-//
-// Beside dy and x there are zeros, which an infinity of the other must not meet. So what is not finite in a slab is
-// summed again.
+// dweight[k][tap] = the sum over slabs of slabs[slab][k][tap].
 template <class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kFinishThreads, 2)  // for more blocks, ptxas would spill
     depthwise_nchw_add_slabs_kernel(Conv2dProblem p, NchwCut cut, const float* slabs, const T* dy, const T* x,
                                     T* dweight) {
   const int taps = p.R * p.S;
@@ -172,11 +169,9 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (i >= size) return;
   const Split at = split(i, taps);
   const int tap = static_cast<int>(at.remainder);
-  float sum = 0;
-  for (int64_t slab = 0; slab < cut.parts; ++slab) {
-    const float part = slabs[slab * size + i];
-    sum += std::isfinite(part) ? part : sum_again(p, cut, slab, dy, x, at.quotient, tap / p.S, tap % p.S);
-  }
+  const float sum = add_padded_slabs(slabs, cut.parts, size, i, [&](int64_t slab) {
+    return sum_again(p, cut, slab, dy, x, at.quotient, tap / p.S, tap % p.S);
+  });
   from_float(sum, dweight[i]);
 }
 

@@ -36,6 +36,7 @@
 #include "depthwise_toeplitz.h"
 #include "dtype.h"
 #include "epilogue.cuh"
+#include "padded_slabs.cuh"
 
 namespace cnnops::cuda {
 namespace {
@@ -207,7 +208,7 @@ template <class T, int kSide>
 __device__ float sum_of(const Correlation& conv, const Place& at, const ToeplitzLayout<kSide>& layout, const T* x,
                         const T* filters, int p, int q, int c) {
   float sum = 0;
-  for (int r = 0; r < conv.R; ++r)
+  for (int r = 0; r < conv.R && !std::isnan(sum); ++r)
     for (int s = 0; s < conv.S; ++s) {
       const T* const from = pixel_at(conv, at, x, p + r, q + s);
       sum += (from ? to_float(from[c]) : 0.f) * to_float(filters[layout.taps.row(c, r) + s]);
@@ -509,10 +510,9 @@ __device__ float sum_again(const Correlation& conv, const ToeplitzParts& parts, 
   return sum;
 }
 
-// dweight[c][r,s] = the sum over parts, in order, of slabs[part][c][r,s]. What is not finite is summed again, as
-// infinities may have met zeros beside dy and x.
+// dweight[c][r,s] = the sum over parts of slabs[part][c][r,s].
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)  // for more blocks, ptxas would spill
     conv2d_toeplitz_add_slabs_kernel(Correlation conv, ToeplitzParts parts, const float* slabs, const T* dy, const T* x,
                                      T* dweight) {
   const int taps = conv.R * conv.S;
@@ -520,13 +520,9 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= size) return;
   const Split at = split(i, taps);
   const int tap = static_cast<int>(at.remainder);
-  float sum = 0;
-  for (int64_t part = 0; part < parts.parts; ++part) {
-    const float one = slabs[part * size + i];
-    sum += std::isfinite(one)
-               ? one
-               : sum_again(conv, parts, part, dy, x, static_cast<int>(at.quotient), tap / conv.S, tap % conv.S);
-  }
+  const float sum = add_padded_slabs(slabs, parts.parts, size, i, [&](int64_t part) {
+    return sum_again(conv, parts, part, dy, x, static_cast<int>(at.quotient), tap / conv.S, tap % conv.S);
+  });
   from_float(sum, dweight[i]);
 }
 
