@@ -189,8 +189,8 @@ BUDGETS = {
     "bn_act_max_pool2d": 3 * 6 * 2,
     # 3 dtypes: sums and products, by position (in vectors, folded, by elements) and by plane; layers.
     "squeeze_excite": 53,
-    # 4 by 4 dtypes; 3 of each direction.
-    "copy|activation": 16 + 6,
+    # 4 by 4 dtypes, transposed in 3; 3 of each direction.
+    "copy|transposed_copy|activation": 16 + 3 + 6,
 }
 """The most kernels of each family, by what their names begin with."""
 

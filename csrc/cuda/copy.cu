@@ -1,10 +1,14 @@
 // dst[i] = src[i] for a 4-d tensor of any strides, converting the dtype.
 //
-// Ownership  One thread owns one element. Axes are ordered by dst's strides, so that the writes of a warp lie together.
-// Traffic    src once + dst once; where src runs along another axis than dst, its sectors are re-read from L2.
+// Layout     Axes are ordered by dst's strides, and neighbours that both tensors run through as one are one axis.
+// Ownership  One thread owns one element, and those of a warp lie together in dst. Where src lies along another axis
+//            and the dtype stays (double apart), one block owns a tile of both axes: it reads along src's, writes along
+//            dst's, and turns the tile over in shared memory.
+// Traffic    src once + dst once.
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "launchers.h"
 #include "ptx.cuh"
@@ -14,6 +18,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kAxes = 4;
+
+// A side of a tile to turn over is 128 bytes. Its rows lie so that those of a column are in different banks.
+template <class T>
+constexpr int kSide = 128 / sizeof(T);
+template <class T>
+struct Tile {
+  T at[kSide<T>][kSide<T> + 4 / sizeof(T)];
+};
+// Of fewer elements along an axis, a block of the plain copy has whole sectors, or nearly.
+constexpr int64_t kFewest = 16;
 
 // As torch converts: double goes to the 16-bit formats by way of float.
 template <class To, class From>
@@ -47,16 +61,65 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(CopyProblem p, int64_t c
   dst[to] = convert<To>(src[from]);
 }
 
-CopyProblem ordered_by_dst(const CopyProblem& p) {
-  int axes[kAxes] = {0, 1, 2, 3};
-  std::stable_sort(axes, axes + kAxes, [&](int a, int b) { return p.dst_stride[a] > p.dst_stride[b]; });
-  CopyProblem sorted = p;
-  for (int i = 0; i < kAxes; ++i) {
-    sorted.size[i] = p.size[axes[i]];
-    sorted.src_stride[i] = p.src_stride[axes[i]];
-    sorted.dst_stride[i] = p.dst_stride[axes[i]];
+// The last axes are those along which src and dst lie.
+template <class T>
+__global__ void __launch_bounds__(kThreads) transposed_copy_kernel(CopyProblem p, const T* src, T* dst) {
+  CNNOPS_SHARED(Tile<T>, tile);
+  const Split column = split(blockIdx.x, ceil_div(p.size[3], kSide<T>));
+  const Split row = split(column.quotient, ceil_div(p.size[2], kSide<T>)), at = split(row.quotient, p.size[1]);
+  const int64_t i = row.remainder * kSide<T>, j = column.remainder * kSide<T>;  // the tile's first in src's and dst's
+  src += at.quotient * p.src_stride[0] + at.remainder * p.src_stride[1] + i + j * p.src_stride[3];
+  dst += at.quotient * p.dst_stride[0] + at.remainder * p.dst_stride[1] + i * p.dst_stride[2] + j;
+  const int lane = static_cast<int>(threadIdx.x) % kSide<T>, first = static_cast<int>(threadIdx.x) / kSide<T>;
+  constexpr int kRowsAtOnce = kThreads / kSide<T>;
+  CNNOPS_UNROLL
+  for (int step = 0; step < kSide<T> / kRowsAtOnce; ++step) {
+    const int k = first + step * kRowsAtOnce;
+    if (i + lane < p.size[2] && j + k < p.size[3]) tile.at[k][lane] = src[k * p.src_stride[3] + lane];
   }
-  return sorted;
+  __syncthreads();
+  CNNOPS_UNROLL
+  for (int step = 0; step < kSide<T> / kRowsAtOnce; ++step) {
+    const int k = first + step * kRowsAtOnce;
+    if (j + lane < p.size[3] && i + k < p.size[2]) dst[k * p.dst_stride[2] + lane] = tile.at[lane][k];
+  }
+}
+
+void swap_axes(CopyProblem& p, int a, int b) {
+  std::swap(p.size[a], p.size[b]);
+  std::swap(p.src_stride[a], p.src_stride[b]);
+  std::swap(p.dst_stride[a], p.dst_stride[b]);
+}
+
+// Ordered by dst's strides, the least last, without axes of one element or what is one axis in both tensors; in front
+// of what is left, axes of one element.
+CopyProblem simplified(CopyProblem p) {
+  for (int end = kAxes; end > 1; --end)
+    for (int i = 1; i < end; ++i)
+      if (p.dst_stride[i - 1] < p.dst_stride[i]) swap_axes(p, i - 1, i);
+  int last = kAxes;  // the first of those kept
+  for (int i = kAxes - 1; i >= 0; --i) {
+    if (p.size[i] == 1) continue;
+    if (last < kAxes && p.src_stride[i] == p.size[last] * p.src_stride[last] &&
+        p.dst_stride[i] == p.size[last] * p.dst_stride[last])
+      p.size[last] *= p.size[i];
+    else
+      swap_axes(p, i, --last);
+  }
+  std::fill(p.size, p.size + last, 1);
+  return p;
+}
+
+// Puts the axis along which src lies before the last, along which dst does, and says whether both are long enough that
+// tiles of them are worth turning over.
+bool lies_across(CopyProblem& p) {
+  if (p.dst_stride[3] != 1 || p.size[3] < kFewest) return false;
+  for (int i = 0; i < 3; ++i)
+    if (p.src_stride[i] == 1 && p.size[i] >= kFewest) {
+      swap_axes(p, i, 2);
+      return true;
+    }
+  return false;
 }
 
 template <class F>
@@ -74,7 +137,14 @@ void for_dtype(DType dtype, F&& f) {
 }
 
 template <class From, class To>
-void launch_copy(const CopyProblem& p, const From* src, To* dst, Stream stream) {
+void launch_copy(CopyProblem p, const From* src, To* dst, Stream stream) {
+  if constexpr (std::is_same_v<From, To> && sizeof(To) <= 4)
+    if (lies_across(p)) {
+      const int64_t tiles = ceil_div(p.size[2], kSide<To>) * ceil_div(p.size[3], kSide<To>);
+      CNNOPS_LAUNCH(transposed_copy_kernel<To>, blocks(p.size[0] * p.size[1] * tiles), kThreads, 0, stream, p, src,
+                    dst);
+      return;
+    }
   const int64_t count = p.size[0] * p.size[1] * p.size[2] * p.size[3];
   constexpr auto kernel = copy_kernel<From, To>;
   CNNOPS_LAUNCH(kernel, blocks(ceil_div(count, kThreads)), kThreads, 0, stream, p, count, src, dst);
@@ -85,7 +155,7 @@ void launch_copy(const CopyProblem& p, const From* src, To* dst, Stream stream) 
 void copy(const CopyProblem& p, const void* src, void* dst, Stream stream) {
   for_dtype(p.src_dtype, [&]<class From>(From) {
     for_dtype(p.dst_dtype, [&]<class To>(To) {
-      launch_copy(ordered_by_dst(p), static_cast<const From*>(src), static_cast<To*>(dst), stream);
+      launch_copy(simplified(p), static_cast<const From*>(src), static_cast<To*>(dst), stream);
     });
   });
 }
