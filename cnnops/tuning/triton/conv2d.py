@@ -95,17 +95,21 @@ FORWARD_NCHW = Table(
     "conv2d.forward_nchw",
     (
         interpreted(_always, ConvTile(32, 256, 64, 4, 1), "the interpreter's time is per operation: large steps"),
-        Rule(_fp32(lambda p: _group_k(p) <= 16), ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
+        Rule(
+            _fp32(lambda p: _group_k(p) <= 16),
+            ConvTile(16, 128, 32, 8, 2),
+            "16 is tl.dot's least height; 16 addresses a thread, where 32 spill",
+        ),
         Rule(
             _fp32(_always), ConvTile(64, 64, 16, 8, 2), "exact fp32 multiplies in registers: 16 accumulators a thread"
         ),
         Rule(lambda p: _group_k(p) <= 16, ConvTile(16, 128, 32, 4, 2), "16 is tl.dot's least height"),
         Rule(
-            lambda p: p.R * p.S > 1,
+            _always,
             ConvTile(64, 64, 32, 8, 2),
-            "each element has an address and a mask of its own: 8 of each a thread, where 32 spill",
+            "each element has an address and a mask of its own: 8 of each a thread leave registers for two programs on a "
+            "multiprocessor, where 16 spill",
         ),
-        Rule(_always, ConvTile(64, 128, 32, 8, 2), "16 addresses a thread; wider rows of pixels"),
     ),
 )
 
@@ -129,10 +133,13 @@ BACKWARD_WEIGHT = Table(
             "16 is tl.dot's least height: grouped and depthwise waste least",
         ),
         Rule(
-            _fp32(_always),
-            ConvTile(64, 64, 16, 4, 2, 168),
-            "exact fp32 multiplies in registers: 32 accumulators a thread; bounded, sm_90's taps of few channels do not "
-            "spill",
+            _fp32(lambda p: _group_c(p) < 64),
+            ConvTile(64, 64, 16, 8, 2, 128),
+            "columns that mix taps hold an address each: 16 accumulators a thread leave registers for them, bounded to "
+            "what lets two programs on a multiprocessor",
+        ),
+        Rule(
+            _fp32(_always), ConvTile(64, 64, 16, 4, 2), "exact fp32 multiplies in registers: 32 accumulators a thread"
         ),
         Rule(
             lambda p: _group_k(p) <= 16,
