@@ -126,6 +126,16 @@ def test_operands_that_begin_between_boundaries() -> None:
         assert_same_bits(CF.conv2d(*moved, bias, padding=1), CF.conv2d(x, weight, bias, padding=1), "y")
 
 
+def test_what_lies_behind_a_row_of_outputs_is_not_multiplied_by_zero() -> None:
+    """x's last column is the last tap's alone, though boxes of a power of two columns of x would have it for all."""
+    x, weight = torch.ones(1, 64, 1, 17, device=BACKEND.device), torch.ones(64, 64, 1, 3, device=BACKEND.device)
+    x[..., -1] = torch.inf
+    with cnnops.use_backend("triton"):
+        CF.conv2d(x.contiguous(memory_format=torch.channels_last), weight.requires_grad_()).sum().backward()
+    expected = torch.tensor([15, 15, torch.inf], device=BACKEND.device).expand(64, 64, 1, 3)
+    assert torch.equal(weight.grad, expected)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("id", ["1x1-full-tile", "1x1-padded", "1x1-grouped", "1x1-s2-uneven"])
 def test_a_prologue_is_what_its_own_pass_would_write(id: str, layout: str) -> None:

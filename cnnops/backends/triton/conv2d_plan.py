@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cnnops.backends.triton.launch import Device, Launch, SplitLaunch, cdiv, splits_of, total_of
+from cnnops.backends.triton.launch import AMD, Device, Launch, SplitLaunch, cdiv, splits_of, total_of
 from cnnops.geometry import Conv2dProblem, ConvTranspose2dProblem
 from cnnops.torch_private import tf32_allowed
 from cnnops.tuning import cached, choose
@@ -27,8 +27,9 @@ from cnnops.tuning.triton.conv2d import (
 
 
 def input_precision(dtype: torch.dtype, device: str) -> str:
-    """How ``tl.dot`` multiplies: exactly, or fp32 as TF32 where torch's own convolution would on CUDA."""
-    if dtype == torch.float32 and device == "cuda" and tf32_allowed():
+    """How ``tl.dot`` multiplies: exactly, or fp32 as TF32 where torch's own convolution would on CUDA. Of AMD's, not
+    every one has it."""
+    if dtype == torch.float32 and device == "cuda" and not AMD and tf32_allowed():
         return "tf32"
     return "ieee"
 
@@ -238,16 +239,16 @@ def _images(p: Conv2dProblem, N: int, H: int, W: int) -> tuple[int, int, int]:
 def _tile(extents: tuple[int, int, int], pixels: int, exact: bool = False) -> tuple[int, int, int]:
     """The box [images, rows, columns] of so many pixels, a power of two, of which fewest cover `extents`.
 
-    exact: rows and columns divide their extents, unless there is but a single row of pixels.
+    exact: rows and columns divide their extents.
     """
-    N, P, Q = extents
+    _, P, Q = extents
     sides = [1 << i for i in range(pixels.bit_length())]
     candidates = [
         (pixels // (rows * columns), rows, columns)
         for rows in sides
         for columns in sides
         if rows * columns <= pixels
-        and (not exact or N == P == 1 or (P % rows == 0 and Q % columns == 0))
+        and (not exact or (P % rows == 0 and Q % columns == 0))
         and max(pixels // (rows * columns), rows, columns) <= 256  # a descriptor's limit
     ]
     return min(candidates, key=lambda box: (_count(extents, box), box[0], -box[2]))
@@ -351,7 +352,7 @@ def backward_weight_tma(p: Conv2dProblem, precision: str, device: Device) -> Tma
         return None
     tile = choose(BACKWARD_WEIGHT_TMA, p)
     outputs = _images(p, p.N, p.P, p.Q)
-    box = _tile(outputs, tile.block_k, exact=True)
+    box = _tile(outputs, tile.block_k, exact=not _is_gemm(p))
     steps = _count(outputs, box)
     if steps > 1 and 4 * steps * tile.block_k > 5 * math.prod(outputs):
         return None  # more than a fifth of the products would be of images that are not there
