@@ -4,7 +4,7 @@
 // Ownership  One thread owns one element, and those of a warp lie together in dst. Where src lies along another axis
 //            and the dtype stays (double apart), one block owns a tile of both axes: it reads along src's, writes along
 //            dst's, and turns the tile over in shared memory.
-// Traffic    src once + dst once.
+// Traffic    src once + dst once; where elements are copied one by one across axes, src's sectors are re-read from L2.
 
 #include <algorithm>
 #include <type_traits>
